@@ -1,0 +1,37 @@
+"""
+Mask Scoring R-CNN for Detectron2.
+
+Importing this package registers its ROI heads and its MaskIoU head with Detectron2.
+
+Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inference)::
+
+    features, proposals
+      = _forward_box                       -> boxes, classes, scores
+      = mask_pooler, mask_head.layers      -> mask features, mask logits
+      + crop_gt_masks |                    -> ground truth cropped once, for both mask losses
+      = mask_rcnn_loss | mask_rcnn_inference  -> loss_mask | pred_masks (probabilities)
+      + mask_iou_targets |                 -> true IoU of each foreground proposal's mask
+      + MaskIoUHead.layers                 -> predicted IoU for each class
+      + mask_iou_loss | mask_iou_inference -> loss_mask_iou | pred_mask_ious,
+                                              mask_scores = scores x pred_mask_ious
+      + MaskScoringCOCOEvaluator           -> box AP by scores, mask AP by mask_scores
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    raise ModuleNotFoundError(
+        "msrcnn_d2 needs Detectron2, which is not installed: run `pip install "
+        "./packaging/detectron2` in the repository of msrcnn_d2 (no compiler needed), or follow "
+        "Detectron2's own INSTALL.md.",
+        name="detectron2",
+    ) from None
+
+from . import modeling  # registers the heads
+from .config import add_mask_scoring, add_msrcnn_config
+
+__version__ = "0.1.0"
+
+__all__ = ["add_mask_scoring", "add_msrcnn_config", "modeling"]

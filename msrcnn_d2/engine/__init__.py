@@ -1,0 +1,21 @@
+"""What `train_net.py` does: reads a config, checks it, trains and evaluates, on any machine."""
+
+from .check import check_recipe
+from .launch import launch
+from .load_config import device_of, find_config_file, load_config, register_dataset
+from .recipe import Recipe, build_recipe
+from .train import evaluate, evaluate_checkpoint, train
+
+__all__ = [
+    "Recipe",
+    "build_recipe",
+    "check_recipe",
+    "device_of",
+    "evaluate",
+    "evaluate_checkpoint",
+    "find_config_file",
+    "launch",
+    "load_config",
+    "register_dataset",
+    "train",
+]

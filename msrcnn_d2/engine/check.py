@@ -1,0 +1,85 @@
+"""What would fail hours into a run is looked at before it starts."""
+
+import difflib
+import os
+import tempfile
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from ..errors import UserError
+from .recipe import Recipe
+
+__all__ = ["check_recipe"]
+
+
+def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
+    """
+    Check that datasets are there and fit the model, that the output folder can be written, and
+    that the batch can be shared out.
+
+    Args:
+        num_processes: of all machines together.
+        training: whether the run trains; if not, only what an evaluation needs is checked.
+
+    Raises:
+        UserError: the first of the above that fails, with what to do about it.
+    """
+    _check_output_dir(recipe.output_dir)
+    names = list(recipe.train_names) if training else []
+    for name in dict.fromkeys(names + [t.name for t in recipe.test_sets if t.name]):
+        _check_dataset(name, recipe.num_classes)
+    batch = recipe.total_batch_size
+    if training and batch and batch % num_processes:
+        raise UserError(
+            f"A batch of {batch} images cannot be shared out to {num_processes} processes evenly: "
+            "change dataloader.train.total_batch_size (yaml: SOLVER.IMS_PER_BATCH)."
+        )
+
+
+def _check_output_dir(path: str) -> None:
+    try:
+        PathManager.mkdirs(path)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to the output folder '{path}' ({error.strerror}): set train.output_dir "
+            "(yaml: OUTPUT_DIR) to another one."
+        ) from error
+
+
+def _check_dataset(name: str, num_classes: "int | None") -> None:
+    if name not in DatasetCatalog.list():
+        nearest = difflib.get_close_matches(name, DatasetCatalog.list(), n=2)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."
+        raise UserError(
+            f"Dataset '{name}' is not known{hint} Register one of your own with "
+            f"--dataset {name} ANNOTATIONS.json IMAGES/."
+        )
+    metadata = MetadataCatalog.get(name)
+    _check_paths(name, metadata)
+    if num_classes is None:
+        return
+    if not hasattr(metadata, "thing_classes"):
+        DatasetCatalog.get(name)  # reads the json, and with it the categories
+    classes = metadata.get("thing_classes") or []
+    if len(classes) != num_classes:
+        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        raise UserError(
+            f"Dataset '{name}' has {len(classes)} categories ({shown}), but the model predicts "
+            f"{num_classes}: set model.roi_heads.num_classes={len(classes)} "
+            f"(yaml: MODEL.ROI_HEADS.NUM_CLASSES {len(classes)})."
+        )
+
+
+def _check_paths(name: str, metadata) -> None:
+    advice = (
+        f"Set DETECTRON2_DATASETS (now '{os.environ.get('DETECTRON2_DATASETS', 'datasets')}') to "
+        "the folder that contains coco/, or register your own data with --dataset."
+    )
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if json_file and not PathManager.isfile(json_file):
+        raise UserError(f"Annotations of dataset '{name}' are not at '{json_file}'. {advice}")
+    if image_root and not (PathManager.isdir(image_root) and PathManager.ls(image_root)):
+        raise UserError(f"Images of dataset '{name}' are not in '{image_root}'. {advice}")

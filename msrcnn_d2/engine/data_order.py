@@ -1,0 +1,179 @@
+"""Training data in an order, with augmentations and samples, that a resumed run repeats.
+
+Detectron2 resumes a run with newly shuffled data and other random numbers. Here everything random
+in a step is a function of the run's seed, the process's rank and the step, so that a run that was
+interrupted goes on with the very losses it would have had.
+"""
+
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+
+__all__ = ["ResumableBatches", "StepSeeds", "build_resumable_loader"]
+
+
+class StepSeeds(HookBase):
+    """Before each step, seed all random number generators; keep the seed in checkpoints."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_step(self):
+        seed_all_rng(_derived_seed(self.seed, self.trainer.iter))
+
+    def state_dict(self):
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict):
+        self.seed = state_dict["seed"]
+
+
+class ResumableBatches:
+    """
+    Iterable over the batches of a run, from the iteration `first_iter` on.
+
+    The loader is built when iteration starts: a resumed run knows its seed and its iteration only
+    after the checkpoint was read.
+    """
+
+    def __init__(self, build_loader: Callable[[int, int], Iterable], seeds: StepSeeds):
+        """
+        Args:
+            build_loader: called with (seed, first iteration).
+            seeds: owner of the run's seed.
+        """
+        self.build_loader = build_loader
+        self.seeds = seeds
+        self.first_iter = 0
+
+    def __iter__(self):
+        yield from self.build_loader(self.seeds.seed, self.first_iter)
+
+
+def build_resumable_loader(
+    dataset,
+    *,
+    mapper: Callable,
+    seed: int,
+    first_iter: int,
+    total_batch_size: int,
+    sampler=None,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    collate_fn: Callable = trivial_batch_collator,
+) -> DataLoader:
+    """
+    :func:`build_detection_train_loader` of a list of dataset dicts, from a given iteration on.
+
+    Args:
+        seed: of the run: decides on the order of the data and on each sample's augmentation.
+        first_iter: number of batches to leave out at the beginning; their images are not read.
+        dataset, mapper, total_batch_size, ...: as in Detectron2; `sampler`, if given, yields the
+            same indices in each run.
+
+    Returns:
+        loader of `total_batch_size / number of processes` mapped dataset dicts, forever.
+    """
+    sampler = sampler if sampler is not None else TrainingSampler(len(dataset), seed=seed)
+    groups = [int(d["width"] > d["height"]) for d in dataset] if aspect_ratio_grouping else None
+    batches = _BatchSampler(
+        sampler, len(dataset), total_batch_size // comm.get_world_size(), groups, first_iter
+    )
+    samples = _SeededSamples(DatasetFromList(dataset, copy=False), mapper, seed)
+    # MapDataset replaces samples that the mapper refuses by returning None
+    return DataLoader(
+        MapDataset(samples, _identity),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+    )
+
+
+class _BatchSampler:
+    """
+    Batches of codes, each `position in the run * dataset size + index in the dataset`.
+
+    Images of the same group (upright or not) share a batch, as in `AspectRatioGroupedDataset`.
+    Grouping happens here, before images are read, so that skipping a batch costs nothing.
+    """
+
+    def __init__(
+        self,
+        sampler: Iterable[int],
+        dataset_size: int,
+        batch_size: int,
+        groups: "Sequence[int] | None",
+        first_batch: int,
+    ):
+        self.sampler = sampler
+        self.dataset_size = dataset_size
+        self.batch_size = batch_size
+        self.groups = groups
+        self.first_batch = first_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self._batches(), self.first_batch, None)
+
+    def _batches(self):
+        waiting: dict[int, list[int]] = defaultdict(list)
+        for position, index in enumerate(self.sampler):
+            batch = waiting[self.groups[index] if self.groups else 0]
+            batch.append(position * self.dataset_size + index)
+            if len(batch) == self.batch_size:
+                yield batch[:]
+                batch.clear()
+
+
+class _SeededSamples(Dataset):
+    """Mapped samples by the codes of :class:`_BatchSampler`; a code fixes the augmentation."""
+
+    def __init__(self, dataset, mapper: Callable, seed: int):
+        self.dataset = dataset
+        self.mapper = mapper
+        self.seed = seed
+        self.rank = comm.get_rank()  # worker processes of the loader do not know it
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, code: int):
+        position, index = divmod(code, len(self.dataset))
+        with _temporary_seed(_derived_seed(self.seed, position, self.rank)):
+            return self.mapper(self.dataset[index])
+
+
+def _derived_seed(seed: int, count: int, rank: "int | None" = None) -> int:
+    rank = comm.get_rank() if rank is None else rank
+    return int(np.random.SeedSequence([seed, rank, count]).generate_state(1)[0])
+
+
+@contextmanager
+def _temporary_seed(seed: int):
+    """Seed the generators that augmentations draw from; leave those of the caller as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _identity(sample):
+    return sample

@@ -1,0 +1,162 @@
+"""Read a config of either kind, with overrides from the command line that are checked."""
+
+import difflib
+import inspect
+import os
+import re
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.registry import locate
+
+from .. import model_zoo
+from ..config import add_msrcnn_config
+from ..errors import UserError
+
+__all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
+
+
+def register_dataset(name: str, annotations: str, images: str) -> None:
+    """
+    Register a dataset in COCO's format under `name`, for configs to refer to.
+
+    Args:
+        annotations: path of the json file.
+        images: folder of the images.
+
+    Raises:
+        UserError: another dataset has this name.
+    """
+    if name not in DatasetCatalog.list():
+        register_coco_instances(name, {}, annotations, images)
+    metadata = MetadataCatalog.get(name)
+    if (metadata.get("json_file"), metadata.get("image_root")) != (annotations, images):
+        raise UserError(f"Another dataset is called '{name}' already: choose another name for it.")
+
+
+def find_config_file(name: str) -> str:
+    """`name` if it is a file, else the config of that name that comes with this package."""
+    if not name:
+        raise UserError(
+            "Which model? Give --config-file, such as "
+            "configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py."
+        )
+    if os.path.isfile(name):
+        if not name.endswith((".py", ".yaml", ".yml")):
+            raise UserError(f"Config file '{name}' is neither a .py nor a .yaml file.")
+        return name
+    try:
+        return model_zoo.get_config_file(name)
+    except UserError as error:
+        raise UserError(f"Config file '{name}' does not exist. {error}") from None
+
+
+def load_config(path: str, overrides: "list[str] | tuple[str, ...]" = ()) -> "DictConfig | CfgNode":
+    """
+    Args:
+        path: from :func:`find_config_file`.
+        overrides: "key=value" for a LazyConfig; "KEY=VALUE", or "KEY" and "VALUE" in turn, for
+            yacs.
+
+    Returns:
+        the config; its device is "cpu" where it asks for a GPU and there is none.
+
+    Raises:
+        UserError: the file or an override cannot be read, or a key does not exist.
+    """
+    try:
+        cfg = _load_lazy(path, overrides) if _is_lazy(path) else _load_yacs(path, overrides)
+    except (SyntaxError, ImportError, OSError, yaml.YAMLError) as error:
+        reason = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
+        raise UserError(f"Config file '{path}' cannot be read: {reason}.") from error
+    return _on_available_device(cfg)
+
+
+def _is_lazy(path: str) -> bool:
+    """A .py file, or the yaml file that a run with a LazyConfig leaves in its output folder."""
+    if path.endswith(".py"):
+        return True
+    with open(path) as f:
+        return re.search(r"\b_target_:", f.read()) is not None
+
+
+def _load_lazy(path, overrides):
+    cfg = LazyConfig.load(path)
+    for override in overrides:
+        _check_override(cfg, override)
+    try:
+        return LazyConfig.apply_overrides(cfg, list(overrides))
+    except Exception as error:  # hydra's parser has its own exceptions, omegaconf others
+        raise UserError(f"Cannot override the config by {list(overrides)}: {error}") from error
+
+
+def _check_override(cfg: DictConfig, override: str) -> None:
+    """A key that does not exist would be added silently and never read."""
+    if "=" not in override:
+        raise UserError(f"Override '{override}' is not of the form key=value.")
+    key = override.split("=", 1)[0]
+    if key.startswith(("+", "~")):  # hydra's signs for a key to add or to delete
+        return
+    parent_key, _, name = key.rpartition(".")
+    parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
+    known = list(parent) if isinstance(parent, DictConfig) else []
+    if name in known or _is_argument(parent, name):
+        return
+    if isinstance(parent, (list, tuple)) or OmegaConf.is_list(parent):
+        return  # omegaconf says itself which items a list has
+    nearest = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(known)}."
+    where = f"'{parent_key}'" if parent_key else "the config"
+    raise UserError(f"Override '{override}': {where} has no key '{name}'; {hint}")
+
+
+def _is_argument(node, name: str) -> bool:
+    """Whether `name` is an argument, left at its default, of the callable that a node describes."""
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    parameters = inspect.signature(target).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _load_yacs(path, overrides):
+    cfg = get_cfg()
+    add_msrcnn_config(cfg)
+    try:
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(_key_value_pairs(overrides))
+    except (KeyError, ValueError, AssertionError) as error:
+        message = error.args[0] if error.args else type(error).__name__
+        raise UserError(f"Config '{path}' with overrides {list(overrides)}: {message}.") from error
+    return cfg
+
+
+def _key_value_pairs(overrides) -> list[str]:
+    """["A.B=1", "C", "2"] -> ["A.B", "1", "C", "2"]"""
+    pairs: list[str] = []
+    for item in overrides:
+        expects_key = len(pairs) % 2 == 0
+        if expects_key and "=" in item:
+            pairs.extend(item.split("=", 1))
+        else:
+            pairs.append(item)
+    return pairs
+
+
+def _on_available_device(cfg):
+    if device_of(cfg).startswith("cuda") and not torch.cuda.is_available():
+        if isinstance(cfg, CfgNode):
+            cfg.MODEL.DEVICE = "cpu"
+        else:
+            cfg.train.device = "cpu"
+    return cfg
+
+
+def device_of(cfg: "DictConfig | CfgNode") -> str:
+    """The device that a config of either kind runs on."""
+    return cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device

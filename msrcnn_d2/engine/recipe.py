@@ -1,0 +1,209 @@
+"""One description of a run for both kinds of config, so that there is one training loop."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.registry import locate
+
+from ..evaluation import MaskScoringCOCOEvaluator
+from ..modeling import MaskScoringRCNNWithTTA
+from .data_order import build_resumable_loader
+
+__all__ = ["Recipe", "TestSet", "build_recipe"]
+
+
+@dataclass
+class TestSet:
+    """
+    Attributes:
+        name: of the dataset, "" if the config does not say.
+        build_loader, build_evaluator: called anew for each evaluation.
+    """
+
+    name: str
+    build_loader: Callable[[], Any]
+    build_evaluator: Callable[[], Any]
+
+
+@dataclass
+class Recipe:
+    """
+    What to train and how; the parts are built when they are needed.
+
+    Attributes:
+        build_optimizer: called with the model.
+        build_lr_scheduler: called with the optimizer; returns what `hooks.LRScheduler` takes.
+        build_train_loader: called with (seed, first iteration).
+        wrap_for_test: called with the model; returns what is evaluated.
+        train_names, num_classes: names of the training datasets, number of foreground classes;
+            empty and None where the config does not say. For checks only.
+        total_batch_size: images per iteration of all processes; None if the config does not say.
+        seed: negative for a random one.
+        eval_period, checkpoint_period, log_period, max_iter: in iterations.
+        precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
+        ddp: arguments of `create_ddp_model`.
+    """
+
+    build_model: Callable[[], nn.Module]
+    build_optimizer: Callable[[nn.Module], Any]
+    build_lr_scheduler: Callable[[Any], Any]
+    build_train_loader: Callable[[int, int], Any]
+    test_sets: list[TestSet]
+    train_names: tuple[str, ...]
+    num_classes: Optional[int]
+    total_batch_size: Optional[int]
+    device: str
+    seed: int
+    output_dir: str
+    init_checkpoint: str
+    max_iter: int
+    eval_period: int
+    log_period: int
+    checkpointer: dict
+    amp: bool
+    ddp: dict = field(default_factory=dict)
+    precise_bn_iters: int = 0
+    wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
+
+
+def build_recipe(cfg: "DictConfig | CfgNode") -> Recipe:
+    """
+    Args:
+        cfg: a training config of either kind. A LazyConfig has what Detectron2's
+            `tools/lazyconfig_train_net.py` expects.
+    """
+    return _from_yacs(cfg) if isinstance(cfg, CfgNode) else _from_lazy(cfg)
+
+
+def _from_lazy(cfg: DictConfig) -> Recipe:
+    train = cfg.train
+
+    def build_lazy_optimizer(model):
+        cfg.optimizer.params.model = model
+        return instantiate(cfg.optimizer)
+
+    return Recipe(
+        build_model=lambda: instantiate(cfg.model),
+        build_optimizer=build_lazy_optimizer,
+        build_lr_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
+        build_train_loader=lambda seed, first: _lazy_train_loader(
+            cfg.dataloader.train, seed, first
+        ),
+        test_sets=_lazy_test_sets(cfg),
+        train_names=_names(OmegaConf.select(cfg, "dataloader.train.dataset.names")),
+        num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
+        total_batch_size=OmegaConf.select(cfg, "dataloader.train.total_batch_size"),
+        device=train.device,
+        seed=train.get("seed", -1),
+        output_dir=train.output_dir,
+        init_checkpoint=train.init_checkpoint,
+        max_iter=train.max_iter,
+        eval_period=train.eval_period,
+        log_period=train.log_period,
+        checkpointer=dict(train.checkpointer),
+        amp=train.amp.enabled,
+        ddp=dict(train.ddp),
+    )
+
+
+def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int):
+    seed_all_rng(seed)  # samplers draw the seed of their order when they are built
+    arguments = {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
+    resumable = _target(loader) is build_detection_train_loader and isinstance(
+        arguments["dataset"], list
+    )
+    if not resumable:  # a loader of the user's own keeps its own order
+        return instantiate(loader)
+    return build_resumable_loader(seed=seed, first_iter=first_iter, **arguments)
+
+
+def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
+    if "test" not in cfg.dataloader or "evaluator" not in cfg.dataloader:
+        return []
+    evaluator = cfg.dataloader.evaluator
+    writes_files = isinstance(_target(evaluator), type) and issubclass(
+        _target(evaluator), COCOEvaluator
+    )
+    if writes_files and "output_dir" not in evaluator:
+        evaluator.output_dir = os.path.join(cfg.train.output_dir, "inference")
+    names = _names(OmegaConf.select(cfg, "dataloader.test.dataset.names"))
+    return [
+        TestSet(
+            name=", ".join(names),
+            build_loader=lambda: instantiate(cfg.dataloader.test),
+            build_evaluator=lambda: instantiate(evaluator),
+        )
+    ]
+
+
+def _from_yacs(cfg: CfgNode) -> Recipe:
+    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    use_tta = cfg.TEST.AUG.ENABLED
+    return Recipe(
+        build_model=lambda: build_model(cfg),
+        build_optimizer=lambda model: build_optimizer(cfg, model),
+        build_lr_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
+        build_train_loader=lambda seed, first: _yacs_train_loader(cfg, seed, first),
+        test_sets=[_yacs_test_set(cfg, name) for name in cfg.DATASETS.TEST],
+        train_names=tuple(cfg.DATASETS.TRAIN),
+        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        device=cfg.MODEL.DEVICE,
+        seed=cfg.SEED,
+        output_dir=cfg.OUTPUT_DIR,
+        init_checkpoint=cfg.MODEL.WEIGHTS,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        log_period=20,  # as in DefaultTrainer; yacs configs have no key for it
+        checkpointer={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+        amp=cfg.SOLVER.AMP.ENABLED,
+        ddp={"broadcast_buffers": False},
+        precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
+        wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
+    )
+
+
+def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int):
+    seed_all_rng(seed)  # samplers draw the seed of their order when they are built
+    arguments = build_detection_train_loader.from_config(cfg)
+    if isinstance(arguments["dataset"], IterableDataset):
+        return build_detection_train_loader(**arguments)
+    return build_resumable_loader(seed=seed, first_iter=first_iter, **arguments)
+
+
+def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
+    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if len(cfg.DATASETS.TEST) > 1:
+        output_dir = os.path.join(output_dir, name)
+    return TestSet(
+        name=name,
+        build_loader=lambda: build_detection_test_loader(cfg, name),
+        build_evaluator=lambda: MaskScoringCOCOEvaluator(name, output_dir=output_dir),
+    )
+
+
+def _names(names) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _target(node: DictConfig):
+    return locate(node._target_) if isinstance(node._target_, str) else node._target_

@@ -1,0 +1,160 @@
+"""Train and evaluate a recipe."""
+
+import logging
+from collections import OrderedDict
+from typing import Optional
+
+import torch
+from fvcore.nn.precise_bn import get_bn_modules
+from tabulate import tabulate
+from torch import nn
+
+from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+
+from ..checkpoint import MaskScoringCheckpointer
+from ..model_zoo import Published
+from .data_order import ResumableBatches, StepSeeds
+from .recipe import Recipe
+
+__all__ = ["evaluate", "evaluate_checkpoint", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, resume: bool = False) -> dict:
+    """
+    Args:
+        recipe: what to train and how.
+        resume: go on from the last checkpoint in the output folder, if there is one. The run then
+            has the losses of one that was never interrupted.
+
+    Returns:
+        results of the evaluation at the end, as :func:`evaluate` returns them.
+    """
+    model = recipe.build_model().to(recipe.device)
+    logger.info("Model:\n%s", model)
+    optimizer = recipe.build_optimizer(model)
+    seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())
+    batches = ResumableBatches(recipe.build_train_loader, seeds)
+    model = _distributed(model, recipe)
+    trainer = _build_trainer(model, batches, optimizer, recipe)
+    checkpointer = MaskScoringCheckpointer(model, recipe.output_dir, trainer=trainer)
+
+    results: dict = {}
+
+    def evaluate_and_keep():
+        results.clear()
+        results.update(evaluate(recipe, model))
+        return results
+
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            seeds,
+            hooks.LRScheduler(scheduler=recipe.build_lr_scheduler(optimizer)),
+            _precise_bn(recipe, model, seeds),
+            _on_main_process(hooks.PeriodicCheckpointer, checkpointer, **recipe.checkpointer),
+            hooks.EvalHook(recipe.eval_period, evaluate_and_keep),
+            _on_main_process(_periodic_writer, recipe),
+        ]
+    )
+    checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+    if resume and checkpointer.has_checkpoint():
+        batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
+    trainer.train(batches.first_iter, recipe.max_iter)
+    return results
+
+
+def _distributed(model: nn.Module, recipe: Recipe) -> nn.Module:
+    on_cpu = not recipe.device.startswith("cuda")
+    return create_ddp_model(model, **recipe.ddp, **({"device_ids": None} if on_cpu else {}))
+
+
+def _build_trainer(model, batches, optimizer, recipe: Recipe) -> SimpleTrainer:
+    if recipe.amp and recipe.device.startswith("cuda"):
+        return AMPTrainer(model, batches, optimizer)
+    if recipe.amp:
+        logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    return SimpleTrainer(model, batches, optimizer)
+
+
+def _precise_bn(recipe: Recipe, model, seeds: StepSeeds) -> Optional[hooks.PreciseBN]:
+    if not (recipe.precise_bn_iters and get_bn_modules(model)):
+        return None
+    loader = ResumableBatches(recipe.build_train_loader, seeds)  # leaves that of training alone
+    return hooks.PreciseBN(recipe.eval_period, model, loader, recipe.precise_bn_iters)
+
+
+def _on_main_process(build_hook, *args, **kwargs):
+    return build_hook(*args, **kwargs) if comm.is_main_process() else None
+
+
+def _periodic_writer(recipe: Recipe) -> hooks.PeriodicWriter:
+    writers = default_writers(recipe.output_dir, recipe.max_iter)
+    return hooks.PeriodicWriter(writers, period=recipe.log_period)
+
+
+def evaluate(recipe: Recipe, model: nn.Module) -> dict:
+    """
+    Evaluate on each test set; log the results.
+
+    Returns:
+        {task: {metric: value}}, as evaluators return it, on the main process; a level more, the
+        names of the test sets, where there are several. Empty on other processes.
+    """
+    model = recipe.wrap_for_test(model)
+    all_results = OrderedDict()
+    for test_set in recipe.test_sets:
+        results = inference_on_dataset(model, test_set.build_loader(), test_set.build_evaluator())
+        if comm.is_main_process():
+            logger.info("Results on %s:", test_set.name or "the test set")
+            print_csv_format(results)
+        all_results[test_set.name] = results
+    return next(iter(all_results.values())) if len(all_results) == 1 else all_results
+
+
+def evaluate_checkpoint(recipe: Recipe, published: Optional[Published] = None) -> dict:
+    """
+    Evaluate `recipe.init_checkpoint`; log a summary.
+
+    Args:
+        published: results to show beside.
+
+    Returns:
+        as :func:`evaluate`.
+    """
+    model = recipe.build_model().to(recipe.device)
+    MaskScoringCheckpointer(model).load(recipe.init_checkpoint)
+    results = evaluate(recipe, model.eval())
+    if comm.is_main_process() and "bbox" in results:
+        logger.info("Summary:\n%s", summary_table(results, published))
+    return results
+
+
+def summary_table(results: dict, published: Optional[Published] = None) -> str:
+    """
+    Args:
+        results: of one test set, {task: {metric: percent}}.
+        published: AP to show in a further column.
+
+    Returns:
+        a table of AP, AP50 and AP75 of boxes and of masks under each ranking.
+    """
+    rows = [
+        ("bbox", "boxes", published and published.box_ap),
+        ("segm_by_class_score", "masks by class score", None),
+        ("segm", "masks by mask score", published and published.mask_ap),
+    ]
+    if "segm_by_class_score" not in results:  # a plain Mask R-CNN
+        rows[1:] = [("segm", "masks", None)]
+    metrics = ("AP", "AP50", "AP75")
+    table = [
+        [title, *(results[task].get(m) for m in metrics), *([ap] if published else [])]
+        for task, title, ap in rows
+        if task in results
+    ]
+    headers = ["", *metrics, *(["published AP (COCO val2017)"] if published else [])]
+    return tabulate(table, headers=headers, floatfmt=".2f", tablefmt="github")

@@ -1,0 +1,224 @@
+"""The MaskIoU head: predicts how well each mask fits its object."""
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, cat
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from detectron2.utils.registry import Registry
+
+from .mask_iou_target import mask_iou_targets
+
+__all__ = [
+    "ROI_MASK_IOU_HEAD_REGISTRY",
+    "MaskIoUHead",
+    "build_mask_iou_head",
+    "mask_iou_inference",
+    "mask_iou_loss",
+    "set_mask_scores",
+]
+
+ROI_MASK_IOU_HEAD_REGISTRY = Registry("ROI_MASK_IOU_HEAD")
+ROI_MASK_IOU_HEAD_REGISTRY.__doc__ = """
+Registry for MaskIoU heads, which predict the IoU of each predicted mask with its object.
+
+The registered object will be called with `obj(cfg, input_shape)`, where `input_shape` is the
+:class:`ShapeSpec` of the mask head's region features.
+"""
+
+
+def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Half the mean squared error over the masks that touch their object (their IoU is above 0).
+
+    Args:
+        pred_mask_ious: Tensor of shape (N,), the IoU predicted for the ground-truth class of
+            each foreground proposal, unbounded.
+        targets: Tensor of shape (N,), the true IoU in [0, 1].
+
+    Returns:
+        a scalar. Without any such mask it is a zero that still depends on `pred_mask_ious`:
+        distributed training needs a gradient for each parameter in each step.
+    """
+    valid = (targets > 0).to(targets.dtype)
+    squared_errors = (pred_mask_ious - targets) ** 2
+    return 0.5 * (squared_errors * valid).sum() / valid.sum().clamp(min=1)
+
+
+def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instances]) -> None:
+    """
+    Rank the masks: add "pred_mask_ious" and "mask_scores" to the predicted instances.
+
+    Args:
+        pred_mask_ious: Tensor of shape (N, K), the IoU predicted for each class, unbounded;
+            N counts the masks of all images, K the foreground classes.
+        pred_instances: one Instances per image, with "pred_classes"; gets the IoU of the mask of
+            that class. "mask_scores" are added where there are "scores": boxes that were given
+            by the user have none.
+    """
+    classes = cat([x.pred_classes for x in pred_instances])
+    ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
+    for instances, ious_per_image in zip(
+        pred_instances, ious.split([len(x) for x in pred_instances])
+    ):
+        set_mask_scores(instances, ious_per_image)
+
+
+def set_mask_scores(instances: Instances, mask_ious: torch.Tensor) -> None:
+    """
+    The rescoring step: mask score = class score x mask IoU (Sec. 3.1). It leaves "scores" alone.
+
+    Args:
+        instances: predicted instances of one image, gets "pred_mask_ious" and, where it has
+            "scores", "mask_scores".
+        mask_ious: Tensor of shape (N,), the predicted IoU of each mask. A regression leaves the
+            interval [0, 1] at times, an IoU does not: it is clamped.
+    """
+    instances.pred_mask_ious = mask_ious.clamp(min=0, max=1)
+    if instances.has("scores"):
+        instances.mask_scores = instances.scores * instances.pred_mask_ious
+
+
+@ROI_MASK_IOU_HEAD_REGISTRY.register()
+class MaskIoUHead(nn.Module):
+    """
+    The head of Mask Scoring R-CNN (Huang et al., CVPR 2019, Fig. 3): 3x3 convolutions, the last
+    of stride 2, and fully connected layers over the mask head's region features and its mask.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        conv_dim: int = 256,
+        num_conv: int = 4,
+        fc_dim: int = 1024,
+        num_fc: int = 2,
+        loss_weight: float = 1.0,
+    ):
+        """
+        Args:
+            input_shape: channels, height and width of the mask head's region features. The mask
+                is one more channel.
+            num_classes: number of foreground classes; the head predicts one IoU for each, also
+                beside a class-agnostic mask head.
+            conv_dim: channels of each convolution.
+            num_conv: number of convolutions, at least 1.
+            fc_dim: width of each fully connected layer.
+            num_fc: number of fully connected layers before the predictor.
+            loss_weight: multiplier of the loss.
+        """
+        super().__init__()
+        if num_conv < 1:
+            raise ValueError(f"num_conv is {num_conv}; the MaskIoU head has at least 1 convolution")
+        self.input_size = (input_shape.height, input_shape.width)
+        self.loss_weight = loss_weight
+
+        channels = input_shape.channels + 1
+        self.convs = nn.Sequential()
+        for k in range(1, num_conv + 1):
+            stride = 2 if k == num_conv else 1
+            conv = Conv2d(channels, conv_dim, 3, stride=stride, padding=1, activation=nn.ReLU())
+            weight_init.c2_msra_fill(conv)
+            self.convs.add_module(f"conv{k}", conv)
+            channels = conv_dim
+
+        # 3x3 with padding 1 and stride 2 halves a side, rounded up
+        features = channels * -(-input_shape.height // 2) * -(-input_shape.width // 2)
+        self.fcs = nn.Sequential(nn.Flatten())
+        for k in range(1, num_fc + 1):
+            fc = nn.Linear(features, fc_dim)
+            weight_init.c2_xavier_fill(fc)
+            self.fcs.add_module(f"fc{k}", fc)
+            self.fcs.add_module(f"relu{k}", nn.ReLU())
+            features = fc_dim
+
+        self.predictor = nn.Linear(features, num_classes)
+        nn.init.normal_(self.predictor.weight, std=0.01)
+        nn.init.constant_(self.predictor.bias, 0)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        head = cfg.MODEL.ROI_MASK_IOU_HEAD
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "conv_dim": head.CONV_DIM,
+            "num_conv": head.NUM_CONV,
+            "fc_dim": head.FC_DIM,
+            "num_fc": head.NUM_FC,
+            "loss_weight": head.LOSS_WEIGHT,
+        }
+
+    def layers(self, mask_features: torch.Tensor, mask_probs: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            mask_features: Tensor of shape (N, C, H, W), the mask head's region features.
+            mask_probs: Tensor of shape (N, 1, S, S), probabilities of the mask of one class per
+                region; S is a multiple of H.
+
+        Returns:
+            float Tensor of shape (N, K), the IoU predicted for each class, unbounded.
+        """
+        scale = mask_probs.shape[-1] // mask_features.shape[-1]
+        pooled = F.max_pool2d(mask_probs, kernel_size=scale, stride=scale)
+        x = torch.cat([mask_features, pooled.to(mask_features.dtype)], dim=1)
+        return self.predictor(self.fcs(self.convs(x))).float()
+
+    def forward(self, mask_features, mask_probs, instances: list[Instances]):
+        """
+        Args:
+            mask_features, mask_probs: as in :meth:`layers`; N counts the instances of all images.
+                The mask is that of the ground-truth class in training, of the predicted one else.
+            instances: one Instances per image. In training the foreground proposals, with
+                "proposal_boxes", "gt_classes" and "gt_masks" from :func:`crop_gt_masks`.
+                In inference the predictions, with "pred_classes".
+
+        Returns:
+            In training a dict of losses, in inference the instances with "pred_mask_ious" and
+            "mask_scores".
+        """
+        pred_mask_ious = self.layers(mask_features, mask_probs)
+        if self.training:
+            return {"loss_mask_iou": self._loss(pred_mask_ious, mask_probs, instances)}
+        mask_iou_inference(pred_mask_ious, instances)
+        return instances
+
+    def _loss(self, pred_mask_ious, mask_probs, instances):
+        instances = [x for x in instances if len(x)]
+        if not instances:
+            return pred_mask_ious.sum() * 0
+        targets = mask_iou_targets(
+            mask_probs[:, 0] > 0.5,
+            cat([x.gt_masks.crops for x in instances]),
+            cat([x.gt_masks.areas for x in instances]),
+            cat([x.proposal_boxes.tensor for x in instances]),
+        )
+        classes = cat([x.gt_classes for x in instances])
+        pred_mask_ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
+        _log_mask_ious(pred_mask_ious.detach(), targets)
+        return mask_iou_loss(pred_mask_ious, targets) * self.loss_weight
+
+
+def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:
+    """Log the mean true IoU and the mean absolute error over the masks that count in the loss."""
+    valid = (targets > 0).to(targets.dtype)
+    errors = (pred_mask_ious - targets).abs()
+    sums = torch.stack([valid.sum(), targets.sum(), (errors * valid).sum()])
+    num_valid, sum_targets, sum_errors = sums.tolist()  # one synchronisation for all of them
+    if num_valid:
+        storage = get_event_storage()
+        storage.put_scalar("mask_iou/mean_target", sum_targets / num_valid)
+        storage.put_scalar("mask_iou/mean_abs_error", sum_errors / num_valid)
+
+
+def build_mask_iou_head(cfg, input_shape: ShapeSpec) -> nn.Module:
+    """Build the MaskIoU head named by `cfg.MODEL.ROI_MASK_IOU_HEAD.NAME`."""
+    name = cfg.MODEL.ROI_MASK_IOU_HEAD.NAME
+    return ROI_MASK_IOU_HEAD_REGISTRY.get(name)(cfg, input_shape)

@@ -1,0 +1,115 @@
+"""What the MaskIoU head learns: the IoU of each predicted mask with its whole object.
+
+The only file of this package that opens ground-truth masks.
+"""
+
+import torch
+
+from detectron2.structures import Instances, PolygonMasks
+
+__all__ = ["CroppedMasks", "crop_gt_masks", "mask_iou_targets"]
+
+# Detectron2 rasterises polygons as if no box side were shorter than this, in pixels
+# (`rasterize_polygons_within_box`); mask cells have to be measured in the same way.
+MIN_BOX_SIDE = 0.1
+
+
+class CroppedMasks:
+    """
+    Ground-truth masks that were cropped to their boxes already.
+
+    It stands in for :class:`PolygonMasks` or :class:`BitMasks` as the ``gt_masks`` of proposals,
+    so that Detectron2's `mask_rcnn_loss` and our targets share one rasterisation.
+
+    Attributes:
+        crops: bool Tensor of shape (N, S, S), the part of each object inside its box,
+            S x S cells to a box.
+        areas: float Tensor of shape (N,), the area of each whole object in pixels, the part
+            outside of its box included.
+    """
+
+    def __init__(self, crops: torch.Tensor, areas: torch.Tensor):
+        self.crops = crops
+        self.areas = areas
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
+        """
+        Args:
+            boxes: the (N, 4) boxes that the masks were cropped to.
+            mask_size: S.
+
+        Returns:
+            bool Tensor of shape (N, S, S), as `BitMasks.crop_and_resize` returns.
+        """
+        expected = (len(boxes), mask_size, mask_size)
+        if self.crops.shape != expected:
+            raise ValueError(f"masks were cropped to {tuple(self.crops.shape)}, not {expected}")
+        return self.crops
+
+
+def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]:
+    """
+    Crop the ground-truth masks of foreground proposals to the proposals, once for all losses.
+
+    Args:
+        instances: one Instances per image, with "proposal_boxes" and, unless it is empty,
+            "gt_masks" (PolygonMasks or BitMasks).
+        mask_size: S, the side of the mask head's output in cells.
+
+    Returns:
+        copies of the instances, in which "gt_masks" are :class:`CroppedMasks`.
+    """
+    return [_crop_gt_masks_per_image(x, mask_size) if len(x) else x for x in instances]
+
+
+def _crop_gt_masks_per_image(instances: Instances, mask_size: int) -> Instances:
+    fields = instances.get_fields()
+    masks, boxes = fields["gt_masks"], instances.proposal_boxes.tensor
+    crops = masks.crop_and_resize(boxes, mask_size).to(boxes.device) > 0.5
+    return Instances(
+        instances.image_size,
+        **{**fields, "gt_masks": CroppedMasks(crops, _mask_areas(masks).to(boxes))},
+    )
+
+
+def _mask_areas(masks) -> torch.Tensor:
+    """Areas in pixels, one for each of `masks`; an object that augmentation removed has 0."""
+    if isinstance(masks, PolygonMasks):
+        return masks.area()
+    return masks.tensor.count_nonzero(dim=(1, 2))
+
+
+@torch.no_grad()
+def mask_iou_targets(
+    pred_masks: torch.Tensor, gt_crops: torch.Tensor, gt_areas: torch.Tensor, boxes: torch.Tensor
+) -> torch.Tensor:
+    """
+    IoU of predicted masks with their whole objects (Mask Scoring R-CNN, Sec. 3.2), in mask cells.
+
+    A predicted mask ends at its box, its object need not. So the union counts the area of the
+    whole object: its pixels divided by the pixels per mask cell. Both numbers are at hand, and
+    nothing has to be rasterised a second time.
+
+    Args:
+        pred_masks: bool Tensor of shape (N, S, S), the binarised mask predicted in each box.
+        gt_crops: bool Tensor of shape (N, S, S), the part of the matched object in each box.
+        gt_areas: Tensor of shape (N,), the area of the whole matched object in pixels.
+        boxes: Tensor of shape (N, 4), the boxes, (x0, y0, x1, y1) in pixels.
+
+    Returns:
+        float32 Tensor of shape (N,), the IoU in [0, 1]; 0 if either of the two masks is empty.
+    """
+    cells_per_mask = pred_masks.shape[-1] * pred_masks.shape[-2]
+    sides = (boxes[:, 2:] - boxes[:, :2]).float().clamp(min=MIN_BOX_SIDE)
+    pixels_per_cell = sides.prod(dim=1) / cells_per_mask
+
+    intersection = (pred_masks & gt_crops).sum(dim=(1, 2)).float()
+    pred_cells = pred_masks.sum(dim=(1, 2))
+    # Thin objects can cover more cells than pixels; the whole is never less than its part.
+    gt_cells = torch.maximum(gt_areas / pixels_per_cell, gt_crops.sum(dim=(1, 2)))
+    union = pred_cells + gt_cells - intersection
+    # Less than one cell is left only when nothing is predicted, and the intersection is 0 then.
+    return intersection / union.clamp(min=1)

@@ -1,0 +1,29 @@
+"""Detectron2's test-time augmentation, with mask scores averaged like the masks."""
+
+import torch
+
+from detectron2.modeling import GeneralizedRCNNWithTTA
+
+from .mask_iou_head import set_mask_scores
+
+__all__ = ["MaskScoringRCNNWithTTA"]
+
+
+class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
+    """
+    :class:`GeneralizedRCNNWithTTA` for models with :class:`MaskScoringROIHeads`.
+
+    The merged detections get as "pred_mask_ious" the mean over the augmented images, as they get
+    the mean of the masks.
+    """
+
+    def _rescale_detected_boxes(self, augmented_inputs, merged_instances, tfms):
+        # The base class hands the merged detections to this step and the outputs to the next
+        # one only, which needs both.
+        self._merged_instances = merged_instances
+        return super()._rescale_detected_boxes(augmented_inputs, merged_instances, tfms)
+
+    def _reduce_pred_masks(self, outputs, tfms):
+        mask_ious = torch.stack([x.pred_mask_ious for x in outputs]).mean(dim=0)
+        set_mask_scores(self._merged_instances, mask_ious)
+        return super()._reduce_pred_masks(outputs, tfms)

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""
+Train or evaluate Mask Scoring R-CNN, from a LazyConfig (.py) or a yacs config (.yaml).
+
+On one machine, or started by torchrun on many; see --help for examples.
+"""
+
+import argparse
+
+import torch
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from msrcnn_d2.engine import (
+    build_recipe,
+    check_recipe,
+    device_of,
+    evaluate_checkpoint,
+    find_config_file,
+    launch,
+    load_config,
+    register_dataset,
+    train,
+)
+from msrcnn_d2.errors import exit_on_user_error
+from msrcnn_d2.model_zoo import published_results
+
+EXAMPLES = """
+examples:
+  train on COCO with 8 GPUs:
+    train_net.py --config-file configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py --num-gpus 8
+  go on after an interruption:
+    train_net.py --config-file ... --resume
+  evaluate a checkpoint:
+    train_net.py --config-file ... --eval-only train.init_checkpoint=model.pth
+  your own data in COCO's format:
+    train_net.py --config-file ... \\
+      --dataset my_train train.json images/ --dataset my_val val.json images/ \\
+      dataloader.train.dataset.names=my_train dataloader.test.dataset.names=my_val \\
+      model.roi_heads.num_classes=3
+  two machines with 8 GPUs each, on both:
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
+      train_net.py --config-file ...
+
+A yaml config takes MODEL.ROI_HEADS.NUM_CLASSES=3 or MODEL.ROI_HEADS.NUM_CLASSES 3 and so on.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser(epilog=EXAMPLES)
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
+        help="register a dataset in COCO's format under a name; can be given several times",
+    )
+    return parser
+
+
+def prepare(args: argparse.Namespace):
+    """Register datasets and read the config, in each process."""
+    for dataset in args.dataset:
+        register_dataset(*dataset)
+    args.config_file = find_config_file(args.config_file)
+    return load_config(args.config_file, args.opts)
+
+
+def main(args: argparse.Namespace) -> None:
+    """What each process does."""
+    with exit_on_user_error():
+        cfg = prepare(args)
+        recipe = build_recipe(cfg)
+        check_recipe(recipe, comm.get_world_size(), training=not args.eval_only)
+        default_setup(cfg, args)
+        logger = setup_logger(recipe.output_dir, comm.get_rank(), name="msrcnn_d2")
+        if not torch.cuda.is_available():
+            logger.info("There is no GPU that PyTorch can use: running on the CPU.")
+        if args.eval_only:
+            evaluate_checkpoint(recipe, published_results(args.config_file))
+        else:
+            train(recipe, resume=args.resume)
+
+
+def invoke_main() -> None:
+    args = argument_parser().parse_args()
+    with exit_on_user_error():
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            device=device_of(prepare(args)),
+            args=(args,),
+        )
+
+
+if __name__ == "__main__":
+    invoke_main()
