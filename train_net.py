@@ -85,8 +85,8 @@ def main(args: argparse.Namespace) -> None:
             train(recipe, resume=args.resume)
 
 
-def invoke_main() -> None:
-    args = argument_parser().parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Start the processes that the arguments ask for; each runs `main`."""
     with exit_on_user_error():
         launch(
             main,
@@ -100,4 +100,4 @@ def invoke_main() -> None:
 
 
 if __name__ == "__main__":
-    invoke_main()
+    run(argument_parser().parse_args())

@@ -57,5 +57,6 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
 
 def _reason(error: Exception) -> str:
-    """First line of an error's message; some messages go on for a page."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """First sentence of an error's message; some go on for a page, and advise to run any code."""
+    message = str(error).strip().splitlines() or [type(error).__name__]
+    return message[0].split(". ")[0].rstrip(".")

@@ -53,10 +53,12 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             {**x, "instances": [_ranked_by_mask_score(r) for r in x["instances"]]}
             for x in predictions
         ]
-        super()._eval_predictions(predictions, img_ids)
         results = [r for x in predictions for r in x["instances"]]
+        # Asked first: pycocotools gives results without masks the outlines of their boxes, in place
+        parts = [p for p in ("bbox", "segmentation") if any(p in r for r in results)]
+        super()._eval_predictions(predictions, img_ids)
         if self._output_dir:
-            self._write_server_files(results)
+            self._write_server_files(results, parts)
         if "segm" in self._results and any("mask_score" in r for r in results):
             self._results["segm_by_class_score"] = self._results["segm"]
             self._results["segm"] = self._mask_results(by_mask_score, img_ids)
@@ -71,13 +73,12 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         COCOEvaluator._eval_predictions(ranking, predictions, img_ids)
         return ranking._results["segm"]
 
-    def _write_server_files(self, results):
-        for task, part in [("bbox", "bbox"), ("segm", "segmentation")]:
-            entries = [_server_entry(r, part) for r in results if part in r]
-            if entries:
-                path = os.path.join(self._output_dir, f"coco_{task}_results.json")
-                with PathManager.open(path, "w") as f:
-                    json.dump(entries, f)
+    def _write_server_files(self, results, parts):
+        for part in parts:
+            task = {"bbox": "bbox", "segmentation": "segm"}[part]
+            path = os.path.join(self._output_dir, f"coco_{task}_results.json")
+            with PathManager.open(path, "w") as f:
+                json.dump([_server_entry(r, part) for r in results], f)
 
 
 def _attach_mask_scores(results, instances):
@@ -136,7 +137,7 @@ def mask_ap(coco_gt: COCO, results: Sequence[dict], scores: Sequence[float]) -> 
         scores: the number to rank each result by, instead of its "score".
 
     Returns:
-        "AP" (mean over IoU 0.50:0.95), "AP50", "AP75", in percent; NaN without any result.
+        "AP" (mean over IoU 0.50:0.95), "AP50", "AP75", in percent; NaN without any result or object.
     """
     names = ("AP", "AP50", "AP75")
     if not results:
@@ -150,4 +151,5 @@ def mask_ap(coco_gt: COCO, results: Sequence[dict], scores: Sequence[float]) -> 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {name: 100 * float(evaluation.stats[k]) for k, name in enumerate(names)}
+    stats = [float(x) if x >= 0 else float("nan") for x in evaluation.stats[:3]]  # -1: undefined
+    return {name: 100 * x for name, x in zip(names, stats)}

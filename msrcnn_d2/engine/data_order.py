@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
@@ -60,7 +60,11 @@ class ResumableBatches:
         self.first_iter = 0
 
     def __iter__(self):
-        yield from self.build_loader(self.seeds.seed, self.first_iter)
+        # Samplers draw their own seed when they are built, and loaders when they start. It happens
+        # in the first step of a run, resumed or not, whose numbers it must not change.
+        with _temporary_seed(self.seeds.seed):
+            batches = iter(self.build_loader(self.seeds.seed, self.first_iter))
+        yield from batches
 
 
 def build_resumable_loader(
@@ -93,12 +97,8 @@ def build_resumable_loader(
         sampler, len(dataset), total_batch_size // comm.get_world_size(), groups, first_iter
     )
     samples = _SeededSamples(DatasetFromList(dataset, copy=False), mapper, seed)
-    # MapDataset replaces samples that the mapper refuses by returning None
     return DataLoader(
-        MapDataset(samples, _identity),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
+        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn
     )
 
 
@@ -138,7 +138,13 @@ class _BatchSampler:
 
 
 class _SeededSamples(Dataset):
-    """Mapped samples by the codes of :class:`_BatchSampler`; a code fixes the augmentation."""
+    """
+    Mapped samples by the codes of :class:`_BatchSampler`; a code fixes the augmentation.
+
+    A sample that the mapper refuses, by returning None, is replaced by another one at random.
+    """
+
+    MAX_TRIES = 100
 
     def __init__(self, dataset, mapper: Callable, seed: int):
         self.dataset = dataset
@@ -152,7 +158,12 @@ class _SeededSamples(Dataset):
     def __getitem__(self, code: int):
         position, index = divmod(code, len(self.dataset))
         with _temporary_seed(_derived_seed(self.seed, position, self.rank)):
-            return self.mapper(self.dataset[index])
+            for _ in range(self.MAX_TRIES):
+                sample = self.mapper(self.dataset[index])
+                if sample is not None:
+                    return sample
+                index = random.randrange(len(self.dataset))
+        raise RuntimeError(f"The mapper refused {self.MAX_TRIES} samples one after another.")
 
 
 def _derived_seed(seed: int, count: int, rank: "int | None" = None) -> int:
@@ -173,7 +184,3 @@ def _temporary_seed(seed: int):
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def _identity(sample):
-    return sample

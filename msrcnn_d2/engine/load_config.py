@@ -7,7 +7,7 @@ import re
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,6 +19,9 @@ from ..config import add_msrcnn_config
 from ..errors import UserError
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
+
+# What Detectron2 reads from `train` if it is there; its own configs leave it out
+OPTIONAL_TRAIN_KEYS = {"seed": -1, "cudnn_benchmark": False, "float32_precision": ""}
 
 
 def register_dataset(name: str, annotations: str, images: str) -> None:
@@ -87,6 +90,10 @@ def _is_lazy(path: str) -> bool:
 
 def _load_lazy(path, overrides):
     cfg = LazyConfig.load(path)
+    if "train" not in cfg:
+        raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
+    for key, default in OPTIONAL_TRAIN_KEYS.items():
+        cfg.train.setdefault(key, default)
     for override in overrides:
         _check_override(cfg, override)
     try:
@@ -102,26 +109,34 @@ def _check_override(cfg: DictConfig, override: str) -> None:
     key = override.split("=", 1)[0]
     if key.startswith(("+", "~")):  # hydra's signs for a key to add or to delete
         return
-    parent_key, _, name = key.rpartition(".")
-    parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
-    known = list(parent) if isinstance(parent, DictConfig) else []
-    if name in known or _is_argument(parent, name):
-        return
-    if isinstance(parent, (list, tuple)) or OmegaConf.is_list(parent):
-        return  # omegaconf says itself which items a list has
-    nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(known)}."
-    where = f"'{parent_key}'" if parent_key else "the config"
-    raise UserError(f"Override '{override}': {where} has no key '{name}'; {hint}")
+    node, path = cfg, "the config"
+    for name in key.split("."):
+        if not isinstance(node, DictConfig):
+            return  # a list or a value: omegaconf says itself what it can do with them
+        known, open_ended = _known_keys(node)
+        if name not in known and not open_ended:
+            nearest = difflib.get_close_matches(name, known, n=3) or known
+            raise UserError(
+                f"Override '{override}': {path} has no key '{name}'; did you mean "
+                f"{' or '.join(nearest)}?"
+            )
+        if name not in node:
+            return  # an argument that is left at its default so far
+        node, path = node[name], f"'{name}'"
 
 
-def _is_argument(node, name: str) -> bool:
-    """Whether `name` is an argument, left at its default, of the callable that a node describes."""
-    if not isinstance(node, DictConfig) or "_target_" not in node:
-        return False
+def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
+    """The keys that make sense in a node, and whether others may: **kwargs take any."""
+    keys = [str(k) for k in node if k != "_target_"]
+    if "_target_" not in node:
+        return keys, False
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    parameters = inspect.signature(target).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = inspect.signature(target).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return (
+        ["_target_", *dict.fromkeys(keys + named)],
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
 
 
 def _load_yacs(path, overrides):

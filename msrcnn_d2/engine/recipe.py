@@ -19,7 +19,6 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.registry import locate
 
 from ..evaluation import MaskScoringCOCOEvaluator
@@ -124,7 +123,6 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
 
 
 def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int):
-    seed_all_rng(seed)  # samplers draw the seed of their order when they are built
     arguments = {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
     resumable = _target(loader) is build_detection_train_loader and isinstance(
         arguments["dataset"], list
@@ -181,7 +179,6 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
 
 
 def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int):
-    seed_all_rng(seed)  # samplers draw the seed of their order when they are built
     arguments = build_detection_train_loader.from_config(cfg)
     if isinstance(arguments["dataset"], IterableDataset):
         return build_detection_train_loader(**arguments)

@@ -30,10 +30,17 @@ The registered object will be called with `obj(cfg, input_shape)`, where `input_
 :class:`ShapeSpec` of the mask head's region features.
 """
 
+# Predictions that are off by more occur where training starts from features that explode, such as
+# those of a frozen batch norm without pre-trained weights. Mask R-CNN's own losses survive that,
+# being linear; a square does not (ResNet-50: not finite in the second iteration).
+MAX_QUADRATIC_ERROR = 10.0
+
 
 def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Half the mean squared error over the masks that touch their object (their IoU is above 0).
+
+    Beyond `MAX_QUADRATIC_ERROR`, where no prediction of an IoU belongs, it grows linearly.
 
     Args:
         pred_mask_ious: Tensor of shape (N,), the IoU predicted for the ground-truth class of
@@ -45,8 +52,8 @@ def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.
         distributed training needs a gradient for each parameter in each step.
     """
     valid = (targets > 0).to(targets.dtype)
-    squared_errors = (pred_mask_ious - targets) ** 2
-    return 0.5 * (squared_errors * valid).sum() / valid.sum().clamp(min=1)
+    losses = F.huber_loss(pred_mask_ious, targets, reduction="none", delta=MAX_QUADRATIC_ERROR)
+    return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
 def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instances]) -> None:

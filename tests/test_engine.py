@@ -1,0 +1,376 @@
+"""Checks before a run, overrides, checkpoints that cannot be used, and the order of the data."""
+
+import json
+import os
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from msrcnn_d2 import model_zoo
+from msrcnn_d2.checkpoint import MaskScoringCheckpointer
+from msrcnn_d2.engine import build_recipe, check_recipe, find_config_file, load_config
+from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds, build_resumable_loader
+from msrcnn_d2.engine.load_config import register_dataset
+from msrcnn_d2.engine.train import summary_table
+from msrcnn_d2.errors import UserError
+from msrcnn_d2.model_zoo import Published
+
+LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
+YACS = LAZY.replace(".py", ".yaml")
+
+
+# Reading configs
+
+
+def test_overrides_of_a_lazy_config():
+    overrides = ["train.max_iter=7", "model.roi_heads.mask_iou_head.loss_weight=2", "train.seed=3"]
+    cfg = load_config(LAZY, overrides + ["dataloader.train.aspect_ratio_grouping=False"])
+    assert (cfg.train.max_iter, cfg.train.seed) == (7, 3)
+    assert cfg.model.roi_heads.mask_iou_head.loss_weight == 2
+    assert cfg.dataloader.train.aspect_ratio_grouping is False
+
+
+@pytest.mark.parametrize(
+    "overrides", [["SOLVER.MAX_ITER", "7"], ["SOLVER.MAX_ITER=7"], ["SEED=1", "SOLVER.MAX_ITER", 7]]
+)
+def test_overrides_of_a_yacs_config(overrides):
+    assert load_config(YACS, overrides).SOLVER.MAX_ITER == 7
+
+
+@pytest.mark.parametrize(
+    "path, override, message",
+    [
+        (LAZY, "trian.max_iter=1", "did you mean train?"),
+        (LAZY, "train.max_itr=1", "did you mean max_iter?"),
+        (LAZY, "model.roi_heads.mask_iou_head.loss_wieght=1", "did you mean loss_weight?"),
+        (LAZY, "train.max_iter", "not of the form key=value"),
+        (LAZY, "model.pixel_mean=[1,2", "Cannot override"),
+        (YACS, "SOLVER.MAX_ITR=1", "SOLVER.MAX_ITR"),
+        (YACS, "SOLVER.MAX_ITER", "odd length"),
+    ],
+)
+def test_a_wrong_override_is_refused(path, override, message):
+    with pytest.raises(UserError) as error:
+        load_config(path, [override])
+    assert message in str(error.value)
+
+
+def test_a_key_can_be_added_on_purpose():
+    assert load_config(LAZY, ["+train.mine=1"]).train.mine == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.py", "model = (", "cannot be read"),
+        ("config.py", "import a_module_that_is_not_there", "a_module_that_is_not_there"),
+        ("config.py", "model = dict(a=1)", "no `train`"),
+        ("config.yaml", "MODEL: [", "cannot be read"),
+        ("config.yaml", "MODLE: {}", "MODLE"),
+    ],
+)
+def test_a_broken_config_file_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        load_config(str(tmp_path / name))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "nosuch.py", "COCO-InstanceSegmentation/nosuch.yaml"])
+def test_a_missing_config_file_is_refused(name):
+    with pytest.raises(UserError, match="ms_rcnn_R_50_FPN_1x|does not exist"):
+        find_config_file(name)
+
+
+def test_a_config_is_found_by_its_name_in_the_zoo():
+    assert find_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py") == LAZY
+
+
+def test_the_config_that_a_run_saves_can_be_loaded(tmp_path):
+    path = str(tmp_path / "config.yaml")
+    LazyConfig.save(load_config(LAZY, ["train.max_iter=7"]), path)
+    assert load_config(path).train.max_iter == 7
+
+
+def test_without_a_gpu_configs_run_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_config(LAZY).train.device == "cpu"
+    assert load_config(YACS).MODEL.DEVICE == "cpu"
+
+
+def test_with_a_gpu_configs_run_on_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_config(LAZY).train.device == "cuda"
+    assert load_config(LAZY, ["train.device=cpu"]).train.device == "cpu"
+    assert load_config(YACS).MODEL.DEVICE == "cuda"
+
+
+# Checks before a run
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Registers small datasets under new names; forgets them afterwards."""
+    names = []
+
+    def register(name, num_categories=3, with_images=True):
+        images = tmp_path / f"{name}_images"
+        images.mkdir()
+        if with_images:
+            (images / "1.png").touch()
+        annotations = tmp_path / f"{name}.json"
+        categories = [{"id": k, "name": f"class {k}"} for k in range(1, num_categories + 1)]
+        annotations.write_text(
+            json.dumps({"images": [], "annotations": [], "categories": categories})
+        )
+        register_dataset(name, str(annotations), str(images))
+        names.append(name)
+        return annotations
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def recipe_on(tmp_path, name, **attributes):
+    defaults = dict(
+        output_dir=str(tmp_path / "output"),
+        train_names=(name,),
+        test_sets=[SimpleNamespace(name=name)],
+        num_classes=3,
+        total_batch_size=16,
+    )
+    return SimpleNamespace(**{**defaults, **attributes})
+
+
+def refusal(recipe, num_processes=1, training=True):
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe, num_processes, training)
+    return str(error.value)
+
+
+def test_a_sound_recipe_passes_and_leaves_nothing_behind(tmp_path, dataset):
+    dataset("check_ok")
+    check_recipe(recipe_on(tmp_path, "check_ok"), num_processes=8, training=True)
+    assert os.listdir(tmp_path / "output") == []
+
+
+def test_unknown_dataset(tmp_path):
+    assert "coco_2017_train" in refusal(recipe_on(tmp_path, "coco_2017_tran"))
+
+
+def test_missing_annotations(tmp_path, dataset):
+    dataset("check_no_json").unlink()
+    assert "DETECTRON2_DATASETS" in refusal(recipe_on(tmp_path, "check_no_json"))
+
+
+def test_missing_images(tmp_path, dataset):
+    dataset("check_no_images", with_images=False)
+    assert "Images of dataset" in refusal(recipe_on(tmp_path, "check_no_images"))
+
+
+def test_categories_that_do_not_match(tmp_path, dataset):
+    dataset("check_categories", num_categories=2)
+    message = refusal(recipe_on(tmp_path, "check_categories"))
+    assert "2 categories (class 1, class 2)" in message and "num_classes=2" in message
+
+
+def test_evaluation_does_not_need_the_training_set(tmp_path, dataset):
+    dataset("check_val")
+    recipe = recipe_on(tmp_path, "check_val", train_names=("not_there",))
+    check_recipe(recipe, 1, training=False)
+    assert "not_there" in refusal(recipe)
+
+
+def test_batch_that_cannot_be_shared_out(tmp_path, dataset):
+    dataset("check_batch")
+    message = refusal(recipe_on(tmp_path, "check_batch"), num_processes=3)
+    assert "16 images" in message and "3 processes" in message
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, dataset):
+    dataset("check_output")
+    (tmp_path / "file").touch()
+    recipe = recipe_on(tmp_path, "check_output", output_dir=str(tmp_path / "file" / "output"))
+    assert "train.output_dir" in refusal(recipe)
+
+
+def test_a_dataset_name_is_not_given_twice(dataset, tmp_path):
+    annotations = dataset("check_twice")
+    images = str(tmp_path / "check_twice_images")
+    register_dataset("check_twice", str(annotations), images)  # the same again is no harm
+    with pytest.raises(UserError, match="check_twice"):
+        register_dataset("check_twice", "other.json", images)
+    with pytest.raises(UserError, match="coco_2017_val"):
+        register_dataset("coco_2017_val", "other.json", images)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("path", [LAZY, YACS])
+def test_recipes_of_both_kinds_agree(path):
+    recipe = build_recipe(load_config(path))
+    assert (recipe.max_iter, recipe.total_batch_size, recipe.num_classes) == (90000, 16, 80)
+    assert recipe.train_names == ("coco_2017_train",)
+    assert [t.name for t in recipe.test_sets] == ["coco_2017_val"]
+    assert (recipe.amp, recipe.seed) == (False, -1)
+
+
+# Checkpoints
+
+
+def read(path, model=None):
+    return MaskScoringCheckpointer(model or nn.Linear(2, 3)).load(str(path))
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"<html>404</html>", b"\x80\x04]"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / name)
+    message = str(error.value)
+    assert name in message and "cannot be read" in message
+    assert "weights_only" not in message and "\n" not in message
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    torch.save({"model": nn.Linear(100, 100).state_dict()}, tmp_path / "model.pth")
+    content = (tmp_path / "model.pth").read_bytes()
+    (tmp_path / "model.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "model.pth")
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read(tmp_path / "nosuch.pth")
+
+
+@pytest.mark.parametrize("other", [{"other.weight": torch.zeros(3, 2)}, {"weight": torch.zeros(9)}])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, other):
+    torch.save({"model": other}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match="none of the model's parameters"):
+        read(tmp_path / "model.pth")
+
+
+def test_a_good_checkpoint_is_loaded(tmp_path):
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    read(tmp_path / "model.pth", other)
+    assert torch.equal(model.weight, other.weight)
+
+
+# The order of the data
+
+
+def dicts(num_images=10):
+    """Images 0, 3, 6, 9 are upright."""
+    return [
+        {"index": k, "width": 10 if k % 3 else 5, "height": 7, "file_name": ""}
+        for k in range(num_images)
+    ]
+
+
+def mapper(dataset_dict):
+    return {**dataset_dict, "random": (np.random.rand(), torch.rand(1).item())}
+
+
+def take(count, first_iter=0, seed=1, mapper=mapper, **kwargs):
+    loader = build_resumable_loader(
+        dicts(), mapper=mapper, seed=seed, first_iter=first_iter, total_batch_size=3, **kwargs
+    )
+    batches = iter(loader)
+    return [next(batches) for _ in range(count)]
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_loader_goes_on_with_the_same_samples(grouping, num_workers):
+    whole = take(12, aspect_ratio_grouping=grouping)
+    rest = take(5, first_iter=7, aspect_ratio_grouping=grouping, num_workers=num_workers)
+    assert rest == whole[7:]
+
+
+def test_each_image_comes_once_an_epoch():
+    samples = [s["index"] for batch in take(10, aspect_ratio_grouping=False) for s in batch]
+    assert Counter(samples) == {k: 3 for k in range(10)}
+    assert samples[:10] != samples[10:20]
+
+
+def test_batches_are_of_one_orientation():
+    batches = take(12)
+    upright = [{s["width"] < s["height"] for s in batch} for batch in batches]
+    assert all(len(kinds) == 1 for kinds in upright)
+    assert {True} in upright and {False} in upright
+
+
+def test_another_seed_is_another_order_and_another_augmentation():
+    one, other = take(4, seed=1), take(4, seed=2)
+    assert [s["index"] for b in one for s in b] != [s["index"] for b in other for s in b]
+    assert not {s["random"] for b in one for s in b} & {s["random"] for b in other for s in b}
+
+
+def test_loading_leaves_the_callers_random_numbers_alone():
+    def numbers_after(work):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        work()
+        return np.random.rand(), torch.rand(1).item()
+
+    seeds = StepSeeds(1)
+    batches = ResumableBatches(
+        lambda seed, first_iter: build_resumable_loader(
+            dicts(), mapper=mapper, seed=seed, first_iter=first_iter, total_batch_size=3
+        ),
+        seeds,
+    )
+    assert numbers_after(lambda: next(iter(batches))) == numbers_after(lambda: None)
+
+
+def test_samples_that_the_mapper_refuses_are_replaced():
+    refuse_zero = take(4, mapper=lambda d: None if d["index"] == 0 else mapper(d))
+    indices = {s["index"] for batch in refuse_zero for s in batch}
+    assert 0 not in indices and all(len(batch) == 3 for batch in refuse_zero)
+
+
+def test_steps_are_seeded_by_run_and_iteration():
+    def numbers(seed, iteration):
+        seeds = StepSeeds(seed)
+        seeds.trainer = SimpleNamespace(iter=iteration)
+        seeds.before_step()
+        return np.random.rand(), torch.rand(1).item()
+
+    assert numbers(1, 5) == numbers(1, 5)
+    assert len({numbers(1, 5), numbers(1, 6), numbers(2, 5)}) == 3
+
+
+# Summary
+
+
+def test_summary_shows_published_results_beside_measured_ones():
+    task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
+    results = {"bbox": task, "segm": {**task, "AP": 36.5}, "segm_by_class_score": task}
+    table = summary_table(results, Published(38.2, 36.0))
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "boxes",
+        "masks by class score",
+        "masks by mask score",
+    ]
+    by_mask_score = table.splitlines()[-1]
+    assert "36.50" in by_mask_score and "36.00" in by_mask_score and "31.25" in by_mask_score
+    assert "published" not in summary_table(results)
+
+
+def test_summary_of_a_model_without_mask_scores():
+    task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
+    assert "masks by" not in summary_table({"bbox": task, "segm": task})

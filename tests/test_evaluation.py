@@ -1,0 +1,636 @@
+import contextlib
+import copy
+import io
+import json
+import math
+import uuid
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+
+from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator, mask_ap, true_mask_ious
+
+from toy import write_coco_json
+
+IMAGE_SIZE = (120, 160)
+# Neither consecutive nor in the order of the classes
+CATEGORY_IDS = (7, 3, 90)
+METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+
+
+def square(x, y, side):
+    return [x, y, x + side, y, x + side, y + side, x, y + side]
+
+
+def bitmask(x, y, width, height):
+    mask = torch.zeros(IMAGE_SIZE, dtype=torch.bool)
+    mask[y : y + height, x : x + width] = True
+    return mask
+
+
+def detections(boxes, classes, scores, mask_ious=None, masks=None):
+    """Predictions whose masks fill their boxes (x, y, width, height), if no masks are given."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    if masks is None:
+        masks = [bitmask(*box) for box in boxes.int().tolist()]
+    instances = Instances(
+        IMAGE_SIZE,
+        pred_boxes=Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)),
+        scores=torch.tensor(scores, dtype=torch.float32),
+        pred_classes=torch.tensor(classes, dtype=torch.int64),
+        pred_masks=torch.stack(masks) if len(masks) else torch.zeros(0, *IMAGE_SIZE).bool(),
+    )
+    if mask_ious is not None:
+        instances.pred_mask_ious = torch.tensor(mask_ious, dtype=torch.float32)
+        instances.mask_scores = instances.scores * instances.pred_mask_ious
+    return instances
+
+
+def without_mask_scores(images):
+    images = copy.deepcopy(images)
+    for instances in images:
+        instances.remove("pred_mask_ious")
+        instances.remove("mask_scores")
+    return images
+
+
+def dataset_of(json_file, category_ids=CATEGORY_IDS):
+    """The name of a new data set with the annotations of `json_file`."""
+    name = uuid.uuid4().hex
+    MetadataCatalog.get(name).set(
+        json_file=str(json_file),
+        thing_classes=[chr(ord("a") + k) for k in range(len(category_ids))],
+        thing_dataset_id_to_contiguous_id={c: k for k, c in enumerate(category_ids)},
+    )
+    return name
+
+
+def evaluate(json_file, images, cls=MaskScoringCOCOEvaluator, category_ids=CATEGORY_IDS, **kwargs):
+    """Results for the predictions of the images 1, 2, 3, ..."""
+    evaluator = cls(
+        dataset_of(json_file, category_ids), distributed=False, use_fast_impl=False, **kwargs
+    )
+    evaluator.reset()
+    for k, instances in enumerate(images, start=1):
+        evaluator.process([{"image_id": k}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+def coco_results(images, score, category_ids=CATEGORY_IDS):
+    """The predictions in COCO's format, ranked by one of their fields."""
+    results = []
+    for image_id, instances in enumerate(images, start=1):
+        for k in range(len(instances)):
+            x0, y0, x1, y1 = instances.pred_boxes.tensor[k].tolist()
+            mask = np.asfortranarray(instances.pred_masks[k].numpy(), dtype=np.uint8)
+            rle = mask_util.encode(mask)
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_ids[instances.pred_classes[k]],
+                    "score": instances.get(score)[k].item(),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+    return results
+
+
+def coco_metrics(json_file, results, task, max_dets=100):
+    """The six numbers of COCO's own evaluation of `results`, in percent."""
+    if task == "segm":  # else the area of an object would be that of its box
+        results = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(json_file))
+        coco_eval = COCOeval(truth, truth.loadRes(results), task)
+        coco_eval.params.maxDets = [1, 10, max_dets]
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        if max_dets == 100:
+            coco_eval.summarize()
+            stats = coco_eval.stats[:6]
+        else:
+            # summarize() knows no other limit than 100 for AP; mean precision over all
+            precision = coco_eval.eval["precision"][..., -1]  # IoU, recall, class, area
+            picked = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
+            picked += [precision[..., area] for area in (1, 2, 3)]
+            stats = [p[p > -1].mean() if (p > -1).any() else -1 for p in picked]
+    return {name: 100 * x if x >= 0 else math.nan for name, x in zip(METRICS, stats)}
+
+
+def only_metrics(results):
+    return {name: results[name] for name in METRICS}
+
+
+def assert_same(results, expected):
+    """Exactly equal, NaN to NaN."""
+    assert results.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            assert_same(results[key], value)
+        else:
+            assert results[key] == value or (math.isnan(results[key]) and math.isnan(value)), key
+
+
+# ---- what the evaluator is for
+
+
+def test_a_good_mask_with_a_low_class_score_wins_in_segm_and_not_in_bbox(tmp_path):
+    # One object, two detections of it with the right box. The one that the classifier prefers has
+    # a bad mask, and the head knows it. Ranked by class score the false positive comes first:
+    # precision 1/2 at every recall. Ranked by mask score the good mask comes first: precision 1.
+    json_file = write_coco_json(
+        tmp_path / "gt.json", [[(0, square(20, 20, 60))]], CATEGORY_IDS, IMAGE_SIZE
+    )
+    box = [20, 20, 60, 60]
+    image = detections(
+        [box, box],
+        [0, 0],
+        scores=[0.9, 0.6],
+        mask_ious=[0.3, 0.9],  # mask scores 0.27 and 0.54
+        masks=[bitmask(20, 20, 20, 60), bitmask(20, 20, 60, 60)],
+    )
+
+    results = evaluate(json_file, [image])
+
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert results["segm_by_class_score"]["AP"] == pytest.approx(50)
+    # Both boxes are right: the better ranked one matches, the other comes after full recall
+    assert results["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_boxes_are_ranked_by_class_score(tmp_path):
+    # The mirror image: the better class score has the right box, the better mask score a wrong one
+    json_file = write_coco_json(
+        tmp_path / "gt.json", [[(0, square(20, 20, 60))]], CATEGORY_IDS, IMAGE_SIZE
+    )
+    image = detections(
+        [[20, 20, 60, 60], [90, 20, 60, 60]], [0, 0], scores=[0.9, 0.6], mask_ious=[0.3, 0.9]
+    )
+
+    results = evaluate(json_file, [image])
+
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["segm_by_class_score"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP"] == pytest.approx(50)
+
+
+# ---- against COCO's own evaluation
+
+
+def random_boxes(rng, count, classes=3):
+    sides = rng.integers(8, 60, (count, 2))
+    corners = rng.integers(0, [IMAGE_SIZE[1] - 60, IMAGE_SIZE[0] - 60], (count, 2))
+    return np.concatenate([corners, sides], axis=1), rng.integers(0, classes, count)
+
+
+def random_images(counts, crowds=False, ties=False, seed=0, detections_per_object=4):
+    """
+    Objects and imperfect detections of them, one image for each of `counts`.
+
+    Returns:
+        for each image its objects, and its predictions.
+    """
+    rng = np.random.default_rng(seed)
+    truth, images = [], []
+    for count in counts:
+        boxes, classes = random_boxes(rng, count)
+        corners = [
+            [x, y, x + w, y, x + w, y + h, x, y + h] for x, y, w, h in boxes.astype(int).tolist()
+        ]
+        crowd = [crowds and k % 3 == 0 for k in range(count)]
+        truth.append(list(zip(classes.tolist(), corners, crowd)))
+
+        found = np.repeat(boxes, detections_per_object, axis=0)
+        found = found + rng.integers(-6, 7, found.shape)
+        found[:, :2] = found[:, :2].clip(0)
+        found[:, 2:] = found[:, 2:].clip(2)
+        found_classes = np.repeat(classes, detections_per_object)
+        wrong = rng.random(len(found)) < 0.2
+        found_classes = np.where(wrong, (found_classes + 1) % 3, found_classes)
+        # Masks that are narrower than their boxes, each by another amount
+        masks = [
+            bitmask(x, y, max(1, int(w * share)), h)
+            for (x, y, w, h), share in zip(found.tolist(), rng.uniform(0.5, 1, len(found)))
+        ]
+        scores, mask_ious = rng.uniform(0.05, 1, (2, len(found)))
+        if ties:
+            scores, mask_ious = scores.round(1), np.full(len(found), 0.5)
+        images.append(
+            detections(found, found_classes.tolist(), scores.tolist(), mask_ious.tolist(), masks)
+        )
+    return truth, images
+
+
+def nothing_found(truth_and_images, images_without_detections):
+    truth, images = truth_and_images
+    images = [x[:0] if k in images_without_detections else x for k, x in enumerate(images, start=1)]
+    return truth, images
+
+
+def without_truth(truth_and_images, images_without_truth):
+    truth, images = truth_and_images
+    truth = [[] if k in images_without_truth else x for k, x in enumerate(truth, start=1)]
+    return truth, images
+
+
+CASES = {
+    "several-classes": random_images([3, 4, 5]),
+    "crowds": random_images([4, 5, 6], crowds=True),
+    "an-image-without-truth": without_truth(random_images([3, 4, 5]), {2}),
+    "an-image-without-detections": nothing_found(random_images([3, 4, 5]), {1}),
+    "ties": random_images([4, 5, 3], ties=True),
+    "more-than-100-detections": random_images([5, 4], detections_per_object=30),
+    "one-object": random_images([1]),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    """A file with ground truth, and predictions."""
+    truth, images = CASES[request.param]
+    path = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+    return path, copy.deepcopy(images)
+
+
+def test_equals_coco_run_once_for_each_score(case):
+    json_file, images = case
+
+    results = evaluate(json_file, images)
+
+    by_scores = coco_results(images, "scores")
+    by_mask_scores = coco_results(images, "mask_scores")
+    assert list(results) == ["bbox", "segm", "segm_by_class_score"]
+    assert_same(only_metrics(results["bbox"]), coco_metrics(json_file, by_scores, "bbox"))
+    assert_same(only_metrics(results["segm"]), coco_metrics(json_file, by_mask_scores, "segm"))
+    assert_same(
+        only_metrics(results["segm_by_class_score"]), coco_metrics(json_file, by_scores, "segm")
+    )
+
+
+def test_the_three_results_differ_in_general(tmp_path):
+    truth, images = CASES["several-classes"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+
+    results = evaluate(json_file, images)
+
+    assert len({results[task]["AP"] for task in results}) == 3
+    assert {"AP-a", "AP-b", "AP-c"} <= results["segm"].keys()
+
+
+@pytest.mark.parametrize("max_dets", [3, 200])
+def test_another_limit_of_detections(max_dets, tmp_path):
+    truth, images = random_images([5, 4], detections_per_object=60)
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+
+    results = evaluate(json_file, images, max_dets_per_image=max_dets)
+
+    for task, kind, score in [
+        ("bbox", "bbox", "scores"),
+        ("segm", "segm", "mask_scores"),
+        ("segm_by_class_score", "segm", "scores"),
+    ]:
+        expected = coco_metrics(json_file, coco_results(images, score), kind, max_dets)
+        assert only_metrics(results[task]) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    default = evaluate(json_file, images)
+    assert default["segm"]["AP"] != results["segm"]["AP"]  # the limit matters here
+
+
+def test_only_some_images_are_evaluated_on_request(tmp_path):
+    truth, images = CASES["several-classes"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+    only_third = write_coco_json(tmp_path / "3.json", [[], [], truth[2]], CATEGORY_IDS, IMAGE_SIZE)
+    evaluator = MaskScoringCOCOEvaluator(
+        dataset_of(json_file), distributed=False, use_fast_impl=False
+    )
+    evaluator.reset()
+    for k, instances in enumerate(images, start=1):
+        evaluator.process([{"image_id": k}], [{"instances": instances}])
+
+    results = evaluator.evaluate(img_ids=[3])
+
+    assert_same(results, evaluate(only_third, [images[0][:0], images[1][:0], images[2]]))
+
+
+@pytest.mark.parametrize("tasks", [None, ("bbox", "segm")])
+def test_without_any_detection_the_results_are_those_of_detectron2(tasks, tmp_path):
+    truth, images = nothing_found(CASES["several-classes"], {1, 2, 3})
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+
+    results = evaluate(json_file, images, tasks=tasks, output_dir=str(tmp_path / "out"))
+
+    assert_same(results, evaluate(json_file, images, COCOEvaluator, tasks=tasks))
+    assert math.isnan(results["bbox"]["AP"])
+
+
+def test_one_category_with_consecutive_ids(tmp_path):
+    truth = [[(0, square(20, 20, 60))]]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, (1,), IMAGE_SIZE)
+    image = detections([[20, 20, 60, 60]], [0], [0.9], [0.9])
+
+    results = evaluate(json_file, [image], category_ids=(1,))
+
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert list(results["segm"]) == METRICS  # no AP per class
+
+
+# ---- models that do not score masks
+
+
+def test_without_mask_scores_it_is_detectron2s_evaluator(case, tmp_path):
+    json_file, images = case
+    images = without_mask_scores(images)
+
+    results = evaluate(json_file, images)
+
+    assert list(results) == ["bbox", "segm"]
+    assert_same(results, evaluate(json_file, images, COCOEvaluator))
+
+
+def test_without_masks_it_is_detectron2s_evaluator(case, tmp_path):
+    json_file, images = case
+    images = without_mask_scores(images)
+    for instances in images:
+        instances.remove("pred_masks")
+
+    results = evaluate(json_file, images, output_dir=str(tmp_path / "out"))
+
+    assert list(results) == ["bbox"]
+    assert_same(results, evaluate(json_file, images, COCOEvaluator))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "coco_bbox_results.json" in written
+    assert "coco_segm_results.json" not in written
+
+
+def test_only_masks_are_evaluated_on_request(case):
+    json_file, images = case
+
+    results = evaluate(json_file, images, tasks=("segm",))
+
+    everything = evaluate(json_file, images)
+    assert list(results) == ["segm", "segm_by_class_score"]
+    assert_same(results, {task: everything[task] for task in results})
+
+
+def test_proposals_are_evaluated_as_in_detectron2(tmp_path):
+    json_file = write_coco_json(
+        tmp_path / "gt.json", [[(0, square(20, 20, 60))]], CATEGORY_IDS, IMAGE_SIZE
+    )
+    proposals = Instances(
+        IMAGE_SIZE,
+        proposal_boxes=Boxes(torch.tensor([[20.0, 20, 80, 80]])),
+        objectness_logits=torch.ones(1),
+    )
+
+    def ars(cls):
+        evaluator = cls(dataset_of(json_file), distributed=False)
+        evaluator.reset()
+        evaluator.process([{"image_id": 1}], [{"proposals": proposals}])
+        return evaluator.evaluate()
+
+    assert_same(ars(MaskScoringCOCOEvaluator), ars(COCOEvaluator))
+
+
+def test_outputs_that_say_nothing_are_skipped(tmp_path):
+    truth, images = CASES["several-classes"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+    evaluator = MaskScoringCOCOEvaluator(
+        dataset_of(json_file), distributed=False, use_fast_impl=False
+    )
+    evaluator.reset()
+
+    # One batch of four, in which the second output has nothing to evaluate
+    inputs = [{"image_id": k} for k in (1, 99, 2, 3)]
+    outputs = [{"instances": x} for x in images]
+    evaluator.process(inputs, [outputs[0], {"sem_seg": None}, *outputs[1:]])
+
+    assert_same(evaluator.evaluate(), evaluate(json_file, images))
+
+
+# ---- files
+
+
+def test_files_for_a_server_give_the_same_ap(case, tmp_path):
+    json_file, images = case
+
+    results = evaluate(json_file, images, output_dir=str(tmp_path / "out"))
+
+    for task, score in [("bbox", "scores"), ("segm", "mask_scores")]:
+        written = json.loads((tmp_path / "out" / f"coco_{task}_results.json").read_text())
+        part = "bbox" if task == "bbox" else "segmentation"
+        expected = coco_results(images, score)
+        assert all(x.keys() == {"image_id", "category_id", "score", part} for x in written)
+        assert written == [{key: x[key] for key in written[0]} for x in expected]
+        assert_same(only_metrics(results[task]), coco_metrics(json_file, written, task))
+
+
+def test_the_file_of_instances_has_both_scores(case, tmp_path):
+    json_file, images = case
+
+    evaluate(json_file, images, output_dir=str(tmp_path / "out"))
+
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    by_scores = coco_results(images, "scores")
+    ious = torch.cat([x.pred_mask_ious for x in images]).tolist()
+    mask_scores = torch.cat([x.mask_scores for x in images]).tolist()
+    assert [x.pop("mask_score") for x in written] == mask_scores
+    assert [x.pop("pred_mask_iou") for x in written] == ious
+    assert written == by_scores  # what remains is the file of Detectron2
+    assert (tmp_path / "out" / "instances_predictions.pth").exists()
+
+
+def test_without_mask_scores_the_file_of_instances_is_that_of_detectron2(case, tmp_path):
+    json_file, images = case
+    images = without_mask_scores(images)
+
+    evaluate(json_file, images, output_dir=str(tmp_path / "ours"))
+    evaluate(json_file, images, COCOEvaluator, output_dir=str(tmp_path / "theirs"))
+
+    ours, theirs = (
+        (tmp_path / name / "coco_instances_results.json").read_text() for name in ("ours", "theirs")
+    )
+    assert ours == theirs
+
+
+def test_sets_without_annotations_give_files_and_no_results(tmp_path):
+    truth, images = CASES["several-classes"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+    dataset = json.loads((tmp_path / "gt.json").read_text())
+    del dataset["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(dataset))
+
+    assert evaluate(tmp_path / "test.json", images, output_dir=str(tmp_path / "test")) == {}
+
+    evaluate(json_file, images, output_dir=str(tmp_path / "val"))
+    for name in ("coco_bbox", "coco_segm", "coco_instances"):
+        with_truth, without = (
+            (tmp_path / x / f"{name}_results.json").read_text() for x in ("val", "test")
+        )
+        assert with_truth == without
+
+
+def test_predictions_of_the_model_are_not_modified(case, tmp_path):
+    json_file, images = case
+    before = copy.deepcopy(images)
+    inputs = [{"image_id": k} for k in range(1, len(images) + 1)]
+    outputs = [{"instances": x} for x in images]
+    evaluator = MaskScoringCOCOEvaluator(dataset_of(json_file), distributed=False)
+    evaluator.reset()
+
+    evaluator.process(inputs, outputs)
+    evaluator.evaluate()
+
+    assert inputs == [{"image_id": k} for k in range(1, len(images) + 1)]
+    for output, instances, old in zip(outputs, images, before):
+        assert output == {"instances": instances}
+        assert instances.get_fields().keys() == old.get_fields().keys()
+        assert torch.equal(instances.pred_boxes.tensor, old.pred_boxes.tensor)
+        for name in ("scores", "mask_scores", "pred_mask_ious", "pred_classes", "pred_masks"):
+            assert torch.equal(instances.get(name), old.get(name)), name
+
+
+# ---- several processes
+
+
+def evaluate_a_share(rank, world_size, folder):
+    """Evaluate the images as one of several processes, and write the results it returns."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    _, images = CASES["several-classes"]
+    evaluator = MaskScoringCOCOEvaluator(dataset_of(f"{folder}/gt.json"), use_fast_impl=False)
+    evaluator.reset()
+    share = np.array_split(np.arange(len(images)), world_size)[rank]  # like InferenceSampler
+    for k in share.tolist():
+        evaluator.process([{"image_id": k + 1}], [{"instances": images[k]}])
+    with open(f"{folder}/results_{rank}.json", "w") as f:
+        json.dump(evaluator.evaluate(), f)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_results_of_one(tmp_path):
+    truth, images = CASES["several-classes"]
+    assert len(images) == 3  # two in one process, one in the other
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+
+    torch.multiprocessing.start_processes(
+        evaluate_a_share,
+        (2, str(tmp_path)),
+        nprocs=2,
+        start_method="fork",  # spawned processes would take long to import everything
+    )
+
+    first, second = (json.loads((tmp_path / f"results_{k}.json").read_text()) for k in (0, 1))
+    assert second == {}
+    assert list(first) == ["bbox", "segm", "segm_by_class_score"]
+    assert_same(first, evaluate(json_file, images))
+
+
+# ---- true IoUs and AP under a ranking
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Two squares of class 0, one of class 1, and a crowd of class 2 in image 1; image 2 empty."""
+    objects = [
+        (0, square(0, 0, 20)),
+        (0, square(40, 0, 20)),
+        (1, square(80, 0, 20)),
+        (2, square(0, 60, 40), True),
+    ]
+    path = write_coco_json(tmp_path / "gt.json", [objects, []], CATEGORY_IDS, IMAGE_SIZE)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(path)
+
+
+def result(box, class_, image_id=1):
+    return coco_results([detections([box], [class_], [0.5])], "scores")[0] | {"image_id": image_id}
+
+
+@pytest.mark.parametrize(
+    "box, class_, image_id, expected",
+    [
+        pytest.param([0, 0, 20, 20], 0, 1, 1.0, id="equal"),
+        pytest.param([40, 0, 10, 20], 0, 1, 1 / 2, id="half-of-the-second-object"),
+        # 10 x 20 in common; 400 + 400 - 200 in the union
+        pytest.param([10, 0, 20, 20], 0, 1, 1 / 3, id="shifted-by-half"),
+        # In common with the first 5 x 20, with the second 15 x 20, which is 700 px in the union
+        pytest.param([15, 0, 40, 20], 0, 1, 300 / 900, id="best-of-two"),
+        pytest.param([20, 30, 20, 20], 0, 1, 0.0, id="disjoint"),
+        pytest.param([0, 0, 20, 20], 1, 1, 0.0, id="object-of-another-class"),
+        pytest.param([0, 0, 20, 20], 0, 2, 0.0, id="image-without-objects"),
+        # A quarter of the crowd, which holds all of the mask
+        pytest.param([0, 60, 20, 20], 2, 1, 1.0, id="inside-a-crowd"),
+        pytest.param([30, 60, 20, 20], 2, 1, 1 / 2, id="half-inside-a-crowd"),
+    ],
+)
+def test_true_mask_iou_of_squares(squares, box, class_, image_id, expected):
+    assert true_mask_ious(squares, [result(box, class_, image_id)]) == [pytest.approx(expected)]
+
+
+def test_true_mask_ious_keep_the_order_of_the_results(squares):
+    results = [
+        result([80, 0, 20, 20], 1),
+        result([40, 0, 10, 20], 0),
+        result([0, 0, 20, 20], 0, image_id=2),
+        result([0, 0, 20, 20], 0),
+    ]
+    before = copy.deepcopy(results)
+
+    assert true_mask_ious(squares, results) == [1.0, 0.5, 0.0, 1.0]
+    assert results == before
+    assert true_mask_ious(squares, []) == []
+
+
+def test_mask_ap_of_a_ranking_is_that_of_the_evaluator(case):
+    json_file, images = case
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(json_file)
+    results = coco_results(images, "scores")
+    before = copy.deepcopy(results)
+    mask_scores = torch.cat([x.mask_scores for x in images]).tolist()
+
+    by_mask_score = mask_ap(truth, results, mask_scores)
+    by_class_score = mask_ap(truth, results, [r["score"] for r in results])
+
+    expected = evaluate(json_file, images)
+    assert by_mask_score == {k: expected["segm"][k] for k in ("AP", "AP50", "AP75")}
+    assert by_class_score == {k: expected["segm_by_class_score"][k] for k in ("AP", "AP50", "AP75")}
+    assert results == before
+
+
+def test_mask_ap_of_perfect_masks_is_100(squares):
+    results = [result([0, 0, 20, 20], 0), result([40, 0, 20, 20], 0), result([80, 0, 20, 20], 1)]
+
+    assert mask_ap(squares, results, [0.1, 0.2, 0.3]) == pytest.approx(
+        {"AP": 100, "AP50": 100, "AP75": 100}
+    )
+
+
+def test_the_true_iou_is_a_better_ranking_than_a_reversed_one(squares):
+    results = [result([0, 0, 20, 20], 0), result([40, 0, 20, 20], 0), result([20, 30, 20, 20], 0)]
+    ious = true_mask_ious(squares, results)
+
+    assert ious == [1.0, 1.0, 0.0]
+    # The false positive first: at most 2 of 3 are right at full recall
+    reversed_ap = mask_ap(squares, results, [-x for x in ious])["AP"]
+    assert mask_ap(squares, results, ious)["AP"] > reversed_ap
+
+
+def test_mask_ap_is_nan_where_it_is_not_defined(squares, tmp_path):
+    nothing = mask_ap(squares, [], [])
+    path = write_coco_json(tmp_path / "empty.json", [[]], CATEGORY_IDS, IMAGE_SIZE)
+    with contextlib.redirect_stdout(io.StringIO()):
+        no_objects = COCO(path)
+
+    for numbers in (nothing, mask_ap(no_objects, [result([0, 0, 20, 20], 0)], [0.5])):
+        assert numbers.keys() == {"AP", "AP50", "AP75"}
+        assert all(math.isnan(x) for x in numbers.values())

@@ -1,0 +1,325 @@
+"""train_net.py as users run it: both kinds of config, resuming, many processes, real images."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import detectron2.data.transforms as T
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.logger import setup_logger
+
+import train_net
+from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
+
+from toy import (
+    NUM_CLASSES,
+    OBJECTS,
+    tiny_mask_scoring_rcnn,
+    tiny_yacs_config,
+    write_coco_json,
+    write_images,
+)
+
+ROOT = Path(train_net.__file__).parent
+COCO_CONFIG = "configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x"
+
+
+@pytest.fixture(autouse=True)
+def leave_no_traces():
+    """Forget datasets and log files: a process of its own would."""
+    known = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "msrcnn_d2"):
+        for handler in logging.getLogger(name).handlers[:]:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
+
+
+@pytest.fixture(scope="module")
+def toy_dataset(tmp_path_factory):
+    """Options that register 9 images as "toy"."""
+    folder = tmp_path_factory.mktemp("toy")
+    objects = (OBJECTS * 5)[:9]
+    write_images(folder, objects)
+    annotations = write_coco_json(folder / "annotations.json", objects)
+    return ["--dataset", "toy", annotations, str(folder)]
+
+
+@pytest.fixture(scope="module")
+def lazy_config(tmp_path_factory):
+    """A file with a LazyConfig that trains a tiny model on the toy images."""
+    cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    cfg.model = tiny_mask_scoring_rcnn().model
+    cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = "toy"
+    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name="toy")
+    cfg.dataloader.train.total_batch_size = 2
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    resize = L(T.ResizeShortestEdge)(short_edge_length=(48, 64), sample_style="choice")
+    cfg.dataloader.train.mapper.augmentations[0] = resize
+    cfg.dataloader.test.mapper.augmentations = []
+    cfg.train.update(init_checkpoint="", max_iter=6, device="cpu", seed=1, log_period=1)
+    cfg.train.checkpointer.period = 3
+    cfg.optimizer.lr = 1e-3
+    path = str(tmp_path_factory.mktemp("config") / "lazy.yaml")
+    LazyConfig.save(cfg, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def yacs_config(tmp_path_factory):
+    cfg = tiny_yacs_config()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("toy",)
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.MAX_ITER = 6
+    cfg.SOLVER.BASE_LR = 1e-3
+    cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = 1
+    path = tmp_path_factory.mktemp("config") / "yacs.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
+
+
+def run(*args):
+    """Run train_net.py in this process."""
+    train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
+
+
+def run_alone(*args, launcher=(), env=None):
+    """Run train_net.py in processes of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, ROOT / "train_net.py", *map(str, args)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "tests"),
+            "OMP_NUM_THREADS": "1",
+            **(env or {}),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def last_metrics(output_dir):
+    """The last line that has results of an evaluation."""
+    lines = (Path(output_dir) / "metrics.json").read_text().splitlines()
+    return [m for m in map(json.loads, lines) if "segm/AP" in m][-1]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def losses_of(monkeypatch):
+    """Runs train_net.py; returns the losses of each iteration, until one where it is stopped."""
+
+    def run_and_record(*args, stop_at=None):
+        losses = []
+        write_metrics = SimpleTrainer._write_metrics
+
+        def record(self, loss_dict, *rest):
+            if self.iter == stop_at:
+                raise Interrupted
+            losses.append((self.iter, {k: v.item() for k, v in loss_dict.items()}))
+            write_metrics(self, loss_dict, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SimpleTrainer, "_write_metrics", record)
+            try:
+                run(*args)
+            except Interrupted:
+                pass
+        return dict(losses)
+
+    return run_and_record
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("lazy", []),
+        ("lazy", ["dataloader.train.aspect_ratio_grouping=False"]),
+        ("lazy", ["dataloader.train.num_workers=2"]),
+        ("lazy", ["train.seed=-1"]),
+        ("lazy", ["train.amp.enabled=True"]),
+        ("yacs", []),
+    ],
+)
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    kind, options, toy_dataset, request, losses_of, tmp_path
+):
+    output = {"lazy": "train.output_dir", "yacs": "OUTPUT_DIR"}[kind]
+    base = ["--config-file", request.getfixturevalue(f"{kind}_config"), *toy_dataset]
+    if options == ["train.seed=-1"]:  # a random seed: the two runs have to start as one
+        whole = losses_of(*base, *options, f"{output}={tmp_path}")
+        (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    else:
+        whole = losses_of(*base, *options, f"{output}={tmp_path / 'whole'}")
+        started = losses_of(*base, *options, f"{output}={tmp_path}", stop_at=4)
+        assert started == {k: whole[k] for k in range(4)}
+    resumed = losses_of("--resume", *base, *options, f"{output}={tmp_path}")
+    assert set(whole) == set(range(6)) and "loss_mask_iou" in whole[0]
+    assert resumed == {k: whole[k] for k in (3, 4, 5)}
+
+
+@pytest.mark.parametrize("kind", ["lazy", "yacs"])
+def test_training_evaluates_and_leaves_what_users_expect(kind, toy_dataset, request, tmp_path):
+    output = {"lazy": "train.output_dir", "yacs": "OUTPUT_DIR"}[kind]
+    run(
+        "--config-file",
+        request.getfixturevalue(f"{kind}_config"),
+        *toy_dataset,
+        f"{output}={tmp_path}",
+    )
+    assert {"bbox/AP", "segm/AP", "segm_by_class_score/AP"} <= set(last_metrics(tmp_path))
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth"} <= left
+    assert {"coco_bbox_results.json", "coco_segm_results.json"} <= left
+    logged = [json.loads(x) for x in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any("mask_iou/mean_target" in x and "loss_mask_iou" in x for x in logged)
+
+
+def test_eval_only_repeats_the_results_and_shows_published_ones(
+    lazy_config, toy_dataset, tmp_path, capsys
+):
+    named = tmp_path / "ms_rcnn_R_50_FPN_1x.yaml"  # the name is how published results are found
+    named.write_text(Path(lazy_config).read_text())
+    trained, again = tmp_path / "trained", tmp_path / "again"
+    run("--config-file", named, *toy_dataset, f"train.output_dir={trained}")
+    capsys.readouterr()
+    weights = f"train.init_checkpoint={trained}/model_final.pth"
+    run("--config-file", named, *toy_dataset, "--eval-only", weights, f"train.output_dir={again}")
+    printed = capsys.readouterr().out
+    assert "published AP" in printed and "38.2" in printed and "masks by class score" in printed
+    results = [
+        (folder / "inference" / "coco_segm_results.json").read_text() for folder in (trained, again)
+    ]
+    assert results[0] == results[1]
+
+
+def test_test_time_augmentation_from_yaml(yacs_config, toy_dataset, tmp_path):
+    aug = ["TEST.AUG.ENABLED=True", "TEST.AUG.MIN_SIZES=(48,64)", "SOLVER.MAX_ITER=1"]
+    run("--config-file", yacs_config, *toy_dataset, *aug, f"OUTPUT_DIR={tmp_path}")
+    results = json.loads((tmp_path / "inference" / "coco_instances_results.json").read_text())
+    assert results and all("mask_score" in r for r in results)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "nosuch.py"], "'nosuch.py' does not exist"),
+        (["--config-file", f"{COCO_CONFIG}.py", "train.max_itr=1"], "did you mean max_iter?"),
+        (["--config-file", f"{COCO_CONFIG}.py"], "DETECTRON2_DATASETS"),
+        (["--config-file", f"{COCO_CONFIG}.yaml"], "DETECTRON2_DATASETS"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_an_exit_code(args, message, tmp_path):
+    env = {"DETECTRON2_DATASETS": str(tmp_path / "nosuch")}
+    ran = run_alone(*args, env=env)
+    assert ran.returncode == 2
+    assert message in ran.stderr and "Traceback" not in ran.stderr + ran.stdout
+
+
+def test_an_unreadable_checkpoint_is_one_sentence_and_an_exit_code(
+    lazy_config, toy_dataset, tmp_path, capsys
+):
+    (tmp_path / "bad.pth").write_text("not a checkpoint")
+    for action in (["--eval-only"], []):
+        with pytest.raises(SystemExit) as left:
+            run(
+                "--config-file",
+                lazy_config,
+                *toy_dataset,
+                *action,
+                f"train.init_checkpoint={tmp_path}/bad.pth",
+                f"train.output_dir={tmp_path}/output",
+            )
+        captured = capsys.readouterr()
+        assert left.value.code == 2
+        assert "bad.pth' cannot be read" in captured.err
+        assert "Traceback" not in captured.err + captured.out
+
+
+def test_categories_that_do_not_match_stop_a_run(lazy_config, toy_dataset, tmp_path, capsys):
+    options = ["model.roi_heads.num_classes=7", f"train.output_dir={tmp_path}"]
+    with pytest.raises(SystemExit):
+        run("--config-file", lazy_config, *toy_dataset, *options)
+    assert f"num_classes={NUM_CLASSES}" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as left:
+        train_net.argument_parser().parse_args(["--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--resume" in printed and "--dataset" in printed and "torchrun" in printed
+
+
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_two_processes_without_a_gpu(launcher, lazy_config, toy_dataset, tmp_path):
+    command = ["--config-file", lazy_config, *toy_dataset]
+    options = ["train.max_iter=2", f"train.output_dir={tmp_path}"]
+    if launcher == "spawn":
+        ran = run_alone(*command, "--num-gpus", 2, "--dist-url", "auto", *options)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        ran = run_alone(*command, *options, launcher=torchrun)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert "World size: 2" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "model_final.pth").exists()
+    assert "segm_by_class_score/AP" in last_metrics(tmp_path)
+
+
+def test_a_mistake_in_two_processes_is_told_once(lazy_config, toy_dataset, tmp_path):
+    (tmp_path / "bad.pth").write_text("not a checkpoint")
+    ran = run_alone(
+        *["--config-file", lazy_config, *toy_dataset, "--num-gpus", 2, "--dist-url", "auto"],
+        *[f"train.init_checkpoint={tmp_path}/bad.pth", f"train.output_dir={tmp_path}/output"],
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.count("cannot be read") == 1 and "Traceback" not in ran.stderr
+
+
+def real_datasets() -> "Path | None":
+    folders = [os.environ.get("DETECTRON2_DATASETS"), ROOT.parent / "shared/data/datasets"]
+    for folder in map(Path, filter(None, folders)):
+        if (folder / "coco/annotations/instances_val2017.json").is_file():
+            return folder.resolve()
+    return None
+
+
+@pytest.mark.skipif(
+    real_datasets() is None, reason="no COCO: set DETECTRON2_DATASETS to the folder of coco/"
+)
+def test_the_coco_config_trains_on_real_images(tmp_path):
+    """The command of README.md, on images of a tenth of the size."""
+    ran = run_alone(
+        *["--config-file", f"{COCO_CONFIG}.py", "train.device=cpu", "train.max_iter=2"],
+        *["train.init_checkpoint=", "dataloader.train.total_batch_size=2"],
+        *["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"],
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64,80]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=80",
+        f"train.output_dir={tmp_path}",
+        env={"DETECTRON2_DATASETS": str(real_datasets())},
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    logged = [json.loads(x) for x in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any("loss_mask_iou" in m for m in logged)
+    assert "bbox/AP" in logged[-1]  # NaN if the untrained model detected nothing
+    assert (tmp_path / "inference" / "coco_instances_results.json").is_file()
