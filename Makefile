@@ -1,4 +1,4 @@
-# Each target does the set-up that it needs; nothing is done twice.
+# Mask Scoring R-CNN for Detectron2. Each target does the set-up that it needs; nothing is done twice.
 #   make demo    draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
 #   make test    check style and types, run all tests
 #   make setup   only install, into .venv
@@ -13,7 +13,8 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 # The system's uv, or one of our own: it installs in seconds what takes pip minutes
-UV := $(shell command -v uv || echo $(BIN)/uv)
+SYSTEM_UV := $(shell command -v uv)
+UV := $(or $(SYSTEM_UV),$(BIN)/uv)
 INSTALL = $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 
 .PHONY: setup demo test lint clean
@@ -21,8 +22,12 @@ INSTALL = $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 setup: $(READY)
 
 $(READY): setup.cfg constraints.txt $(wildcard packaging/detectron2/*.toml packaging/detectron2/backend/*)
+ifdef SYSTEM_UV
+	test -x $(BIN)/python || uv venv --python $(PYTHON) $(VENV)
+else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	test -x $(UV) || $(BIN)/pip install uv
+	test -x $(UV) || $(BIN)/python -m pip install uv
+endif
 	$(INSTALL) torch torchvision
 	$(BIN)/python -c "import detectron2" 2>/dev/null || $(INSTALL) ./packaging/detectron2
 	$(INSTALL) --editable ".[test]"

@@ -137,7 +137,8 @@ def mask_ap(coco_gt: COCO, results: Sequence[dict], scores: Sequence[float]) -> 
         scores: the number to rank each result by, instead of its "score".
 
     Returns:
-        "AP" (mean over IoU 0.50:0.95), "AP50", "AP75", in percent; NaN without any result or object.
+        "AP" (mean over IoU 0.50:0.95), "AP50" and "AP75" in percent; NaN if there is nothing to
+        compare.
     """
     names = ("AP", "AP50", "AP75")
     if not results:
