@@ -97,9 +97,12 @@ def _periodic_writer(recipe: Recipe) -> hooks.PeriodicWriter:
     return hooks.PeriodicWriter(writers, period=recipe.log_period)
 
 
-def evaluate(recipe: Recipe, model: nn.Module) -> dict:
+def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = None) -> dict:
     """
     Evaluate on each test set; log the results.
+
+    Args:
+        published: results to show beside the measured ones.
 
     Returns:
         {task: {metric: value}}, as evaluators return it, on the main process; a level more, the
@@ -110,28 +113,19 @@ def evaluate(recipe: Recipe, model: nn.Module) -> dict:
     for test_set in recipe.test_sets:
         results = inference_on_dataset(model, test_set.build_loader(), test_set.build_evaluator())
         if comm.is_main_process():
-            logger.info("Results on %s:", test_set.name or "the test set")
             print_csv_format(results)
+            if "bbox" in results:
+                table = summary_table(results, published)
+                logger.info("Results on %s:\n%s", test_set.name or "the test set", table)
         all_results[test_set.name] = results
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
 def evaluate_checkpoint(recipe: Recipe, published: Optional[Published] = None) -> dict:
-    """
-    Evaluate `recipe.init_checkpoint`; log a summary.
-
-    Args:
-        published: results to show beside.
-
-    Returns:
-        as :func:`evaluate`.
-    """
+    """Evaluate `recipe.init_checkpoint`; arguments and results as in :func:`evaluate`."""
     model = recipe.build_model().to(recipe.device)
     MaskScoringCheckpointer(model).load(recipe.init_checkpoint)
-    results = evaluate(recipe, model.eval())
-    if comm.is_main_process() and "bbox" in results:
-        logger.info("Summary:\n%s", summary_table(results, published))
-    return results
+    return evaluate(recipe, model.eval(), published)
 
 
 def summary_table(results: dict, published: Optional[Published] = None) -> str:
