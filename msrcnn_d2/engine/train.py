@@ -77,8 +77,19 @@ def _build_trainer(model, batches, optimizer, recipe: Recipe) -> SimpleTrainer:
         return AMPTrainer(model, batches, optimizer)
     if recipe.amp:
         logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")
-        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+        _autocast_in_training(model)
     return SimpleTrainer(model, batches, optimizer)
+
+
+def _autocast_in_training(model: nn.Module) -> None:
+    """As `AMPTrainer` does on a GPU, which leaves evaluation at full precision."""
+    forward = model.forward
+
+    def autocast_forward(inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.training):
+            return forward(inputs)
+
+    model.forward = autocast_forward  # type: ignore[method-assign]
 
 
 def _precise_bn(recipe: Recipe, model, seeds: StepSeeds) -> Optional[hooks.PreciseBN]:
