@@ -7,6 +7,10 @@ On one machine, or started by torchrun on many; see --help for examples.
 
 import argparse
 
+import msrcnn_d2  # noqa: F401  says how to get Detectron2, where the next lines would only fail
+
+# isort: split
+
 import torch
 
 from detectron2.engine import default_argument_parser, default_setup
@@ -24,7 +28,7 @@ from msrcnn_d2.engine import (
     register_dataset,
     train,
 )
-from msrcnn_d2.errors import exit_on_user_error
+from msrcnn_d2.errors import agree_on_user_errors, exit_on_user_error
 from msrcnn_d2.model_zoo import published_results
 
 EXAMPLES = """
@@ -72,15 +76,16 @@ def prepare(args: argparse.Namespace):
 def main(args: argparse.Namespace) -> None:
     """What each process does."""
     with exit_on_user_error():
-        cfg = prepare(args)
-        recipe = build_recipe(cfg)
-        check_recipe(recipe, comm.get_world_size(), training=not args.eval_only)
+        with agree_on_user_errors():
+            cfg = prepare(args)
+            recipe = build_recipe(cfg)
+            check_recipe(recipe, comm.get_world_size(), training=not args.eval_only)
         default_setup(cfg, args)
         logger = setup_logger(recipe.output_dir, comm.get_rank(), name="msrcnn_d2")
         if not torch.cuda.is_available():
             logger.info("There is no GPU that PyTorch can use: running on the CPU.")
         if args.eval_only:
-            evaluate_checkpoint(recipe, published_results(args.config_file))
+            evaluate_checkpoint(recipe, args.resume, published_results(args.config_file))
         else:
             train(recipe, resume=args.resume)
 

@@ -1,7 +1,9 @@
 """Checks before a run, overrides, checkpoints that cannot be used, and the order of the data."""
 
 import json
+import logging
 import os
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,9 +20,13 @@ from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import build_recipe, check_recipe, find_config_file, load_config
 from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds, build_resumable_loader
 from msrcnn_d2.engine.load_config import register_dataset
+from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.engine.train import summary_table
 from msrcnn_d2.errors import UserError
 from msrcnn_d2.model_zoo import Published
+
+train_module = sys.modules["msrcnn_d2.engine.train"]  # the package has a function of this name
+TestSet.__test__ = False  # not a test
 
 LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
 YACS = LAZY.replace(".py", ".yaml")
@@ -50,6 +56,7 @@ def test_overrides_of_a_yacs_config(overrides):
         (LAZY, "trian.max_iter=1", "did you mean train?"),
         (LAZY, "train.max_itr=1", "did you mean max_iter?"),
         (LAZY, "model.roi_heads.mask_iou_head.loss_wieght=1", "did you mean loss_weight?"),
+        (LAZY, "model.roi_heads.batch_size_per_imag=1", "did you mean batch_size_per_image?"),
         (LAZY, "train.max_iter", "not of the form key=value"),
         (LAZY, "model.pixel_mean=[1,2", "Cannot override"),
         (YACS, "SOLVER.MAX_ITR=1", "SOLVER.MAX_ITR"),
@@ -144,7 +151,7 @@ def recipe_on(tmp_path, name, **attributes):
     defaults = dict(
         output_dir=str(tmp_path / "output"),
         train_names=(name,),
-        test_sets=[SimpleNamespace(name=name)],
+        test_sets=[SimpleNamespace(names=(name,))],
         num_classes=3,
         total_batch_size=16,
     )
@@ -167,9 +174,27 @@ def test_unknown_dataset(tmp_path):
     assert "coco_2017_train" in refusal(recipe_on(tmp_path, "coco_2017_tran"))
 
 
-def test_missing_annotations(tmp_path, dataset):
+def test_missing_annotations(tmp_path, dataset, monkeypatch):
     dataset("check_no_json").unlink()
+    message = refusal(recipe_on(tmp_path, "check_no_json"))
+    assert "check_no_json.json" in message and "--dataset" in message
+    assert "DETECTRON2_DATASETS" not in message  # which has nothing to do with this path
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert "DETECTRON2_DATASETS" in refusal(recipe_on(tmp_path, "check_no_json"))
+
+
+@pytest.mark.parametrize("content", ["", '{"images": [', "[]", "{}", '{"categories": 3}'])
+def test_annotations_that_are_not_coco(tmp_path, dataset, content):
+    dataset("check_broken_json").write_text(content)
+    message = refusal(recipe_on(tmp_path, "check_broken_json"))
+    assert "check_broken_json.json" in message and "COCO's format" in message
+
+
+def test_nothing_to_evaluate_on(tmp_path, dataset):
+    dataset("check_no_test")
+    recipe = recipe_on(tmp_path, "check_no_test", test_sets=[])
+    check_recipe(recipe, 1, training=True)
+    assert "nothing to evaluate on" in refusal(recipe, training=False)
 
 
 def test_missing_images(tmp_path, dataset):
@@ -216,12 +241,47 @@ def test_a_dataset_name_is_not_given_twice(dataset, tmp_path):
 # Recipes
 
 
+def test_the_config_stays_as_the_user_gave_it(tmp_path, dataset):
+    dataset("recipe_config")
+    names = ["dataloader.test.dataset.names=recipe_config", f"train.output_dir={tmp_path}"]
+    cfg = load_config(LAZY, names)
+    before = str(cfg)
+    evaluator = build_recipe(cfg).test_sets[0].build_evaluator()
+    assert evaluator._output_dir == str(tmp_path / "inference")
+    assert str(cfg) == before  # runs save it; in the next one the folder may be another
+
+
+def test_datasets_of_other_kinds_are_not_evaluated_as_coco():
+    with pytest.raises(UserError, match="lvis"):
+        build_recipe(load_config(YACS, ["DATASETS.TEST", "('lvis_v1_val',)"]))
+
+
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(UserError, match="model_ema"):
+        build_recipe(load_config(LAZY, ["+train.model_ema.enabled=True"]))
+
+
+def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypatch, caplog):
+    task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
+    monkeypatch.setattr(train_module, "inference_on_dataset", lambda *args: {"bbox": task})
+    for name, shown in [("coco_2017_val", True), ("mine", False)]:
+        caplog.clear()
+        recipe = SimpleNamespace(
+            test_sets=[TestSet((name,), lambda: None, lambda: None)],
+            wrap_for_test=lambda model: model,
+            verify_results=lambda results: None,
+        )
+        with caplog.at_level(logging.INFO, logger="msrcnn_d2"):
+            train_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0))
+        assert ("38.20" in caplog.text) is shown and "30.00" in caplog.text
+
+
 @pytest.mark.parametrize("path", [LAZY, YACS])
 def test_recipes_of_both_kinds_agree(path):
     recipe = build_recipe(load_config(path))
     assert (recipe.max_iter, recipe.total_batch_size, recipe.num_classes) == (90000, 16, 80)
     assert recipe.train_names == ("coco_2017_train",)
-    assert [t.name for t in recipe.test_sets] == ["coco_2017_val"]
+    assert [t.names for t in recipe.test_sets] == [("coco_2017_val",)]
     assert (recipe.amp, recipe.seed) == (False, -1)
 
 

@@ -544,7 +544,8 @@ def test_yacs_sizes_reach_the_mask_iou_head():
 
     head = build_model(cfg).roi_heads.mask_iou_head
 
-    assert head.input_size == (10, 10)
+    # The last convolution halves the 10 x 10 cells
+    assert head.fcs.fc1.in_features == cfg.MODEL.ROI_MASK_IOU_HEAD.CONV_DIM * 5 * 5
     assert head.convs[0].in_channels == cfg.MODEL.FPN.OUT_CHANNELS + 1
     assert head.predictor.out_features == NUM_CLASSES
     assert head.loss_weight == 0.3

@@ -195,22 +195,59 @@ def test_training_evaluates_and_leaves_what_users_expect(kind, toy_dataset, requ
     assert any("mask_iou/mean_target" in x and "loss_mask_iou" in x for x in logged)
 
 
-def test_eval_only_repeats_the_results_and_shows_published_ones(
-    lazy_config, toy_dataset, tmp_path, capsys
-):
-    named = tmp_path / "ms_rcnn_R_50_FPN_1x.yaml"  # the name is how published results are found
-    named.write_text(Path(lazy_config).read_text())
+def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsys):
     trained, again = tmp_path / "trained", tmp_path / "again"
-    run("--config-file", named, *toy_dataset, f"train.output_dir={trained}")
+    run("--config-file", lazy_config, *toy_dataset, f"train.output_dir={trained}")
+    results = trained / "inference" / "coco_segm_results.json"
+    expected = results.read_text()
     capsys.readouterr()
+
+    # With the config that the run has left, into another folder
     weights = f"train.init_checkpoint={trained}/model_final.pth"
-    run("--config-file", named, *toy_dataset, "--eval-only", weights, f"train.output_dir={again}")
-    printed = capsys.readouterr().out
-    assert "published AP" in printed and "38.2" in printed and "masks by class score" in printed
-    results = [
-        (folder / "inference" / "coco_segm_results.json").read_text() for folder in (trained, again)
-    ]
-    assert results[0] == results[1]
+    command = ["--config-file", trained / "config.yaml", *toy_dataset, "--eval-only"]
+    results.unlink()
+    run(*command, weights, f"train.output_dir={again}")
+    assert "masks by class score" in capsys.readouterr().out
+    assert (again / "inference" / "coco_segm_results.json").read_text() == expected
+    assert not results.exists()
+
+    # What --resume finds in the output folder
+    run(*command, "--resume", f"train.output_dir={trained}")
+    assert results.read_text() == expected
+
+
+def test_eval_only_wants_a_checkpoint(lazy_config, toy_dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(
+            *["--config-file", lazy_config, *toy_dataset, "--eval-only", "--resume"],
+            f"train.output_dir={tmp_path}",
+        )
+    assert "no checkpoint to evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_no_gpu_is_one_process(num_gpus, lazy_config, toy_dataset, tmp_path):
+    options = ["train.max_iter=1", f"train.output_dir={tmp_path}"]
+    run("--config-file", lazy_config, *toy_dataset, "--num-gpus", num_gpus, *options)
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_precise_batch_norm_from_yaml(yacs_config, toy_dataset, tmp_path):
+    precise = ["TEST.PRECISE_BN.ENABLED=True", "TEST.PRECISE_BN.NUM_ITER=2"]
+    options = ["MODEL.RESNETS.NORM=BN", "MODEL.BACKBONE.FREEZE_AT=0", "SOLVER.MAX_ITER=2"]
+    eval_period = "TEST.EVAL_PERIOD=2"
+    run(
+        *["--config-file", yacs_config, *toy_dataset, *precise, *options, eval_period],
+        f"OUTPUT_DIR={tmp_path}",
+    )
+    assert "precise-BN" in (tmp_path / "log.txt").read_text()
+
+
+def test_expected_results_from_yaml_are_verified(yacs_config, toy_dataset, tmp_path):
+    expected = ["TEST.EXPECTED_RESULTS", "[['bbox','AP',99.0,0.1]]", "SOLVER.MAX_ITER", "1"]
+    with pytest.raises(SystemExit) as left:
+        run("--config-file", yacs_config, *toy_dataset, *expected, f"OUTPUT_DIR={tmp_path}")
+    assert left.value.code == 1
 
 
 def test_test_time_augmentation_from_yaml(yacs_config, toy_dataset, tmp_path):
@@ -294,6 +331,47 @@ def test_a_mistake_in_two_processes_is_told_once(lazy_config, toy_dataset, tmp_p
     )
     assert ran.returncode == 2
     assert ran.stderr.count("cannot be read") == 1 and "Traceback" not in ran.stderr
+
+
+FAILING_RANK = """
+import sys, time
+import torch.distributed as dist
+from msrcnn_d2.engine import launch
+from msrcnn_d2.errors import UserError, agree_on_user_errors, exit_on_user_error
+
+def main(failing):
+    with exit_on_user_error(), agree_on_user_errors():
+        if dist.get_rank() == 0:
+            time.sleep(1)  # the others must not leave before
+        if dist.get_rank() in failing:
+            raise UserError(f"the disk of {dist.get_rank()} is gone")
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        launch(main, 2, device="cpu", args=([int(x) for x in sys.argv[1:]],))
+"""
+
+
+@pytest.mark.parametrize("failing", [["0"], ["1"], ["0", "1"]])
+def test_a_mistake_on_any_process_ends_all_and_is_told_once(failing, tmp_path):
+    (tmp_path / "script.py").write_text(FAILING_RANK)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", tmp_path / "script.py", *failing],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.count(f"error: the disk of {failing[0]} is gone") == 1
+
+
+def test_a_half_set_launcher_environment_is_refused(lazy_config, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run("--config-file", lazy_config)
+    error = capsys.readouterr().err
+    assert "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with" in error
 
 
 def real_datasets() -> "Path | None":

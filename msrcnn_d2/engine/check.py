@@ -26,8 +26,13 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
         UserError: the first of the above that fails, with what to do about it.
     """
     _check_output_dir(recipe.output_dir)
+    if not training and not recipe.test_sets:
+        raise UserError(
+            "There is nothing to evaluate on: the config has no dataloader.test and "
+            "dataloader.evaluator (yaml: DATASETS.TEST)."
+        )
     names = list(recipe.train_names) if training else []
-    for name in dict.fromkeys(names + [t.name for t in recipe.test_sets if t.name]):
+    for name in dict.fromkeys(names + [n for t in recipe.test_sets for n in t.names]):
         _check_dataset(name, recipe.num_classes)
     batch = recipe.total_batch_size
     if training and batch and batch % num_processes:
@@ -62,7 +67,7 @@ def _check_dataset(name: str, num_classes: "int | None") -> None:
     if num_classes is None:
         return
     if not hasattr(metadata, "thing_classes"):
-        DatasetCatalog.get(name)  # reads the json, and with it the categories
+        _read_dataset(name, metadata)  # the json has the categories
     classes = metadata.get("thing_classes") or []
     if len(classes) != num_classes:
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
@@ -73,11 +78,25 @@ def _check_dataset(name: str, num_classes: "int | None") -> None:
         )
 
 
+def _read_dataset(name: str, metadata) -> None:
+    try:
+        DatasetCatalog.get(name)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Dataset '{name}' cannot be read from '{metadata.get('json_file')}' "
+            f"({type(error).__name__}: {error}); it has to be in COCO's format."
+        ) from error
+
+
 def _check_paths(name: str, metadata) -> None:
-    advice = (
-        f"Set DETECTRON2_DATASETS (now '{os.environ.get('DETECTRON2_DATASETS', 'datasets')}') to "
-        "the folder that contains coco/, or register your own data with --dataset."
-    )
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    if str(metadata.get("json_file", "")).startswith(root):
+        advice = (
+            f"Set DETECTRON2_DATASETS (now '{root}') to the folder that contains coco/, or "
+            "register your own data with --dataset."
+        )
+    else:
+        advice = "Correct the path, such as the one given with --dataset."
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if json_file and not PathManager.isfile(json_file):
         raise UserError(f"Annotations of dataset '{name}' are not at '{json_file}'. {advice}")

@@ -77,7 +77,7 @@ def build_resumable_loader(
     sampler=None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
-    collate_fn: Callable = trivial_batch_collator,
+    collate_fn: "Callable | None" = None,
 ) -> DataLoader:
     """
     :func:`build_detection_train_loader` of a list of dataset dicts, from a given iteration on.
@@ -98,7 +98,10 @@ def build_resumable_loader(
     )
     samples = _SeededSamples(DatasetFromList(dataset, copy=False), mapper, seed)
     return DataLoader(
-        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn
+        samples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate_fn or trivial_batch_collator,
     )
 
 

@@ -16,6 +16,9 @@ from ..errors import UserError
 
 __all__ = ["launch"]
 
+# What torchrun tells each process, besides its RANK
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def launch(
     main: Callable,
@@ -28,36 +31,44 @@ def launch(
 ) -> None:
     """
     Call `main(*args)` in each process of a job. Detectron2's `launch` in three more places: on
-    CPUs (with gloo), under torchrun and other launchers that set RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR and MASTER_PORT (SLURM's too), and with the exit code of a process that failed.
+    CPUs (with gloo), under torchrun (or what else sets its variables, see `LAUNCHER_VARIABLES`),
+    and with the exit code of a process that failed.
 
     Args:
         num_processes: per machine, one for each GPU. Launchers that set RANK decide themselves.
         num_machines, machine_rank, dist_url: as in Detectron2's `launch`.
         device: "cuda" or "cpu".
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _run(
-            main,
-            args,
-            device=device,
-            init_method="env://",
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
-    elif num_machines * num_processes == 1:
+    if "RANK" in os.environ:
+        _join(main, device, args)
+    elif num_machines * num_processes <= 1:
         main(*args)
     else:
         _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, args)
 
 
-def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, args):
-    if device.startswith("cuda") and num_processes > torch.cuda.device_count():
+def _join(main, device, args):
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
         raise UserError(
-            f"--num-gpus is {num_processes}, but this machine has {torch.cuda.device_count()}."
+            f"RANK is set, as by a launcher of processes, but not {', '.join(missing)}: start with "
+            "torchrun, or unset RANK to have --num-gpus start the processes."
         )
+    _check_devices(device, int(os.environ["LOCAL_WORLD_SIZE"]))
+    _run(
+        main,
+        args,
+        device=device,
+        init_method="env://",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
+
+
+def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, args):
+    _check_devices(device, num_processes)
     if dist_url == "auto":
         if num_machines > 1:
             raise UserError("--dist-url auto works on one machine; give tcp://HOST:PORT for more.")
@@ -66,7 +77,19 @@ def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, ar
     try:
         mp.spawn(_spawned, nprocs=num_processes, args=worker_args)
     except mp.ProcessExitedException as error:
+        if error.signal_name:
+            raise UserError(
+                f"A process was ended by {error.signal_name}; if nobody ended it, memory ran out."
+            ) from error
         sys.exit(error.exit_code)  # the process has said why
+
+
+def _check_devices(device, local_size):
+    if device.startswith("cuda") and local_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_size} processes were asked for on a machine that shows "
+            f"{torch.cuda.device_count()} GPU(s); each process needs one of its own."
+        )
 
 
 def _spawned(local_rank, main, num_processes, num_machines, machine_rank, dist_url, device, args):
@@ -86,6 +109,8 @@ def _run(main, args, *, device, init_method, rank, world_size, local_rank, local
     use_cuda = device.startswith("cuda")
     if use_cuda:
         torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group(
         backend="nccl" if use_cuda else "gloo",
         init_method=init_method,

@@ -107,7 +107,7 @@ def _check_override(cfg: DictConfig, override: str) -> None:
     if "=" not in override:
         raise UserError(f"Override '{override}' is not of the form key=value.")
     key = override.split("=", 1)[0]
-    if key.startswith(("+", "~")):  # hydra's signs for a key to add or to delete
+    if key.startswith("+"):  # hydra's sign for a key to add
         return
     node, path = cfg, "the config"
     for name in key.split("."):
@@ -131,12 +131,25 @@ def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
     if "_target_" not in node:
         return keys, False
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    parameters = inspect.signature(target).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return (
-        ["_target_", *dict.fromkeys(keys + named)],
-        any(p.kind is p.VAR_KEYWORD for p in parameters),
-    )
+    names, open_ended = _arguments(target)
+    return ["_target_", *dict.fromkeys(keys + names)], open_ended
+
+
+def _arguments(target) -> "tuple[list[str], bool]":
+    """
+    The arguments of a callable, and whether there may be others: what a class takes as **kwargs
+    it hands to the next `__init__` of its bases.
+    """
+    functions = [target]
+    if isinstance(target, type):
+        functions = [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)]
+    names: list[str] = []
+    for function in functions:
+        parameters = list(inspect.signature(function).parameters.values())
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, True
 
 
 def _load_yacs(path, overrides):

@@ -1,5 +1,7 @@
 """One description of a run for both kinds of config, so that there is one training loop."""
 
+import copy
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,20 +9,21 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 
+from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..modeling import MaskScoringRCNNWithTTA
 from .data_order import build_resumable_loader
@@ -32,13 +35,16 @@ __all__ = ["Recipe", "TestSet", "build_recipe"]
 class TestSet:
     """
     Attributes:
-        name: of the dataset, "" if the config does not say.
+        names: of the datasets, none if the config does not say.
         build_loader, build_evaluator: called anew for each evaluation.
     """
 
-    name: str
+    names: tuple[str, ...]
     build_loader: Callable[[], Any]
     build_evaluator: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return ", ".join(self.names) or "the test set"
 
 
 @dataclass
@@ -58,6 +64,7 @@ class Recipe:
         eval_period, checkpoint_period, log_period, max_iter: in iterations.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
+        verify_results: called with the results of each evaluation, {test set: {task: ...}}.
     """
 
     build_model: Callable[[], nn.Module]
@@ -80,6 +87,7 @@ class Recipe:
     ddp: dict = field(default_factory=dict)
     precise_bn_iters: int = 0
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
+    verify_results: Callable[[dict], Any] = lambda results: None
 
 
 def build_recipe(cfg: "DictConfig | CfgNode") -> Recipe:
@@ -93,6 +101,8 @@ def build_recipe(cfg: "DictConfig | CfgNode") -> Recipe:
 
 def _from_lazy(cfg: DictConfig) -> Recipe:
     train = cfg.train
+    if OmegaConf.select(cfg, "train.model_ema.enabled"):
+        raise UserError("train.model_ema is not supported: set train.model_ema.enabled=False.")
 
     def build_lazy_optimizer(model):
         cfg.optimizer.params.model = model
@@ -124,31 +134,38 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
 
 def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int):
     arguments = {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
-    resumable = _target(loader) is build_detection_train_loader and isinstance(
-        arguments["dataset"], list
-    )
-    if not resumable:  # a loader of the user's own keeps its own order
-        return instantiate(loader)
-    return build_resumable_loader(seed=seed, first_iter=first_iter, **arguments)
+    if _target(loader) is not build_detection_train_loader:
+        return _target(loader)(**arguments)  # a loader of the user's own keeps its own order
+    return _train_loader(arguments, seed, first_iter)
+
+
+def _train_loader(arguments: dict[str, Any], seed: int, first_iter: int):
+    """Our loader for the arguments of Detectron2's; that one where ours cannot replace it."""
+    supported = set(inspect.signature(build_resumable_loader).parameters)
+    if isinstance(arguments["dataset"], list) and set(arguments) <= supported:
+        return build_resumable_loader(seed=seed, first_iter=first_iter, **arguments)
+    return build_detection_train_loader(**arguments)
 
 
 def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
     if "test" not in cfg.dataloader or "evaluator" not in cfg.dataloader:
         return []
-    evaluator = cfg.dataloader.evaluator
-    writes_files = isinstance(_target(evaluator), type) and issubclass(
-        _target(evaluator), COCOEvaluator
-    )
-    if writes_files and "output_dir" not in evaluator:
-        evaluator.output_dir = os.path.join(cfg.train.output_dir, "inference")
-    names = _names(OmegaConf.select(cfg, "dataloader.test.dataset.names"))
     return [
         TestSet(
-            name=", ".join(names),
+            names=_names(OmegaConf.select(cfg, "dataloader.test.dataset.names")),
             build_loader=lambda: instantiate(cfg.dataloader.test),
-            build_evaluator=lambda: instantiate(evaluator),
+            build_evaluator=lambda: _lazy_evaluator(cfg),
         )
     ]
+
+
+def _lazy_evaluator(cfg: DictConfig):
+    """The evaluator; one of COCO writes its files into the output folder if not told otherwise."""
+    evaluator = copy.deepcopy(cfg.dataloader).evaluator  # the config is what the user gave
+    target = _target(evaluator) if "_target_" in evaluator else None
+    if isinstance(target, type) and issubclass(target, COCOEvaluator):
+        evaluator.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
+    return instantiate(evaluator)
 
 
 def _from_yacs(cfg: CfgNode) -> Recipe:
@@ -175,22 +192,24 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         ddp={"broadcast_buffers": False},
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
+        verify_results=lambda results: verify_results(cfg, next(iter(results.values()), {})),
     )
 
 
 def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int):
     arguments = build_detection_train_loader.from_config(cfg)
-    if isinstance(arguments["dataset"], IterableDataset):
-        return build_detection_train_loader(**arguments)
-    return build_resumable_loader(seed=seed, first_iter=first_iter, **arguments)
+    return _train_loader(arguments, seed, first_iter)
 
 
 def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
     if len(cfg.DATASETS.TEST) > 1:
         output_dir = os.path.join(output_dir, name)
+    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+    if kind != "coco":
+        raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
     return TestSet(
-        name=name,
+        names=(name,),
         build_loader=lambda: build_detection_test_loader(cfg, name),
         build_evaluator=lambda: MaskScoringCOCOEvaluator(name, output_dir=output_dir),
     )

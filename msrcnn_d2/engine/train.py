@@ -14,6 +14,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
+from ..errors import UserError, agree_on_user_errors
 from ..model_zoo import Published
 from .data_order import ResumableBatches, StepSeeds
 from .recipe import Recipe
@@ -60,7 +61,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             _on_main_process(_periodic_writer, recipe),
         ]
     )
-    checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+    with agree_on_user_errors():
+        checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
     if resume and checkpointer.has_checkpoint():
         batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
     trainer.train(batches.first_iter, recipe.max_iter)
@@ -113,7 +115,7 @@ def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = 
     Evaluate on each test set; log the results.
 
     Args:
-        published: results to show beside the measured ones.
+        published: results to show beside the measured ones, if those are on COCO val2017 too.
 
     Returns:
         {task: {metric: value}}, as evaluators return it, on the main process; a level more, the
@@ -126,16 +128,30 @@ def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = 
         if comm.is_main_process():
             print_csv_format(results)
             if "bbox" in results:
-                table = summary_table(results, published)
-                logger.info("Results on %s:\n%s", test_set.name or "the test set", table)
-        all_results[test_set.name] = results
+                comparable = published if test_set.names == ("coco_2017_val",) else None
+                logger.info("Results on %s:\n%s", test_set, summary_table(results, comparable))
+        all_results[str(test_set)] = results
+    if comm.is_main_process():
+        recipe.verify_results(all_results)
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
-def evaluate_checkpoint(recipe: Recipe, published: Optional[Published] = None) -> dict:
-    """Evaluate `recipe.init_checkpoint`; arguments and results as in :func:`evaluate`."""
+def evaluate_checkpoint(
+    recipe: Recipe, resume: bool = False, published: Optional[Published] = None
+) -> dict:
+    """
+    Evaluate `recipe.init_checkpoint`, or with `resume` the last one in the output folder if there
+    is one; arguments and results as in :func:`evaluate`.
+    """
     model = recipe.build_model().to(recipe.device)
-    MaskScoringCheckpointer(model).load(recipe.init_checkpoint)
+    checkpointer = MaskScoringCheckpointer(model, recipe.output_dir)
+    with agree_on_user_errors():
+        if not (recipe.init_checkpoint or (resume and checkpointer.has_checkpoint())):
+            raise UserError(
+                "There is no checkpoint to evaluate: give train.init_checkpoint=FILE (yaml: "
+                "MODEL.WEIGHTS FILE)."
+            )
+        checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
     return evaluate(recipe, model.eval(), published)
 
 

@@ -124,7 +124,6 @@ class MaskIoUHead(nn.Module):
         super().__init__()
         if num_conv < 1:
             raise ValueError(f"num_conv is {num_conv}; the MaskIoU head has at least 1 convolution")
-        self.input_size = (input_shape.height, input_shape.width)
         self.loss_weight = loss_weight
 
         channels = input_shape.channels + 1

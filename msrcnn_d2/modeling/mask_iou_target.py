@@ -71,7 +71,7 @@ def _crop_gt_masks_per_image(instances: Instances, mask_size: int) -> Instances:
     crops = masks.crop_and_resize(boxes, mask_size).to(boxes.device) > 0.5
     return Instances(
         instances.image_size,
-        **{**fields, "gt_masks": CroppedMasks(crops, _mask_areas(masks).to(boxes))},
+        **{**fields, "gt_masks": CroppedMasks(crops, _mask_areas(masks).float().to(boxes.device))},
     )
 
 

@@ -24,6 +24,7 @@ class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
         return super()._rescale_detected_boxes(augmented_inputs, merged_instances, tfms)
 
     def _reduce_pred_masks(self, outputs, tfms):
-        mask_ious = torch.stack([x.pred_mask_ious for x in outputs]).mean(dim=0)
-        set_mask_scores(self._merged_instances, mask_ious)
+        if all(x.has("pred_mask_ious") for x in outputs):  # not those of a plain Mask R-CNN
+            mask_ious = torch.stack([x.pred_mask_ious for x in outputs]).mean(dim=0)
+            set_mask_scores(self._merged_instances, mask_ious)
         return super()._reduce_pred_masks(outputs, tfms)

@@ -37,14 +37,23 @@ from msrcnn_d2.evaluation import mask_ap, true_mask_ious
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CONFIG = "ms_rcnn_shapes.py"
+# One thread trains and another process loads images. At this size a second thread brings nothing
+# (measured: README.md), and with one the results do not depend on the number of cores.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 # How masks can be ranked: name -> what a detection has it under
 RANKINGS = {"class_score": "score", "mask_score": "mask_score", "true_iou": "true_iou"}
+TITLES = {
+    "class_score": "class score",
+    "mask_score": "mask score",
+    "true_iou": "true IoU (ceiling)",
+}
 
 
 def main() -> None:
     args = parse_args()
     data, training = args.output / "data", args.output / "training"
-    seconds = {"draw": run(HERE / "draw.py", data, "--seed", args.seed)}
+    size = ["--num-train", args.num_train, "--num-val", args.num_val]
+    seconds = {"draw": run(HERE / "draw.py", data, "--seed", args.seed, *size)}
     seconds["train and evaluate"] = run(*train_command(data, training, args.seed, args.max_iter))
 
     start = time.perf_counter()
@@ -69,6 +78,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("output/shapes"), help="folder")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the training")
+    parser.add_argument("--num-train", type=int, default=2000, help="images to train on")
+    parser.add_argument("--num-val", type=int, default=200, help="images to evaluate on")
     parser.add_argument("--max-iter", type=int, help="iterations (default: the config's)")
     return parser.parse_args()
 
@@ -81,9 +92,11 @@ def run(script: Path, *arguments) -> float:
         how long it took, in seconds
     """
     command = [os.path.relpath(script), *map(str, arguments)]
-    print(f"\n$ python {shlex.join(command)}\n", flush=True)
+    shown = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+    print(f"\n$ {' '.join(shown)} python {shlex.join(command)}\n", flush=True)
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, *command]).returncode
+    environment = {**os.environ, **ENVIRONMENT}
+    code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
         sys.exit(code)  # the script has said why
     return time.perf_counter() - start
@@ -116,23 +129,26 @@ def load_detections(coco_gt: COCO, training: Path) -> list[dict]:
 def compute_metrics(coco_gt: COCO, detections: list[dict]) -> dict:
     """
     Returns:
-        "mask_ap": {ranking: {"AP", "AP50", "AP75"}} and "box_ap", in percent; "correlation":
-        {score: Pearson's, with the true IoU, over all detections}.
+        "mask_ap": {ranking: {"AP", "AP50", "AP75"}} and "box_ap": AP, in percent;
+        "correlation_with_true_iou": {score: Pearson's coefficient over the masks whose true IoU
+        is above 0.5, since no threshold of AP can tell those below apart}.
     """
     scores = {name: [d[key] for d in detections] for name, key in RANKINGS.items()}
+    found = [d for d in detections if d["true_iou"] > 0.5]
     return {
         "mask_ap": {name: mask_ap(coco_gt, detections, s) for name, s in scores.items()},
         "box_ap": silently(box_ap, coco_gt, detections),
         "correlation_with_true_iou": {
-            name: float(np.corrcoef(s, scores["true_iou"])[0, 1])
-            for name, s in scores.items()
-            if name != "true_iou"
+            name: correlation([d[RANKINGS[name]] for d in found], [d["true_iou"] for d in found])
+            for name in ("class_score", "mask_score")
         },
     }
 
 
 def box_ap(coco_gt: COCO, detections: list[dict]) -> float:
-    """Box AP by class score, in percent."""
+    """Box AP by class score, in percent; NaN without any detection."""
+    if not detections:
+        return float("nan")
     evaluation = COCOeval(coco_gt, coco_gt.loadRes(detections), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
@@ -140,14 +156,21 @@ def box_ap(coco_gt: COCO, detections: list[dict]) -> float:
     return 100 * float(evaluation.stats[0])
 
 
+def correlation(first: list[float], second: list[float]) -> float:
+    """Pearson's coefficient; NaN where one of the two does not vary."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
 def summary(metrics: dict) -> str:
     """The table that the demo ends with."""
+    correlations = metrics["correlation_with_true_iou"]
     rows = [
-        [f"masks by {name.replace('_', ' ')}", *ap.values(), correlation.get(name)]
-        for correlation in [metrics["correlation_with_true_iou"]]
+        [f"masks by {name.replace('_iou', ' IoU').replace('_', ' ')}", *ap.values()]
+        + [correlations.get(name)]
         for name, ap in metrics["mask_ap"].items()
     ]
-    rows[-1][0] += " (ceiling)"
     rows.append(["boxes by class score", metrics["box_ap"]])
     headers = ["ranking", "AP", "AP50", "AP75", "correlation with true IoU"]
     return tabulate(rows, headers=headers, floatfmt=("", ".1f", ".1f", ".1f", ".2f"))

@@ -2,7 +2,7 @@
 Draws an instance segmentation dataset in COCO format: textured stars, moons, hearts and rings
 that overlap and hide one another on a textured background.
 
-The written folder, from which nothing is downloaded or sampled at run time::
+What it writes::
 
     OUT_DIR/train.json, val.json   COCO annotations, masks of the visible parts as compressed RLE
     OUT_DIR/train/, val/           PNG images, SIZE x SIZE pixels, RGB
@@ -17,11 +17,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -40,7 +40,7 @@ MIN_AREA = 80  # smallest visible area of an object, pixels
 
 # One figure is a list of (points, fill): polygons of (K, 2) float points x, y around the origin,
 # with a radius of about 1, drawn one after the other; fill 0 cuts out of what was drawn before.
-Figure = List[Tuple[np.ndarray, int]]
+Figure = list[tuple[np.ndarray, int]]
 
 
 def _circle(radius: float, center_x: float = 0.0) -> np.ndarray:
@@ -75,7 +75,7 @@ def ring(rng: np.random.Generator) -> Figure:
     return [(_circle(1.0), 1), (_circle(rng.uniform(0.42, 0.58)), 0)]
 
 
-CLASSES: Dict[str, Callable[[np.random.Generator], Figure]] = {
+CLASSES: dict[str, Callable[[np.random.Generator], Figure]] = {
     "star": star,
     "moon": moon,
     "heart": heart,
@@ -163,20 +163,20 @@ class Scene:
     """
 
     image: np.ndarray
-    categories: List[str]
+    categories: list[str]
     masks: np.ndarray
-    visible_shares: List[float]
+    visible_shares: list[float]
 
 
-def _place_objects(rng: np.random.Generator) -> Tuple[List[str], List[np.ndarray], np.ndarray]:
+def _place_objects(rng: np.random.Generator) -> tuple[list[str], list[np.ndarray], np.ndarray]:
     """
     Piles objects up and leaves out those that would hide another one too far.
 
     Returns:
         class names, coverages, and an (SIZE, SIZE) map of the object on top, -1 for none
     """
-    categories: List[str] = []
-    coverages: List[np.ndarray] = []
+    categories: list[str] = []
+    coverages: list[np.ndarray] = []
     top = np.full((SIZE, SIZE), -1)
     for _ in range(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
         category = str(rng.choice(list(CLASSES)))
@@ -217,7 +217,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(np.clip(image, 0, 255).astype(np.uint8), categories, masks, shares)
 
 
-def _annotations(scene: Scene) -> List[dict]:
+def _annotations(scene: Scene) -> list[dict]:
     """COCO annotations without ids; areas and boxes (x, y, width, height) are in pixels."""
     annotations = []
     for category, mask, share in zip(scene.categories, scene.masks, scene.visible_shares):
@@ -235,7 +235,7 @@ def _annotations(scene: Scene) -> List[dict]:
     return annotations
 
 
-def _draw_image(index: int, folder: Path, seed: int) -> List[dict]:
+def _draw_image(index: int, folder: Path, seed: int) -> list[dict]:
     """Writes one PNG; returns its annotations. What it draws depends on the arguments alone."""
     rng = np.random.default_rng([seed, SPLITS.index(folder.name), index])
     scene = draw_scene(rng)
@@ -243,7 +243,7 @@ def _draw_image(index: int, folder: Path, seed: int) -> List[dict]:
     return _annotations(scene)
 
 
-def _draw_images(folder: Path, num_images: int, seed: int, num_workers: int) -> List[List[dict]]:
+def _draw_images(folder: Path, num_images: int, seed: int, num_workers: int) -> list[list[dict]]:
     """Writes all PNGs of a split; returns the annotations of each."""
     draw = partial(_draw_image, folder=folder, seed=seed)
     progress = partial(tqdm, total=num_images, desc=f"drawing {folder.name}", unit="image")
@@ -257,9 +257,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n")
 
 
-def draw_split(
-    out_dir: Path, split: str, num_images: int, seed: int, num_workers: int = 1
-) -> None:
+def draw_split(out_dir: Path, split: str, num_images: int, seed: int, num_workers: int = 1) -> None:
     """Writes ``OUT_DIR/<split>/*.png`` and ``OUT_DIR/<split>.json``."""
     (out_dir / split).mkdir(parents=True)
     coco: dict = {
@@ -335,9 +333,7 @@ def main() -> None:
         "--num-workers", type=int, default=os.cpu_count(), help="processes (default one per core)"
     )
     args = parser.parse_args()
-    drawn = draw_dataset(
-        args.out_dir, args.num_train, args.num_val, args.seed, args.num_workers
-    )
+    drawn = draw_dataset(args.out_dir, args.num_train, args.num_val, args.seed, args.num_workers)
     print(f"{args.out_dir}: {'drawn' if drawn else 'already complete, nothing drawn'}")
 
 

@@ -41,11 +41,6 @@ from msrcnn_d2 import add_mask_scoring
 CHANNELS = 32  # of the FPN and of all that looks at it
 
 
-def channels_last(module: torch.nn.Module) -> torch.nn.Module:
-    """Stores weights so that CPU convolutions compute pixel by pixel, which halves their time."""
-    return module.to(memory_format=torch.channels_last)
-
-
 def residual_stage(num_blocks: int, stride: int, in_channels: int, out_channels: int):
     return L(ResNet.make_stage)(
         block_class=BasicBlock,
@@ -173,18 +168,16 @@ lr_multiplier = L(WarmupParamScheduler)(
 train = dict(
     output_dir="output/shapes/training",
     init_checkpoint="",  # from scratch
-    max_iter=1600,
+    max_iter=1000,
     seed=0,
     device="cpu",
     amp=dict(enabled=False),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False),
-    checkpointer=dict(period=1600, max_to_keep=1),
+    checkpointer=dict(period=5000, max_to_keep=1),  # and at the end
     eval_period=0,  # only at the end
     log_period=50,
 )
 
-_cfg = OmegaConf.create(
-    {"model": model, "dataloader": dataloader}, flags={"allow_objects": True}
-)
-_cfg = add_mask_scoring(_cfg, num_conv=2, conv_dim=32, num_fc=1, fc_dim=128)
+_cfg = OmegaConf.create({"model": model, "dataloader": dataloader}, flags={"allow_objects": True})
+_cfg = add_mask_scoring(_cfg, num_conv=4, conv_dim=32, num_fc=1, fc_dim=256)
 model, dataloader = _cfg.model, _cfg.dataloader

@@ -14,17 +14,19 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without black and yellow
-COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")
 NUM_IMAGES = 8
-MIN_MASK_SCORE = 0.3  # of the predictions that are shown
+MIN_MASK_SCORE = 0.4  # of the predictions that are shown
 NUM_RANKED = 10
-MIN_CLASS_SCORE = 0.5  # of the masks that are ranked
-IOU_COLORS = "cividis"  # looks the same to colour-blind readers
+MIN_CLASS_SCORE = 0.9  # of the masks that are ranked: all look certain to the class score
+IOU_COLORS = "cividis"  # a colour map that looks the same to colour-blind readers
+IOU_RANGE = (0.4, 1.0)  # true IoU of its darkest and its brightest colour
 # The rows of the ranking: title -> what a detection has the score under
 RANKINGS = {
     "ranked by class score": "score",
     "ranked by mask score = class score × predicted mask IoU": "mask_score",
 }
+BADGE_DISTANCE = 10  # between the numbers on two masks, pixels
 MARGIN = 8  # around a thumbnail's mask, pixels
 
 
@@ -38,19 +40,24 @@ def draw_predictions(path: Path, coco_gt: COCO, image_dir: Path, detections: lis
         image_dir: folder of the images.
         detections: COCO results with "score", "pred_mask_iou", "mask_score" and "true_iou".
     """
-    figure = Figure(figsize=(16, 12), dpi=100)
+    figure = Figure(figsize=(16, 11.3), dpi=100)
     grid = figure.subplots(2, NUM_IMAGES // 2)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, image_id in zip(grid.flat, _images_of_mixed_quality(detections)):
+    for axes, image_id in zip(grid.flat, _images_to_show(detections)):
         _show_image(axes, _load_image(coco_gt, image_dir, image_id))
         for annotation in coco_gt.imgToAnns[image_id]:
-            _outline(axes, coco_gt.annToMask(annotation), "white", 1.0, "dashed")
-        for rank, detection in enumerate(_shown(detections, image_id)):
-            _show_detection(axes, detection, coco_gt, rank)
-    title = "class score × predicted mask IoU = mask score  (dashed: the true outlines)"
+            _outline(axes, coco_gt.annToMask(annotation), "white", 1.0)
+            _outline(axes, coco_gt.annToMask(annotation), "black", 1.0, "dashed")
+        badges: list[tuple[float, float]] = []
+        for detection in _shown(detections, image_id):
+            name = coco_gt.cats[detection["category_id"]]["name"]
+            badges.append(_show_detection(axes, detection, name, badges))
+    title = (
+        "class score × predicted mask IoU = mask score  (dashed black and white: the true outlines)"
+    )
     figure.suptitle(title, fontsize=16, y=0.985)
-    figure.subplots_adjust(0.01, 0.14, 0.99, 0.95, wspace=0.03, hspace=0.38)
+    figure.subplots_adjust(0.01, 0.135, 0.99, 0.955, wspace=0.03, hspace=0.35)
     figure.savefig(path)
 
 
@@ -64,18 +71,18 @@ def _show_image(axes: Axes, image: np.ndarray) -> None:
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
-def _images_of_mixed_quality(detections: list[dict]) -> list[int]:
+def _images_to_show(detections: list[dict]) -> list[int]:
     """
-    Ids of the images whose predicted mask IoUs differ most, of those with three masks or more.
+    Ids of the first images with four masks or more that the two scores rank differently.
 
     The choice looks at predictions only, so it does not favour those that are right.
     """
-    spread = {}
+    chosen = []
     for image_id in sorted({d["image_id"] for d in detections}):
-        ious = [d["pred_mask_iou"] for d in _shown(detections, image_id)]
-        if len(ious) >= 3:
-            spread[image_id] = float(np.std(ious))
-    return sorted(spread, key=lambda i: -spread[i])[:NUM_IMAGES]
+        scores = [d["score"] for d in _shown(detections, image_id)]
+        if len(scores) >= 4 and scores != sorted(scores, reverse=True):
+            chosen.append(image_id)
+    return chosen[:NUM_IMAGES]
 
 
 def _shown(detections: list[dict], image_id: int) -> list[dict]:
@@ -85,24 +92,36 @@ def _shown(detections: list[dict], image_id: int) -> list[dict]:
     return sorted(good, key=lambda d: -d["mask_score"])[: len(COLORS)]
 
 
-def _show_detection(axes: Axes, detection: dict, coco_gt: COCO, rank: int) -> None:
-    """Draws a mask with a number on it, and a line of scores with that number below the image."""
-    mask, color = mask_util.decode(detection["segmentation"]), COLORS[rank]
-    axes.imshow(np.dstack([*(np.full(mask.shape, c) for c in to_rgb(color)), 0.45 * mask]))
+def _show_detection(
+    axes: Axes, detection: dict, name: str, badges: list[tuple[float, float]]
+) -> tuple[float, float]:
+    """
+    Draws a mask with a number on it, and a line of scores with that number below the image.
+
+    Args:
+        name: of the class.
+        badges: x, y of the numbers that are there already, in pixels.
+
+    Returns:
+        x, y of the new number
+    """
+    mask, color = mask_util.decode(detection["segmentation"]), COLORS[len(badges)]
+    axes.imshow(np.dstack([*(np.full(mask.shape, c) for c in to_rgb(color)), 0.4 * mask]))
     _outline(axes, mask, color, 2.0)
-    name = coco_gt.cats[detection["category_id"]]["name"]
     text = (
         f"{name} {detection['score']:.2f} × IoU {detection['pred_mask_iou']:.2f} = "
         f"{detection['mask_score']:.2f}"
     )
-    badge = {"boxstyle": "circle,pad=0.15", "facecolor": color, "edgecolor": "white"}
-    number = {"s": str(rank + 1), "color": "white", "weight": "bold", "ha": "center"}
-    y = -0.045 - 0.063 * rank
-    axes.text(*_innermost(mask), **number, va="center", size=10, bbox=badge)
-    axes.text(0.03, y, **number, va="center", size=9, bbox=badge, transform=axes.transAxes)
-    axes.text(0.075, y, text, va="center", size=12, transform=axes.transAxes)
+    circle = {"boxstyle": "circle,pad=0.15", "facecolor": color, "edgecolor": "white"}
+    number = {"s": str(len(badges) + 1), "color": "white", "weight": "bold", "ha": "center"}
+    center = _badge_position(mask, badges)
+    axes.text(*center, **number, va="center", size=10, bbox=circle)
+    line = {"y": -0.045 - 0.063 * len(badges), "va": "center", "transform": axes.transAxes}
+    axes.text(0.03, **line, **number, size=9, bbox=circle)
+    axes.text(0.075, s=text, **line, size=12)
     true = f"true IoU {detection['true_iou']:.2f}"
-    axes.text(1, y, true, va="center", ha="right", size=10, color="0.4", transform=axes.transAxes)
+    axes.text(1, s=true, **line, ha="right", size=10, color="0.4")
+    return center
 
 
 def _outline(axes: Axes, mask: np.ndarray, color, width: float, style: str = "solid") -> None:
@@ -111,10 +130,16 @@ def _outline(axes: Axes, mask: np.ndarray, color, width: float, style: str = "so
     axes.contour(x, y, padded, levels=[0.5], colors=[color], linewidths=width, linestyles=style)
 
 
-def _innermost(mask: np.ndarray) -> tuple[float, float]:
-    """x, y of the pixel that outlasts all others when the mask's border is peeled off."""
-    inner = np.pad(mask, 1).astype(bool)
-    while inner.any():
+def _badge_position(mask: np.ndarray, badges: list[tuple[float, float]]) -> tuple[float, float]:
+    """x, y of the middle of a mask's thickest part, as far as other numbers leave room."""
+    free = mask.astype(bool)
+    rows, columns = np.indices(mask.shape)
+    for x, y in badges:
+        free &= np.hypot(columns - x, rows - y) > BADGE_DISTANCE
+    if not free.any():
+        free = mask.astype(bool)
+    inner = np.pad(free, 1)
+    while inner.any():  # peel until nothing is left
         remaining = inner
         inner = inner & np.roll(inner, 1, 0) & np.roll(inner, -1, 0)
         inner = inner & np.roll(inner, 1, 1) & np.roll(inner, -1, 1)
@@ -186,8 +211,9 @@ def _show_thumbnail(axes: Axes, image: np.ndarray, detection: dict, key: str) ->
         side.set(color=color, linewidth=5)
 
 
-def _iou_color(iou: float) -> tuple:
-    return matplotlib.colormaps[IOU_COLORS](iou)
+def _iou_color(iou: float) -> tuple[float, float, float, float]:
+    low, high = IOU_RANGE
+    return matplotlib.colormaps[IOU_COLORS]((iou - low) / (high - low))
 
 
 def _connect(figure: Figure, upper: dict, lower: dict, chosen: list[dict]) -> None:

@@ -1,0 +1,252 @@
+"""projects/shapes: the drawn dataset, the config, and what the demo computes from detections."""
+
+import contextlib
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.events import EventStorage
+
+SHAPES = Path(__file__).resolve().parents[1] / "projects" / "shapes"
+NUM_TRAIN, NUM_VAL = 12, 6
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The project's scripts as modules; `python projects/shapes/...` finds them the same way."""
+    sys.path.insert(0, str(SHAPES))
+    modules = {name: importlib.import_module(name) for name in ("draw", "pictures", "demo")}
+    yield modules
+    sys.path.remove(str(SHAPES))
+    for name in modules:  # other projects may have scripts of these names
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def draw(scripts):
+    return scripts["draw"]
+
+
+@pytest.fixture(scope="module")
+def data(draw, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    draw.draw_dataset(folder, NUM_TRAIN, NUM_VAL, seed=0)
+    return folder
+
+
+@pytest.fixture
+def registered(data):
+    """The two datasets under the names that the config has."""
+    for split in ("train", "val"):
+        register_coco_instances(
+            f"shapes_{split}", {}, str(data / f"{split}.json"), str(data / split)
+        )
+    yield
+    for split in ("train", "val"):
+        DatasetCatalog.remove(f"shapes_{split}")
+        MetadataCatalog.remove(f"shapes_{split}")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def load_coco(path: Path) -> COCO:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(path)
+
+
+def test_same_seed_same_bytes(draw, data, tmp_path):
+    draw.draw_dataset(tmp_path, NUM_TRAIN, NUM_VAL, seed=0, num_workers=2)
+    assert contents(tmp_path) == contents(data)
+
+
+def test_other_seed_other_bytes(draw, data, tmp_path):
+    draw.draw_dataset(tmp_path, NUM_TRAIN, NUM_VAL, seed=1)
+    first, second = contents(data), contents(tmp_path)
+    assert first.keys() == second.keys()
+    assert not [name for name in first if first[name] == second[name]]
+
+
+def test_number_of_images_changes_no_image(draw, data, tmp_path):
+    draw.draw_dataset(tmp_path, 2, 2, seed=0)
+    fewer, more = contents(tmp_path), contents(data)
+    pngs = [name for name in fewer if name.endswith(".png")]
+    assert len(pngs) == 4
+    assert all(fewer[name] == more[name] for name in pngs)
+
+
+def test_global_random_state_is_left_alone(draw):
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    draw.draw_scene(np.random.default_rng(0))
+    assert (np.random.get_state()[1] == before).all()
+
+
+@pytest.mark.parametrize("split, num_images", [("train", NUM_TRAIN), ("val", NUM_VAL)])
+def test_annotations_are_valid_coco(data, draw, split, num_images):
+    coco = load_coco(data / f"{split}.json")
+    assert len(coco.imgs) == num_images
+    assert [c["name"] for c in coco.dataset["categories"]] == list(draw.CLASSES)
+    assert len({a["id"] for a in coco.dataset["annotations"]}) == len(coco.anns)
+    for image in coco.imgs.values():
+        with Image.open(data / split / image["file_name"]) as png:
+            assert (png.size, png.mode) == ((image["width"], image["height"]), "RGB")
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        rows, columns = np.nonzero(mask)
+        x, y, width, height = annotation["bbox"]
+        assert annotation["area"] == mask.sum() >= draw.MIN_AREA
+        assert (x, y) == (columns.min(), rows.min())
+        assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
+
+
+def test_visible_masks_do_not_overlap(data):
+    coco = load_coco(data / "train.json")
+    for annotations in coco.imgToAnns.values():
+        assert sum(coco.annToMask(a) for a in annotations).max() == 1
+
+
+def test_objects_of_all_classes_some_of_them_hidden_in_part(data, draw):
+    annotations = load_coco(data / "train.json").dataset["annotations"]
+    assert {a["category_id"] for a in annotations} == set(range(1, len(draw.CLASSES) + 1))
+    shares = [a["visible_share"] for a in annotations]
+    assert draw.MIN_VISIBLE <= min(shares) < 0.9
+    assert max(shares) == 1
+
+
+def test_complete_data_is_kept(draw, tmp_path):
+    assert draw.draw_dataset(tmp_path, 2, 1)
+    assert not draw.draw_dataset(tmp_path, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "complete.json").unlink(),
+        lambda folder: (folder / "train" / "000001.png").unlink(),
+        lambda folder: (folder / "val.json").unlink(),
+    ],
+    ids=["interrupted", "no image", "no annotations"],
+)
+def test_incomplete_data_is_drawn_again(draw, tmp_path, damage):
+    draw.draw_dataset(tmp_path, 2, 1)
+    whole = contents(tmp_path)
+    damage(tmp_path)
+    assert draw.draw_dataset(tmp_path, 2, 1)
+    assert contents(tmp_path) == whole
+
+
+def test_data_of_other_parameters_is_drawn_again(draw, tmp_path):
+    draw.draw_dataset(tmp_path, 3, 1)
+    assert draw.draw_dataset(tmp_path, 2, 1)
+    assert len(list((tmp_path / "train").iterdir())) == 2
+
+
+def test_draw_command(tmp_path):
+    arguments = ["--num-train", "2", "--num-val", "1", "--seed", "3"]
+    command = [sys.executable, str(SHAPES / "draw.py"), str(tmp_path), *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((tmp_path / "complete.json").read_text())["seed"] == 3
+
+
+def test_one_training_step_and_inference(registered):
+    torch.manual_seed(0)
+    cfg = LazyConfig.load(str(SHAPES / "ms_rcnn_shapes.py"))
+    cfg.dataloader.train.num_workers = 0
+    model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    batch = next(iter(instantiate(cfg.dataloader.train)))
+    before = [p.detach().clone() for p in model.parameters()]
+    with EventStorage():
+        losses = model(batch)
+    assert "loss_mask_iou" in losses
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert any((p != b).any() for p, b in zip(model.parameters(), before))
+
+    model.eval()
+    with torch.no_grad():
+        predictions = model(batch[:1])[0]["instances"]
+    assert {"scores", "pred_mask_ious", "mask_scores"} <= predictions.get_fields().keys()
+
+
+@pytest.fixture
+def detections(data):
+    """The objects of val, found perfectly, with scores that say otherwise."""
+    results = []
+    for i, annotation in enumerate(load_coco(data / "val.json").dataset["annotations"]):
+        iou = 0.5 + 0.4 * (i % 2)
+        kept = {k: annotation[k] for k in ("image_id", "category_id", "bbox", "segmentation")}
+        score = (0.6, 0.7, 0.95)[i % 3]
+        results.append({**kept, "score": score, "pred_mask_iou": iou, "mask_score": score * iou})
+    return results
+
+
+def test_perfect_masks_have_perfect_metrics(scripts, data, detections, tmp_path):
+    (tmp_path / "inference").mkdir()
+    results = tmp_path / "inference" / "coco_instances_results.json"
+    results.write_text(json.dumps(detections))
+    coco_gt = load_coco(data / "val.json")
+    loaded = scripts["demo"].load_detections(coco_gt, tmp_path)
+    assert [d["true_iou"] for d in loaded] == [1] * len(detections)
+    metrics = scripts["demo"].compute_metrics(coco_gt, loaded)
+    assert metrics["box_ap"] == pytest.approx(100)
+    assert list(metrics["mask_ap"]) == ["class_score", "mask_score", "true_iou"]
+    assert all(ap["AP"] == pytest.approx(100) for ap in metrics["mask_ap"].values())
+    assert "100.0" in scripts["demo"].summary(metrics)
+
+
+def test_no_detections_have_no_metrics(scripts, data):
+    metrics = scripts["demo"].compute_metrics(load_coco(data / "val.json"), [])
+    assert np.isnan(metrics["box_ap"])
+    assert "nan" in scripts["demo"].summary(metrics)
+
+
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [([1, 2, 3], [2, 4, 6], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1], [1, 2], np.nan)],
+)
+def test_correlation(scripts, first, second, expected):
+    assert scripts["demo"].correlation(first, second) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("found", ["all", "none"])
+@pytest.mark.parametrize("name", ["draw_predictions", "draw_ranking"])
+def test_pictures_are_drawn(scripts, data, detections, tmp_path, name, found):
+    chosen = [{**d, "true_iou": d["pred_mask_iou"]} for d in detections] if found == "all" else []
+    path = tmp_path / "picture.png"
+    getattr(scripts["pictures"], name)(path, load_coco(data / "val.json"), data / "val", chosen)
+    assert min(Image.open(path).size) > 300
+
+
+def test_the_demo_from_start_to_end(tmp_path):
+    sizes = ["--num-train", "16", "--num-val", "4", "--max-iter", "3"]
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", SHAPES / "demo.py", "--output", tmp_path, *sizes],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["mask_ap"]) == {"class_score", "mask_score", "true_iou"}
+    assert metrics["seed"] == 0 and "torch" in metrics["versions"]
+    for name in ("predictions.png", "ranking.png"):
+        assert str(tmp_path / name) in ran.stdout and (tmp_path / name).is_file()
+    assert "masks by true IoU" in ran.stdout
