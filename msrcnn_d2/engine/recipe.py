@@ -64,7 +64,7 @@ class Recipe:
         eval_period, checkpoint_period, log_period, max_iter: in iterations.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
-        verify_results: called with the results of each evaluation, {test set: {task: ...}}.
+        verify_results: called with the results at the end of a run.
     """
 
     build_model: Callable[[], nn.Module]
@@ -192,7 +192,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         ddp={"broadcast_buffers": False},
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
-        verify_results=lambda results: verify_results(cfg, next(iter(results.values()), {})),
+        verify_results=lambda results: verify_results(cfg, results),
     )
 
 

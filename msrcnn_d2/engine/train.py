@@ -66,6 +66,12 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     if resume and checkpointer.has_checkpoint():
         batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
     trainer.train(batches.first_iter, recipe.max_iter)
+    return _verified(results, recipe)
+
+
+def _verified(results: dict, recipe: Recipe) -> dict:
+    if comm.is_main_process():
+        recipe.verify_results(results)
     return results
 
 
@@ -131,8 +137,6 @@ def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = 
                 comparable = published if test_set.names == ("coco_2017_val",) else None
                 logger.info("Results on %s:\n%s", test_set, summary_table(results, comparable))
         all_results[str(test_set)] = results
-    if comm.is_main_process():
-        recipe.verify_results(all_results)
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
@@ -152,7 +156,7 @@ def evaluate_checkpoint(
                 "MODEL.WEIGHTS FILE)."
             )
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
-    return evaluate(recipe, model.eval(), published)
+    return _verified(evaluate(recipe, model.eval(), published), recipe)
 
 
 def summary_table(results: dict, published: Optional[Published] = None) -> str:
