@@ -17,6 +17,8 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
       + MaskScoringCOCOEvaluator           -> box AP by scores, mask AP by mask_scores
 """
 
+import warnings
+
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
@@ -29,8 +31,11 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from None
 
-from . import modeling  # registers the heads
-from .config import add_mask_scoring, add_msrcnn_config
+with warnings.catch_warnings():
+    # Of fvcore and Detectron2, while they are imported; nobody who trains can do anything about it
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    from . import modeling  # registers the heads
+    from .config import add_mask_scoring, add_msrcnn_config
 
 __version__ = "0.1.0"
 
