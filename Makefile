@@ -9,7 +9,9 @@ READY := $(VENV)/.ready
 
 # uv knows its own variable for the package index only; honour pip's as well
 ifdef PIP_INDEX_URL
+ifndef UV_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
 endif
 
 # The system's uv, or one of our own: it installs in seconds what takes pip minutes
