@@ -1,6 +1,7 @@
 """How a Mask R-CNN config becomes a Mask Scoring R-CNN config, for both kinds of config."""
 
 import copy
+from collections.abc import Callable
 
 from omegaconf import DictConfig
 
@@ -13,7 +14,7 @@ from detectron2.utils.registry import locate
 from .evaluation import MaskScoringCOCOEvaluator
 from .modeling import CascadeMaskScoringROIHeads, MaskIoUHead, MaskScoringROIHeads
 
-__all__ = ["add_mask_scoring", "add_msrcnn_config"]
+__all__ = ["add_mask_scoring", "add_msrcnn_config", "target_of"]
 
 
 def add_msrcnn_config(cfg: CfgNode) -> None:
@@ -66,7 +67,7 @@ def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
         input_shape="${..mask_head.input_shape}", num_classes="${..num_classes}", **head_args
     )
     evaluator = cfg.get("dataloader", {}).get("evaluator")
-    if evaluator is not None and _located(evaluator._target_) is COCOEvaluator:
+    if evaluator is not None and target_of(evaluator) is COCOEvaluator:
         evaluator._target_ = MaskScoringCOCOEvaluator
     return cfg
 
@@ -76,7 +77,7 @@ def _mask_scoring_roi_heads(roi_heads: DictConfig) -> type:
         StandardROIHeads: MaskScoringROIHeads,
         CascadeROIHeads: CascadeMaskScoringROIHeads,
     }
-    found = _located(roi_heads._target_)
+    found = target_of(roi_heads)
     if found not in twins:
         raise ValueError(
             f"add_mask_scoring expects `model.roi_heads` to be one of "
@@ -90,6 +91,6 @@ def _mask_scoring_roi_heads(roi_heads: DictConfig) -> type:
     return twins[found]
 
 
-def _located(target):
-    """`_target_` is a class, or its dotted name in configs that were saved and read again."""
-    return locate(target) if isinstance(target, str) else target
+def target_of(node: DictConfig) -> Callable:
+    """What a LazyConfig node calls; configs that were saved and read again have its dotted name."""
+    return locate(node._target_) if isinstance(node._target_, str) else node._target_

@@ -12,10 +12,9 @@ from omegaconf import DictConfig
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.utils.registry import locate
 
 from .. import model_zoo
-from ..config import add_msrcnn_config
+from ..config import add_msrcnn_config, target_of
 from ..errors import UserError
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
@@ -130,8 +129,7 @@ def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
     keys = [str(k) for k in node if k != "_target_"]
     if "_target_" not in node:
         return keys, False
-    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    names, open_ended = _arguments(target)
+    names, open_ended = _arguments(target_of(node))
     return ["_target_", *dict.fromkeys(keys + names)], open_ended
 
 

@@ -21,8 +21,8 @@ from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 
+from ..config import target_of
 from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..modeling import MaskScoringRCNNWithTTA
@@ -134,8 +134,8 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
 
 def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int):
     arguments = {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
-    if _target(loader) is not build_detection_train_loader:
-        return _target(loader)(**arguments)  # a loader of the user's own keeps its own order
+    if target_of(loader) is not build_detection_train_loader:
+        return target_of(loader)(**arguments)  # a loader of the user's own keeps its own order
     return _train_loader(arguments, seed, first_iter)
 
 
@@ -162,7 +162,7 @@ def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
 def _lazy_evaluator(cfg: DictConfig):
     """The evaluator; one of COCO writes its files into the output folder if not told otherwise."""
     evaluator = copy.deepcopy(cfg.dataloader).evaluator  # the config is what the user gave
-    target = _target(evaluator) if "_target_" in evaluator else None
+    target = target_of(evaluator) if "_target_" in evaluator else None
     if isinstance(target, type) and issubclass(target, COCOEvaluator):
         evaluator.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
     return instantiate(evaluator)
@@ -219,7 +219,3 @@ def _names(names) -> tuple[str, ...]:
     if names is None:
         return ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _target(node: DictConfig):
-    return locate(node._target_) if isinstance(node._target_, str) else node._target_
