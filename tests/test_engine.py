@@ -1,4 +1,4 @@
-"""Checks before a run, overrides, checkpoints that cannot be used, and the order of the data."""
+"""Checks before a run, overrides, and the order of the data."""
 
 import json
 import logging
@@ -16,7 +16,6 @@ from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from msrcnn_d2 import model_zoo
-from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import build_recipe, check_recipe, find_config_file, load_config
 from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds, build_resumable_loader
 from msrcnn_d2.engine.load_config import register_dataset
@@ -282,51 +281,6 @@ def test_recipes_of_both_kinds_agree(path):
     assert recipe.train_names == ("coco_2017_train",)
     assert [t.names for t in recipe.test_sets] == [("coco_2017_val",)]
     assert (recipe.amp, recipe.seed) == (False, -1)
-
-
-# Checkpoints
-
-
-def read(path, model=None):
-    return MaskScoringCheckpointer(model or nn.Linear(2, 3)).load(str(path))
-
-
-@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
-@pytest.mark.parametrize("content", [b"", b"garbage", b"<html>404</html>", b"\x80\x04]"])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read(tmp_path / name)
-    message = str(error.value)
-    assert name in message and "cannot be read" in message
-    assert "weights_only" not in message and "\n" not in message
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    torch.save({"model": nn.Linear(100, 100).state_dict()}, tmp_path / "model.pth")
-    content = (tmp_path / "model.pth").read_bytes()
-    (tmp_path / "model.pth").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cannot be read"):
-        read(tmp_path / "model.pth")
-
-
-def test_a_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read(tmp_path / "nosuch.pth")
-
-
-@pytest.mark.parametrize("other", [{"other.weight": torch.zeros(3, 2)}, {"weight": torch.zeros(9)}])
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, other):
-    torch.save({"model": other}, tmp_path / "model.pth")
-    with pytest.raises(UserError, match="none of the model's parameters"):
-        read(tmp_path / "model.pth")
-
-
-def test_a_good_checkpoint_is_loaded(tmp_path):
-    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
-    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    read(tmp_path / "model.pth", other)
-    assert torch.equal(model.weight, other.weight)
 
 
 # The order of the data

@@ -289,7 +289,7 @@ def test_an_unreadable_checkpoint_is_one_sentence_and_an_exit_code(
             )
         captured = capsys.readouterr()
         assert left.value.code == 2
-        assert "bad.pth' cannot be read" in captured.err
+        assert "bad.pth' is not a checkpoint" in captured.err
         assert "Traceback" not in captured.err + captured.out
 
 
@@ -330,7 +330,7 @@ def test_a_mistake_in_two_processes_is_told_once(lazy_config, toy_dataset, tmp_p
         *[f"train.init_checkpoint={tmp_path}/bad.pth", f"train.output_dir={tmp_path}/output"],
     )
     assert ran.returncode == 2
-    assert ran.stderr.count("cannot be read") == 1 and "Traceback" not in ran.stderr
+    assert ran.stderr.count("is not a checkpoint") == 1 and "Traceback" not in ran.stderr
 
 
 FAILING_RANK = """

@@ -155,7 +155,7 @@ def evaluate_checkpoint(
                 "There is no checkpoint to evaluate: give train.init_checkpoint=FILE (yaml: "
                 "MODEL.WEIGHTS FILE)."
             )
-        checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+        checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume, strict=True)
     return _verified(evaluate(recipe, model.eval(), published), recipe)
 
 

@@ -1,0 +1,254 @@
+"""From what a file contains to parameters with Detectron2's names, order of classes and values."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.layers import FrozenBatchNorm2d
+
+from ..errors import UserError
+from . import names
+from .reading import read_file
+
+__all__ = ["Weights", "read_weights"]
+
+
+# Mean and standard deviation of each channel, in the order of the model's input
+Pixels = tuple[list[float], list[float]]
+
+
+@dataclass
+class Weights:
+    """
+    Parameters under Detectron2's names.
+
+    Attributes:
+        source: who named them in the file, such as "MMDetection".
+        state_dict: tensors by name; buffers such as the statistics of batch norm are among them.
+        extras: what else the file has, such as the state of an optimizer; only from files whose
+            names are Detectron2's.
+        matched_by_suffix: whether the names are to be matched to the ends of a model's, as
+            Detectron2 does with weights of backbones; `state_dict` has the file's own names then.
+        pixels: by which images were normalised in training, where it is known.
+        note: what a user of such a file should know.
+    """
+
+    source: str
+    state_dict: dict[str, torch.Tensor]
+    extras: dict[str, Any]
+    matched_by_suffix: bool = False
+    pixels: Optional[Pixels] = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """
+    Attributes:
+        marks: parameter names of this source, and of no source further down in `SOURCES`, match.
+        table: from :mod:`names`.
+        dropped: names that match have no counterpart in a detector.
+        background_first: background is class 0; in Detectron2 it is the last one.
+        eps_of_frozen_bn: whether batch norm adds a small number to the variance, as in
+            Detectron2.
+    """
+
+    name: str
+    marks: str
+    table: Mapping[str, str]
+    dropped: str = r"$^"
+    background_first: bool = False
+    eps_of_frozen_bn: bool = True
+    pixels: Optional[Pixels] = None
+    note: str = ""
+
+
+# COCO's categories have numbers with gaps, from 1 to 90, which torchvision's own detectors keep
+COCO_IDS = [c["id"] for c in COCO_CATEGORIES if c["isthing"]]
+NUM_COCO_IDS = 91
+
+IMAGENET_RGB = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+
+SOURCES = [
+    _Source(
+        "the paper's maskrcnn-benchmark",
+        marks=r"roi_heads\.(box|mask|maskiou)\.(feature_extractor|predictor)\.",
+        table=names.MASKRCNN_BENCHMARK,
+        dropped=r"rpn\.anchor_generator\.cell_anchors\.",
+        background_first=True,
+        eps_of_frozen_bn=False,
+        pixels=([102.9801, 115.9465, 122.7717], [1.0, 1.0, 1.0]),
+        note=(
+            "It was trained with boxes of inclusive pixel coordinates and an unaligned RoIAlign: "
+            "results differ slightly from those of the original code."
+        ),
+    ),
+    _Source(
+        "torchvision's Mask R-CNN",
+        marks=r"backbone\.(body|fpn\.inner_blocks)\.|roi_heads\.mask_predictor\.",
+        table=names.TORCHVISION_DETECTOR,
+        background_first=True,
+        eps_of_frozen_bn=False,  # in the published weights, so in what was fine-tuned from them
+        pixels=IMAGENET_RGB,
+        note=(
+            "It was trained with RGB images, strides in the 3x3 convolutions and an unaligned "
+            "RoIAlign: the config has to say the first two, and results differ slightly from those "
+            "of torchvision. Of 91 classes, the 80 that COCO has are taken."
+        ),
+    ),
+    _Source(
+        "MMDetection",
+        marks=r"(neck|rpn_head|roi_head)\.|backbone\.(conv1|layer1)\.",
+        table=names.MMDETECTION,
+        dropped=r"head\.fc\.",  # of a classifier
+    ),
+    _Source(
+        "torchvision",
+        marks=r"layer1\.0\.conv1\.",
+        table=names.TORCHVISION_RESNET,
+        dropped=r"fc\.",
+        pixels=IMAGENET_RGB,
+    ),
+]
+
+# Under which key files have their parameters, and whose parameters those then are if Detectron2
+# has to match them to the ends of a model's names
+WRAPPERS = {"model": None, "state_dict": None, "model_state": "pycls", "blobs": "Caffe2"}
+
+# Of Detectron2's older versions; they follow from the config
+DERIVED = re.compile(r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_(mean|std)")
+# A counter that only batch norm in training would use, and then only with momentum=None
+COUNTER = "num_batches_tracked"
+
+
+def read_weights(file: str) -> Weights:
+    """
+    Args:
+        file: path of a file, as in :func:`read_file`.
+
+    Returns:
+        the weights in it.
+
+    Raises:
+        UserError: it cannot be read, or has no weights.
+    """
+    contents = read_file(file)
+    found, extras = _find_weights(contents)
+    not_tensors = [k for k, v in found.items() if not isinstance(v, torch.Tensor)]
+    if not found or not_tensors:
+        what = (
+            f"a {type(found[not_tensors[0]]).__name__} as '{not_tensors[0]}'" if found else "none"
+        )
+        raise UserError(f"'{file}' is no checkpoint: where parameters are expected, it has {what}.")
+    if extras.pop("matching_heuristics", False):
+        return Weights(extras.get("__author__", "Detectron2"), found, extras, True)
+    consume_prefix_in_state_dict_if_present(found, "module.")  # of a model trained in parallel
+    for source in SOURCES:
+        if any(re.match(source.marks, name) for name in found):
+            return _from_source(source, found, extras)
+    _remove(found, DERIVED.fullmatch)
+    return Weights("Detectron2", found, extras)
+
+
+def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any]]":
+    """The parameters, and what the file has besides."""
+    contents = contents if isinstance(contents, dict) else {}
+    for key in WRAPPERS:
+        if isinstance(contents.get(key), dict):
+            extras = {k: v for k, v in contents.items() if k != key}
+            return _tensors(contents[key]), {**extras, **_matching(WRAPPERS[key])}
+    is_caffe2 = any(isinstance(v, np.ndarray) for v in contents.values())
+    return _tensors(contents), _matching("Caffe2" if is_caffe2 else None)
+
+
+def _matching(author: Optional[str]) -> dict[str, Any]:
+    return {"__author__": author, "matching_heuristics": True} if author else {}
+
+
+def _tensors(values: Mapping[str, Any]) -> "OrderedDict[str, Any]":
+    """The same parameters, arrays as tensors, without the momentum that Caffe2 keeps with them."""
+    tensors = OrderedDict(
+        (str(name), _tensor(value))
+        for name, value in values.items()
+        if not str(name).endswith("_momentum")
+    )
+    if hasattr(values, "_metadata"):  # versions of modules, by which they mend old checkpoints
+        tensors._metadata = values._metadata  # type: ignore[attr-defined]
+    return tensors
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(np.array(value))  # a copy: arrays in pickles are read-only
+    return value
+
+
+def _remove(found: dict[str, torch.Tensor], unwanted: Callable) -> None:
+    for name in [name for name in found if unwanted(name)]:
+        del found[name]
+
+
+def _from_source(source: _Source, found: dict[str, torch.Tensor], extras: dict) -> Weights:
+    translate = names.compile_names(source.table)
+    _remove(found, lambda name: name.endswith(COUNTER) or re.match(source.dropped, name))
+    state_dict = {translate(name) or name: value for name, value in found.items()}
+    if source.background_first:
+        state_dict = _with_background_last(state_dict)
+    if not source.eps_of_frozen_bn:
+        state_dict = {k: _compensated_for_eps(k, v) for k, v in state_dict.items()}
+    pixels = source.pixels or _pixels_of_mmdetection(extras.get("meta"))
+    return Weights(source.name, state_dict, {}, pixels=pixels, note=source.note)
+
+
+CLASS_SCORE = "roi_heads.box_predictor.cls_score."
+# Number of rows for each class
+CLASS_ROWS = {
+    CLASS_SCORE: 1,
+    "roi_heads.box_predictor.bbox_pred.": 4,
+    "roi_heads.mask_head.predictor.": 1,
+    "roi_heads.mask_iou_head.predictor.": 1,
+}
+
+
+def _with_background_last(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Move class 0, the background, behind the others; all but the class scores do without it."""
+    if CLASS_SCORE + "bias" not in state_dict:
+        return state_dict  # a part of a detector
+    num_classes = len(state_dict[CLASS_SCORE + "bias"])
+    foreground = COCO_IDS if num_classes == NUM_COCO_IDS else list(range(1, num_classes))
+    reordered = {}
+    for name, value in state_dict.items():
+        rows = next((n for prefix, n in CLASS_ROWS.items() if name.startswith(prefix)), None)
+        if rows and len(value) == rows * num_classes:  # not a class-agnostic one
+            chosen = [*foreground, 0] if name.startswith(CLASS_SCORE) else foreground
+            value = value.unflatten(0, (num_classes, rows))[chosen].flatten(0, 1)
+        reordered[name] = value
+    return reordered
+
+
+def _compensated_for_eps(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Detectron2 adds a small number to a variance; without it the outputs are the original's."""
+    if not name.endswith(".norm.running_var"):
+        return value
+    return value - FrozenBatchNorm2d(1).eps
+
+
+def _pixels_of_mmdetection(meta: Any) -> Optional[Pixels]:
+    """MMDetection keeps the text of the config, version 2 as "config", version 3 as "cfg"."""
+    meta = meta if isinstance(meta, dict) else {}
+    text = str(meta.get("config") or meta.get("cfg") or "")
+    mean, std = (re.search(rf"\b{key}=\[([-\d.,\s]+)\]", text) for key in ("mean", "std"))
+    if not (mean and std):
+        return None
+    return _numbers(mean[1]), _numbers(std[1])
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",") if number.strip()]

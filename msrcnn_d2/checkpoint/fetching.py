@@ -1,0 +1,126 @@
+"""Find the file behind a path, a URL or a name of the model zoos; download it if need be."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlparse
+
+import torch
+from iopath.common.file_io import file_lock, get_cache_dir
+
+import detectron2.model_zoo
+from detectron2.utils.file_io import Detectron2Handler, PathManager
+
+from .. import model_zoo
+from ..errors import UserError
+from .reading import read_file, reason
+
+__all__ = ["find_file"]
+
+SUFFIXES = (".pth", ".pt", ".pkl", ".pyth", ".safetensors")
+# Before its suffix, a published file has the first digits of its SHA-256
+DIGEST = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+CONNECTION_TIMEOUT = 30  # seconds
+
+
+def find_file(path: str) -> str:
+    """
+    Args:
+        path: a file; a URL that begins with "https://", "http://" or Detectron2's
+            "detectron2://"; or the name of a config of this model zoo or of Detectron2's, for the
+            weights that were published for it.
+
+    Returns:
+        path of the file. Downloads are kept where Detectron2 keeps its own, so that what either
+        of the two has fetched serves both.
+
+    Raises:
+        UserError: there is no such file, it cannot be downloaded, or it is not what its name says.
+    """
+    if os.path.isfile(path):
+        return path
+    url = _url(path)
+    if urlparse(url).scheme not in ("http", "https"):
+        return _other_file(url)
+    cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+    os.makedirs(os.path.dirname(cached), exist_ok=True)
+    with file_lock(cached):  # one process of each machine downloads, the others wait
+        if not os.path.isfile(cached):
+            _download(url, cached)
+    return cached
+
+
+def _url(path: str) -> str:
+    if path.startswith(Detectron2Handler.PREFIX):
+        return Detectron2Handler.S3_DETECTRON2_PREFIX + path[len(Detectron2Handler.PREFIX) :]
+    if "://" in path or path.endswith(SUFFIXES):
+        return path
+    name = os.path.splitext(path)[0]
+    if os.path.basename(name) in model_zoo.PUBLISHED:
+        return model_zoo.get_checkpoint_url(name)
+    try:
+        return detectron2.model_zoo.get_checkpoint_url(name)
+    except RuntimeError:
+        return path
+
+
+def _other_file(path: str) -> str:
+    """A file that is not there, or of a storage that the user has registered with Detectron2."""
+    try:
+        local_path = PathManager.get_local_path(path)
+    except Exception as error:  # of any of the libraries that fetch files
+        raise UserError(
+            f"Checkpoint '{path}' cannot be fetched ({reason(error)}); download it by hand "
+            "and give the path of the file."
+        ) from error
+    if not os.path.isfile(local_path):
+        raise UserError(
+            f"Checkpoint '{path}' does not exist: give a file, a URL, or one of the model zoo's "
+            f"names, {', '.join(model_zoo.PUBLISHED)}."
+        )
+    return local_path
+
+
+def _download(url: str, path: str) -> None:
+    """Download to `path`, where there is never anything but the complete file."""
+    incomplete = f"{path}.incomplete"
+    digest = DIGEST.search(path)
+    try:
+        with _timeout(CONNECTION_TIMEOUT):
+            torch.hub.download_url_to_file(url, incomplete, digest[1] if digest else None)
+        read_file(incomplete)  # a web page, or half of a file, is not kept
+        os.replace(incomplete, path)
+    except (OSError, RuntimeError, UserError) as error:
+        raise UserError(
+            f"Cannot download '{url}' ({_what_failed(error)}): get the file in another way and "
+            f"put it at '{path}', or give its own path."
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(incomplete)
+
+
+def _what_failed(error: Exception) -> str:
+    if isinstance(error, HTTPError):
+        return f"the server answers {error.code} {error.reason}"
+    if isinstance(error, URLError):
+        return f"no connection: {error.reason}"
+    if "invalid hash value" in str(error):
+        return "its SHA-256 is not the one in its name, so it was damaged or changed on the way"
+    if isinstance(error, UserError):
+        return f"what comes is no checkpoint: {error}"
+    return reason(error)
+
+
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """A firewall that swallows packets looks like a server that thinks."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

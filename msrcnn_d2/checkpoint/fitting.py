@@ -1,0 +1,146 @@
+"""How the parameters of a file and those of a model go together, and how to tell a person."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .conversion import COUNTER
+
+__all__ = ["Fit", "compare", "misfit", "misfit_for_training", "shown", "summary"]
+
+BACKBONE = "backbone.bottom_up."
+MASK_IOU_HEAD = "roi_heads.mask_iou_head."
+CLASS_SCORES = re.compile(r"roi_heads\.box_predictor(\.\d+)?\.cls_score\.bias")
+NUM_SHOWN = 3  # names in a message
+
+
+@dataclass
+class Fit:
+    """
+    How the parameters of a file and of a model go together; persistent buffers count as well.
+
+    Attributes:
+        total: number of the model's parameters.
+        given: names of the model's that come from the file.
+        missing: names of the model's that the file lacks.
+        unexpected: names of the file's that the model lacks.
+        shapes: {name: (shape in the file, shape in the model)} where they differ.
+    """
+
+    total: int
+    given: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    shapes: dict[str, tuple[tuple, tuple]]
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of the model's parameters that do not come from the file."""
+        return [*self.missing, *self.shapes]
+
+
+def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
+    expected = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
+    given = {k: v for k, v in state_dict.items() if not k.endswith(COUNTER)}
+    return Fit(
+        total=len(expected),
+        given=[k for k, v in expected.items() if k in given and given[k].shape == v.shape],
+        missing=[k for k in expected if k not in given],
+        unexpected=[k for k in given if k not in expected],
+        shapes={
+            k: (tuple(given[k].shape), tuple(v.shape))
+            for k, v in expected.items()
+            if k in given and given[k].shape != v.shape
+        },
+    )
+
+
+def misfit_for_training(fit: Fit, model: nn.Module) -> str:
+    """Why training cannot start from a file, or ""."""
+    if not fit.given:
+        return _nothing_fits(fit)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    stay_random = [name for name in fit.absent if name in frozen]
+    if stay_random:
+        return (
+            f"it does not provide {shown(stay_random)}, which the config freezes and which would "
+            "stay random."
+        )
+    return ""
+
+
+def misfit(fit: Fit) -> str:
+    """Why a model with these weights cannot be evaluated, or ""."""
+    if not fit.given and not fit.shapes:
+        return _nothing_fits(fit)
+    classes = _classes(fit)
+    if classes:
+        return (
+            f"it has {classes[0]} classes, the model {classes[1]}. Set model.roi_heads.num_classes="
+            f"{classes[0]} (yaml: MODEL.ROI_HEADS.NUM_CLASSES {classes[0]})."
+        )
+    if fit.shapes:
+        return _shapes_differ(fit)
+    if fit.missing and all(k.startswith(MASK_IOU_HEAD) for k in fit.missing):
+        return (
+            "it is a plain Mask R-CNN, so the mask IoU head has no weights "
+            f"({shown(fit.missing)}). Train that head alone, which leaves boxes, classes and "
+            "masks as they are: train_net.py --retrofit (see projects/retrofit). To evaluate the "
+            "Mask R-CNN as it is, use its own config."
+        )
+    if fit.missing and all(k.startswith(BACKBONE) for k in fit.given):
+        return (
+            f"it has the weights of a backbone only, without {shown(fit.missing)}, as training "
+            "starts from. Give the checkpoint of a whole model."
+        )
+    if fit.missing:
+        return f"it does not provide {shown(fit.missing)}. The config describes another model."
+    # A retrofitted Mask R-CNN is still a Mask R-CNN
+    unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
+    if unexpected:
+        return f"the model has no {shown(unexpected)}. The config describes another model."
+    return ""
+
+
+def _nothing_fits(fit: Fit) -> str:
+    if fit.shapes:
+        return _shapes_differ(fit)
+    return (
+        "it has none of the model's parameters. It belongs to another kind of model, or names its "
+        "parameters in a way that is not known here."
+    )
+
+
+def _shapes_differ(fit: Fit) -> str:
+    name, (given, expected) = next(iter(fit.shapes.items()))
+    more = len(fit.shapes) - 1
+    return (
+        f"'{name}' has shape {given} in the file and {expected} in the model"
+        + (f", and {more} more differ" if more else "")
+        + ". The config describes another model."
+    )
+
+
+def _classes(fit: Fit) -> "tuple[int, int] | None":
+    """The number of classes in the file and in the model, if they differ."""
+    for name, (given, expected) in fit.shapes.items():
+        if CLASS_SCORES.fullmatch(name):
+            return given[0] - 1, expected[0] - 1  # one row is the background's
+    return None
+
+
+def summary(fit: Fit, file: str, source: str) -> str:
+    text = f"{len(fit.given)} of {fit.total} parameters from '{file}' ({source})"
+    if not fit.absent:
+        return text + "."
+    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in fit.absent)
+    classes = _classes(fit)
+    why = f" (the file has {classes[0]} classes, the model {classes[1]})" if classes else ""
+    return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(modules)}."
+
+
+def shown(names: list[str]) -> str:
+    more = len(names) - NUM_SHOWN
+    return ", ".join(names[:NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")
