@@ -36,7 +36,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from . import modeling  # registers the heads
     from .config import add_mask_scoring, add_msrcnn_config
+    from .predictor import MaskScoringPredictor
 
 __version__ = "0.1.0"
 
-__all__ = ["add_mask_scoring", "add_msrcnn_config", "modeling"]
+__all__ = ["MaskScoringPredictor", "add_mask_scoring", "add_msrcnn_config", "modeling"]

@@ -1,0 +1,259 @@
+"""From an image, or several, to masks and their scores."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+import detectron2.data.transforms as T
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+
+from .checkpoint import MaskScoringCheckpointer
+from .errors import UserError
+
+__all__ = ["MaskScoringPredictor", "read_bgr_image"]
+
+logger = logging.getLogger(__name__)
+
+ImageLike = Union[np.ndarray, Image.Image, str, os.PathLike]
+# What instances can be ranked by -> the field that has it
+RANKINGS = {"mask_score": "mask_scores", "score": "scores"}
+
+
+class MaskScoringPredictor:
+    """
+    Detectron2's `DefaultPredictor` for both kinds of config, one image or a batch.
+
+    Images are resized and their channels ordered as the config says for evaluation.
+
+    Attributes:
+        model: in evaluation mode, with the config's weights.
+        metadata: of the config's first test dataset, such as the names of classes; for
+            visualisers.
+
+    Example:
+        >>> cfg = model_zoo.get_config(
+        ...     "COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py", trained=True
+        ... )
+        >>> predict = MaskScoringPredictor(cfg, score_threshold=0.5)
+        >>> instances = predict("image.jpg")["instances"]
+    """
+
+    def __init__(
+        self,
+        cfg: "DictConfig | CfgNode",
+        *,
+        rank_by: str = "mask_score",
+        score_threshold: float = 0.0,
+        device: Optional[str] = None,
+    ):
+        """
+        Args:
+            cfg: LazyConfig or yacs config, which is not modified. Its weights are
+                `train.init_checkpoint` and `MODEL.WEIGHTS`: all that
+                :meth:`MaskScoringCheckpointer.load` takes.
+            rank_by: "mask_score", or "score" for the class score, which is all that a plain
+                Mask R-CNN has.
+            score_threshold: instances with a lower score, of the kind that `rank_by` names, are
+                left out. The config's own threshold on the class score holds as well.
+            device: such as "cpu" or "cuda"; by default the config's, or the CPU if there is no
+                GPU.
+
+        Raises:
+            UserError: the weights do not fit the model, in whole or in part, or it does not score
+                its masks.
+        """
+        if rank_by not in RANKINGS:
+            raise ValueError(f"rank_by is one of {', '.join(RANKINGS)}, not '{rank_by}'.")
+        self.rank_by = rank_by
+        self.score_threshold = score_threshold
+        parts = _from_yacs(cfg, device) if isinstance(cfg, CfgNode) else _from_lazy(cfg, device)
+        self.model = parts.model.eval()
+        self.metadata = parts.metadata
+        self.input_format = parts.input_format
+        self.augmentations = parts.augmentations
+        if rank_by == "mask_score" and not _scores_masks(self.model):
+            raise UserError(
+                "This model does not score its masks: rank them by class score with "
+                'rank_by="score", or give it a mask IoU head (see add_mask_scoring).'
+            )
+        if not parts.weights:
+            raise UserError(
+                "The config has no weights to predict with: set train.init_checkpoint (yaml: "
+                "MODEL.WEIGHTS) to a checkpoint."
+            )
+        MaskScoringCheckpointer(self.model).load(parts.weights, strict=True)
+
+    def __call__(self, images: "ImageLike | list[ImageLike]") -> "dict[str, Any] | list[dict]":
+        """
+        Args:
+            images: an image, or a list of images to predict as one batch. An image is a path, a
+                PIL image, or what `cv2.imread` returns: uint8 array of shape (H, W, 3), BGR.
+                Grey images, (H, W) or (H, W, 1), and those with an alpha channel, BGRA, will do;
+                the alpha channel is ignored.
+
+        Returns:
+            for each image a dict with "instances", the best first: their "scores",
+            "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the image
+            that was given, and "pred_masks" of shape (N, H, W).
+
+        Raises:
+            UserError: a file is missing or not an image.
+            TypeError, ValueError: an array is not an image as described above.
+        """
+        if isinstance(images, (list, tuple)):
+            return self._predict(images) if images else []
+        return self._predict([images])[0]
+
+    @torch.no_grad()
+    def _predict(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
+        outputs = self.model([self._model_input(read_bgr_image(x)) for x in images])
+        return [{**x, "instances": self._ranked(x["instances"])} for x in outputs]
+
+    def _model_input(self, image: np.ndarray) -> dict[str, Any]:
+        height, width = image.shape[:2]
+        if self.input_format == "RGB":
+            image = image[:, :, ::-1]
+        resized = T.AugInput(image)
+        self.augmentations(resized)
+        pixels = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
+        return {"image": pixels, "height": height, "width": width}
+
+    def _ranked(self, instances: Instances) -> Instances:
+        scores = instances.get(RANKINGS[self.rank_by])
+        order = scores.argsort(descending=True, stable=True)
+        return instances[order[scores[order] >= self.score_threshold]]
+
+
+class _Parts(NamedTuple):
+    """What a predictor takes from a config."""
+
+    model: nn.Module
+    metadata: Metadata
+    input_format: str
+    augmentations: T.AugmentationList
+    weights: str
+
+
+def _from_yacs(cfg: CfgNode, device: Optional[str]) -> _Parts:
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = device or _available(cfg.MODEL.DEVICE)
+    short, long = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    return _Parts(
+        model=build_model(cfg),
+        metadata=_metadata(cfg.DATASETS.TEST),
+        input_format=cfg.INPUT.FORMAT,
+        augmentations=T.AugmentationList([T.ResizeShortestEdge([short, short], long)]),
+        weights=cfg.MODEL.WEIGHTS,
+    )
+
+
+def _from_lazy(cfg: DictConfig, device: Optional[str]) -> _Parts:
+    def setting(key: str, default: Any) -> Any:
+        value = OmegaConf.select(cfg, key)
+        return default if value is None else value
+
+    device = device or _available(setting("train.device", "cuda"))
+    mapper = "dataloader.test.mapper"
+    # Where the config has no test data, Detectron2's usual size
+    augmentations = setting(f"{mapper}.augmentations", [T.ResizeShortestEdge(800, 1333)])
+    return _Parts(
+        model=instantiate(cfg.model).to(device),
+        metadata=_metadata(setting("dataloader.test.dataset.names", ())),
+        input_format=setting(f"{mapper}.image_format", setting("model.input_format", "BGR")),
+        augmentations=T.AugmentationList(instantiate(augmentations)),
+        weights=setting("train.init_checkpoint", ""),
+    )
+
+
+def _available(device: str) -> str:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("There is no GPU that PyTorch can use: predicting on the CPU.")
+        return "cpu"
+    return device
+
+
+def _metadata(names) -> Metadata:
+    names = [names] if isinstance(names, str) else list(names)
+    return MetadataCatalog.get(names[0]) if names else Metadata()
+
+
+def _scores_masks(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "roi_heads", None), "mask_iou_head")
+
+
+def read_bgr_image(image: ImageLike) -> np.ndarray:
+    """
+    Args:
+        image: a path, a PIL image or an array, as in :class:`MaskScoringPredictor`.
+
+    Returns:
+        uint8 array of shape (H, W, 3), BGR. Images of cameras are turned as they were held.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return _read_file(os.fspath(image))
+    if isinstance(image, Image.Image):
+        return _from_pil(image)
+    if image is None:
+        raise TypeError("The image is None, which cv2.imread returns for files it cannot read.")
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            "An image is a path, a PIL image, or a uint8 array of shape (height, width, 3) in BGR "
+            f"order, not a {type(image).__module__}.{type(image).__name__}."
+        )
+    _check_array(image)
+    if image.ndim == 2 or image.shape[2] == 1:
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return image[:, :, :3]
+
+
+def _read_file(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return _from_pil(image)
+    except FileNotFoundError:
+        raise UserError(f"Image '{path}' does not exist.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"'{path}' is not an image that can be read.") from None
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them on bad files
+        raise UserError(f"Image '{path}' cannot be read ({error}).") from error
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"The image has more than 8 bits per pixel (mode {image.mode}): scale it to 0 to 255 "
+            "and convert it to uint8."
+        )
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[:, :, ::-1]
+
+
+def _check_array(image: np.ndarray) -> None:
+    if image.dtype != np.uint8:
+        known = f" with values from {image.min():g} to {image.max():g}" if image.size else ""
+        raise ValueError(
+            f"An image has uint8 pixels from 0 to 255, not {image.dtype}{known}: scale it and "
+            "convert it by .astype(np.uint8)."
+        )
+    channels_last = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+    if not channels_last:
+        first = image.ndim == 3 and image.shape[0] in (1, 3, 4)
+        advice = (
+            ": its channels come first, so give image.transpose(1, 2, 0)."
+            if first
+            else ". Give several images as a list."
+            if image.ndim == 4
+            else "."
+        )
+        raise ValueError(f"An image has the shape (height, width, 3), not {image.shape}{advice}")
+    if image.size == 0:
+        raise ValueError(f"The image is empty: its shape is {image.shape}.")
