@@ -8,12 +8,13 @@ conversion is needed.) What else the input holds, such as the state of its optim
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import UserError, exit_on_user_error
-from .conversion import CLASS_SCORE, Weights, read_weights
+from .conversion import CLASS_SCORE, COUNTER, Weights, read_weights
 from .fetching import find_file
 
 
@@ -21,16 +22,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m msrcnn_d2.checkpoint", description=__doc__)
     parser.add_argument("input", metavar="IN", help="file, URL, or name of the model zoo")
     parser.add_argument("output", metavar="OUT", help=f"file to write: {', '.join(WRITERS)}")
+    parser.add_argument(
+        "--half", action="store_true", help="write float16, half as large; it loads as float32"
+    )
     args = parser.parse_args()
     with exit_on_user_error():
-        print(convert_file(args.input, args.output))
+        print(convert_file(args.input, args.output, args.half))
 
 
-def convert_file(source: str, target: str) -> str:
+def convert_file(source: str, target: str, half: bool = False) -> str:
     """
     Args:
         source: what :meth:`MaskScoringCheckpointer.load` takes.
         target: path of the file to write; its suffix decides on the format, see `WRITERS`.
+        half: whether to write floating-point numbers as float16.
 
     Returns:
         one line that says what was converted.
@@ -50,16 +55,23 @@ def convert_file(source: str, target: str) -> str:
             f"'{source}' ({weights.source}) has no names of its own to convert: they are matched "
             "to a model's when it is loaded, by Detectron2 as well as by this package."
         )
-    _write_completely(write, weights, target)
+    _write_completely(write, _contiguous(weights.state_dict, half), target)
     if weights.note:
         print(f"Note: {weights.note}")
     return f"{source} ({weights.source}): {_summary(weights)} -> {target}"
 
 
-def _write_completely(write: Callable, weights: Weights, target: str) -> None:
+def _contiguous(state_dict: dict[str, torch.Tensor], half: bool) -> dict[str, torch.Tensor]:
+    return {
+        name: (value.half() if half and value.is_floating_point() else value).contiguous()
+        for name, value in state_dict.items()
+    }
+
+
+def _write_completely(write: Callable, state_dict: dict[str, torch.Tensor], target: str) -> None:
     incomplete = f"{target}.incomplete"
     try:
-        write({k: v.contiguous() for k, v in weights.state_dict.items()}, incomplete)
+        write(state_dict, incomplete)
         os.replace(incomplete, target)
     except OSError as error:
         raise UserError(f"Cannot write '{target}' ({error.strerror}).") from error
@@ -69,14 +81,16 @@ def _write_completely(write: Callable, weights: Weights, target: str) -> None:
 
 
 def _summary(weights: Weights) -> str:
-    text = f"{len(weights.state_dict)} parameters"
+    names = [name for name in weights.state_dict if not name.endswith(COUNTER)]
+    text = f"{len(names)} parameters"
     scores = weights.state_dict.get(CLASS_SCORE + "bias")
     return text if scores is None else f"{text}, {len(scores) - 1} classes"
 
 
 WRITERS: dict[str, Callable] = {
     ".pth": lambda state_dict, path: torch.save({"model": state_dict}, path),
-    ".safetensors": save_file,
+    # Not save_file, whose files only their owner may read
+    ".safetensors": lambda state_dict, path: Path(path).write_bytes(save(state_dict)),
 }
 
 if __name__ == "__main__":
