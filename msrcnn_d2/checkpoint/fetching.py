@@ -11,7 +11,6 @@ from urllib.parse import urlparse
 import torch
 from iopath.common.file_io import file_lock, get_cache_dir
 
-import detectron2.model_zoo
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 
 from .. import model_zoo
@@ -61,6 +60,9 @@ def _url(path: str) -> str:
     name = os.path.splitext(path)[0]
     if os.path.basename(name) in model_zoo.PUBLISHED:
         return model_zoo.get_checkpoint_url(name)
+    # Imported here because it needs pkg_resources, which environments of today may lack
+    import detectron2.model_zoo
+
     try:
         return detectron2.model_zoo.get_checkpoint_url(name)
     except RuntimeError:

@@ -10,7 +10,6 @@ import pickle
 import re
 import struct
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,13 +39,12 @@ def read_file(path: str) -> Any:
     Raises:
         UserError: it is none of these, it is damaged, or it holds something that could run.
     """
-    size = Path(path).stat().st_size
     with open(path, "rb") as f:
         head = f.read(HEAD_SIZE)
     try:
         if head.startswith((ZIP, LEGACY_TORCH)):
             return _read_torch(path)
-        if _is_safetensors(head, size):
+        if _is_safetensors(head):
             return load_file(path)
         if head.startswith(PICKLE) or (head and path.endswith(".pkl") and not _is_text(head)):
             with open(path, "rb") as f:
@@ -81,7 +79,7 @@ def _what_instead(head: bytes) -> str:
     )
 
 
-def _is_safetensors(head: bytes, size: int) -> bool:
+def _is_safetensors(head: bytes) -> bool:
     """Eight bytes with the size of a JSON header, then the header."""
     return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32
 
