@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -127,7 +128,9 @@ def true_mask_ious(coco_gt: COCO, results: Sequence[dict]) -> list[float]:
     return ious
 
 
-def mask_ap(coco_gt: COCO, results: Sequence[dict], scores: Sequence[float]) -> dict[str, float]:
+def mask_ap(
+    coco_gt: COCO, results: Sequence[dict], scores: Sequence[float], max_dets: int = 100
+) -> dict[str, float]:
     """
     Mask AP that a ranking gives to masks.
 
@@ -135,22 +138,29 @@ def mask_ap(coco_gt: COCO, results: Sequence[dict], scores: Sequence[float]) -> 
         coco_gt: the ground truth.
         results: detections in COCO's result format, with "segmentation".
         scores: the number to rank each result by, instead of its "score".
+        max_dets: of each image, only so many of each class count, the best ones.
 
     Returns:
         "AP" (mean over IoU 0.50:0.95), "AP50" and "AP75" in percent; NaN if there is nothing to
         compare.
     """
-    names = ("AP", "AP50", "AP75")
     if not results:
-        return dict.fromkeys(names, float("nan"))
+        return dict.fromkeys(("AP", "AP50", "AP75"), float("nan"))
     # With a bbox, COCO would take the area of the box for that of the mask
     ranked = [
         {**{k: v for k, v in r.items() if k != "bbox"}, "score": s} for r, s in zip(results, scores)
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco_gt, coco_gt.loadRes(ranked), "segm")
+        evaluation.params.maxDets = [max_dets]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    stats = [float(x) if x >= 0 else float("nan") for x in evaluation.stats[:3]]  # -1: undefined
-    return {name: 100 * x for name, x in zip(names, stats)}
+    # By IoU threshold, recall, class, size of the objects (0: all) and number of detections
+    precision = evaluation.eval["precision"][..., 0, 0]
+    parts = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
+    return {name: 100 * _mean_of_defined(part) for name, part in parts.items()}
+
+
+def _mean_of_defined(precision: np.ndarray) -> float:
+    defined = precision[precision >= 0]  # -1 for classes without objects
+    return float(defined.mean()) if len(defined) else float("nan")

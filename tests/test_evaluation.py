@@ -625,6 +625,17 @@ def test_the_true_iou_is_a_better_ranking_than_a_reversed_one(squares):
     assert mask_ap(squares, results, ious)["AP"] > reversed_ap
 
 
+def test_mask_ap_of_fewer_detections(squares):
+    """The best one of class 0 is wrong; the second finds one of the two objects."""
+    results = [result([20, 30, 20, 20], 0), result([0, 0, 20, 20], 0), result([80, 0, 20, 20], 1)]
+    scores = [0.9, 0.8, 0.7]
+
+    assert mask_ap(squares, results, scores, max_dets=1)["AP"] == pytest.approx(100 / 2)
+    # Precision 1/2 at the 51 of 101 recalls up to 1/2; class 1 is perfect
+    both = mask_ap(squares, results, scores, max_dets=2)["AP"]
+    assert both == pytest.approx(100 * (0.5 * 51 / 101 + 1) / 2)
+
+
 def test_mask_ap_is_nan_where_it_is_not_defined(squares, tmp_path):
     nothing = mask_ap(squares, [], [])
     path = write_coco_json(tmp_path / "empty.json", [[]], CATEGORY_IDS, IMAGE_SIZE)
