@@ -39,6 +39,9 @@ examples:
     train_net.py --config-file ... --resume
   evaluate a checkpoint:
     train_net.py --config-file ... --eval-only train.init_checkpoint=model.pth
+  give a trained Mask R-CNN mask scores, and leave all its other outputs as they are:
+    train_net.py --retrofit --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
+      MODEL.WEIGHTS mask_rcnn.pth
   your own data in COCO's format:
     train_net.py --config-file ... \\
       --dataset my_train train.json images/ --dataset my_val val.json images/ \\
@@ -55,6 +58,11 @@ A yaml config takes MODEL.ROI_HEADS.NUM_CLASSES=3 or MODEL.ROI_HEADS.NUM_CLASSES
 def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=EXAMPLES)
     parser.add_argument(
+        "--retrofit",
+        action="store_true",
+        help="train mask scores for the trained Mask R-CNN of the config; change nothing else",
+    )
+    parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
@@ -70,7 +78,7 @@ def prepare(args: argparse.Namespace):
     for dataset in args.dataset:
         register_dataset(*dataset)
     args.config_file = find_config_file(args.config_file)
-    return load_config(args.config_file, args.opts)
+    return load_config(args.config_file, args.opts, retrofitted=args.retrofit)
 
 
 def main(args: argparse.Namespace) -> None:

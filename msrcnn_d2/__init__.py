@@ -35,9 +35,9 @@ with warnings.catch_warnings():
     # Of fvcore and Detectron2, while they are imported; nobody who trains can do anything about it
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from . import modeling  # registers the heads
-    from .config import add_mask_scoring, add_msrcnn_config
+    from .config import add_mask_scoring, add_msrcnn_config, retrofit
     from .predictor import MaskScoringPredictor
 
 __version__ = "0.1.0"
 
-__all__ = ["MaskScoringPredictor", "add_mask_scoring", "add_msrcnn_config", "modeling"]
+__all__ = ["MaskScoringPredictor", "add_mask_scoring", "add_msrcnn_config", "modeling", "retrofit"]

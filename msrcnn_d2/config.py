@@ -1,20 +1,45 @@
 """How a Mask R-CNN config becomes a Mask Scoring R-CNN config, for both kinds of config."""
 
 import copy
+import math
+import os
 from collections.abc import Callable
+from typing import TypeVar
 
-from omegaconf import DictConfig
+from fvcore.common.param_scheduler import CosineParamScheduler
+from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.evaluation import COCOEvaluator
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.solver import WarmupParamScheduler
 from detectron2.utils.registry import locate
 
 from .evaluation import MaskScoringCOCOEvaluator
-from .modeling import CascadeMaskScoringROIHeads, MaskIoUHead, MaskScoringROIHeads
+from .modeling import (
+    CascadeMaskScoringROIHeads,
+    MaskIoUHead,
+    MaskScoringROIHeads,
+    RetrofitRCNN,
+)
 
-__all__ = ["add_mask_scoring", "add_msrcnn_config", "target_of"]
+__all__ = ["add_mask_scoring", "add_msrcnn_config", "retrofit", "target_of"]
+
+# Detectron2's ROI heads, and ours that add mask scoring to them
+TWINS = {
+    StandardROIHeads: MaskScoringROIHeads,
+    CascadeROIHeads: CascadeMaskScoringROIHeads,
+}
+
+# A retrofit's share of images, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
+RETROFIT_IMAGES = 160_000
+RETROFIT_WARMUP = 0.05  # share of the run
+# How the weights begin that a Mask R-CNN is trained from, and that are none itself
+BACKBONE_WEIGHTS = "detectron2://ImageNetPretrained/"
+
+Config = TypeVar("Config", DictConfig, CfgNode)
 
 
 def add_msrcnn_config(cfg: CfgNode) -> None:
@@ -73,22 +98,140 @@ def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
 
 
 def _mask_scoring_roi_heads(roi_heads: DictConfig) -> type:
-    twins = {
-        StandardROIHeads: MaskScoringROIHeads,
-        CascadeROIHeads: CascadeMaskScoringROIHeads,
-    }
     found = target_of(roi_heads)
-    if found not in twins:
+    if found not in TWINS:
         raise ValueError(
             f"add_mask_scoring expects `model.roi_heads` to be one of "
-            f"{[c.__name__ for c in twins]}, not {getattr(found, '__name__', found)}. For ROI "
+            f"{[c.__name__ for c in TWINS]}, not {getattr(found, '__name__', found)}. For ROI "
             "heads of your own, derive them from MaskScoringROIHeads and add a mask_iou_head."
         )
     if roi_heads.get("mask_head") is None:
         raise ValueError(
             "add_mask_scoring expects a mask branch, but `model.roi_heads` has no mask_head."
         )
-    return twins[found]
+    return TWINS[found]
+
+
+def retrofit(cfg: Config, **head_args) -> Config:
+    """
+    Turn the config of a trained Mask R-CNN into one that trains a MaskIoU head for it, and leaves
+    all its other weights and outputs as they are; see :class:`RetrofitRCNN`.
+
+    What changes besides the model: a cosine schedule of 160,000 images (10,000 iterations of 16),
+    or of `cfg`'s own length if that is shorter; the output folder, to "retrofit" within `cfg`'s,
+    which may hold the trained model; and `cfg`'s initial weights are dropped if they are only
+    those of a backbone. The trained Mask R-CNN's have to be set in their place.
+
+    Args:
+        cfg: a LazyConfig or yacs config of a Mask R-CNN, with mask scoring already or without. It
+            is not modified.
+        head_args: arguments of :class:`MaskIoUHead` that differ from the defaults.
+
+    Returns:
+        the new config, of the same kind. That of a retrofit already differs by `head_args` alone.
+
+    Raises:
+        ValueError: `cfg` has no such model; the message says what was found instead.
+
+    Example:
+        >>> cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
+        >>> cfg = retrofit(cfg)
+        >>> cfg.MODEL.WEIGHTS = "mask_rcnn.pth"
+    """
+    if isinstance(cfg, CfgNode):
+        return _retrofit_yacs(cfg, head_args)
+    return _retrofit_lazy(cfg, head_args)
+
+
+def _retrofit_lazy(cfg: DictConfig, head_args: dict) -> DictConfig:
+    roi_heads = OmegaConf.select(cfg, "model.roi_heads")
+    if roi_heads is not None and _scores_masks(target_of(roi_heads)):
+        cfg = copy.deepcopy(cfg)
+        cfg.model.roi_heads.mask_iou_head.update(head_args)
+    else:
+        cfg = add_mask_scoring(cfg, **head_args)
+    architecture = target_of(cfg.model)
+    if architecture is RetrofitRCNN:
+        return cfg
+    _check_architecture(architecture)
+    cfg.model._target_ = RetrofitRCNN
+    if "train" in cfg:
+        _retrofit_lazy_training(cfg)
+    return cfg
+
+
+def _retrofit_lazy_training(cfg: DictConfig) -> None:
+    train = cfg.train
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    train.max_iter = _retrofit_length(train.max_iter, batch)
+    cfg.lr_multiplier = L(WarmupParamScheduler)(
+        scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
+        warmup_length=RETROFIT_WARMUP,
+        warmup_method="linear",
+        warmup_factor=0.001,
+    )
+    train.output_dir = os.path.join(train.output_dir, "retrofit")
+    if train.init_checkpoint.startswith(BACKBONE_WEIGHTS):
+        train.init_checkpoint = ""
+
+
+def _retrofit_yacs(cfg: CfgNode, head_args: dict) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    if "ROI_MASK_IOU_HEAD" not in cfg.MODEL:
+        add_msrcnn_config(cfg)
+    for name, value in head_args.items():
+        if name.upper() not in cfg.MODEL.ROI_MASK_IOU_HEAD:
+            raise ValueError(f"The MaskIoU head has no argument '{name}'.")
+        cfg.MODEL.ROI_MASK_IOU_HEAD[name.upper()] = value
+    if cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__:
+        return cfg
+    _check_architecture(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
+    cfg.MODEL.META_ARCHITECTURE = RetrofitRCNN.__name__
+    cfg.MODEL.ROI_HEADS.NAME = _mask_scoring_name(cfg)
+    _retrofit_yacs_training(cfg)
+    return cfg
+
+
+def _mask_scoring_name(cfg: CfgNode) -> str:
+    name = cfg.MODEL.ROI_HEADS.NAME
+    found = ROI_HEADS_REGISTRY.get(name)
+    if not _scores_masks(found) and found not in TWINS:
+        raise ValueError(
+            f"retrofit expects MODEL.ROI_HEADS.NAME to be one of {[c.__name__ for c in TWINS]}, "
+            f"not {name}. For ROI heads of your own, derive them from MaskScoringROIHeads."
+        )
+    if not cfg.MODEL.MASK_ON:
+        raise ValueError("retrofit expects a mask branch, but MODEL.MASK_ON is False.")
+    return name if _scores_masks(found) else TWINS[found].__name__
+
+
+def _retrofit_yacs_training(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    solver.MAX_ITER = _retrofit_length(solver.MAX_ITER, solver.IMS_PER_BATCH)
+    solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    solver.STEPS = ()
+    solver.WARMUP_ITERS = round(RETROFIT_WARMUP * solver.MAX_ITER)
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrofit")
+    if cfg.MODEL.WEIGHTS.startswith(BACKBONE_WEIGHTS):
+        cfg.MODEL.WEIGHTS = ""
+
+
+def _retrofit_length(max_iter: int, batch: "int | None") -> int:
+    """Iterations: no more images than a retrofit needs, and no more than the model had."""
+    return min(max_iter, math.ceil(RETROFIT_IMAGES / (batch or 16)))
+
+
+def _check_architecture(found: Callable) -> None:
+    if found is not GeneralizedRCNN:
+        raise ValueError(
+            f"retrofit expects a {GeneralizedRCNN.__name__}, not a "
+            f"{getattr(found, '__name__', found)}."
+        )
+
+
+def _scores_masks(roi_heads: Callable) -> bool:
+    return isinstance(roi_heads, type) and issubclass(roi_heads, MaskScoringROIHeads)
 
 
 def target_of(node: DictConfig) -> Callable:

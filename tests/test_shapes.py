@@ -186,6 +186,17 @@ def test_one_training_step_and_inference(registered):
     assert {"scores", "pred_mask_ious", "mask_scores"} <= predictions.get_fields().keys()
 
 
+def test_mask_scoring_only_adds_to_the_mask_rcnn():
+    weights = {}
+    for name in ("mask_rcnn_shapes", "ms_rcnn_shapes"):
+        torch.manual_seed(0)
+        weights[name] = instantiate(LazyConfig.load(f"{SHAPES}/{name}.py").model).state_dict()
+    plain, scoring = weights.values()
+    assert all(torch.equal(plain[k], scoring[k]) for k in plain)
+    added = set(scoring) - set(plain)
+    assert added and all(k.startswith("roi_heads.mask_iou_head.") for k in added)
+
+
 @pytest.fixture
 def detections(data):
     """The objects of val, found perfectly, with scores that say otherwise."""

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 import re
+from pathlib import Path
 
 import torch
 import yaml
@@ -14,8 +15,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from .. import model_zoo
-from ..config import add_msrcnn_config, target_of
+from ..config import add_msrcnn_config, retrofit, target_of
 from ..errors import UserError
+from ..modeling import RetrofitRCNN
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
 
@@ -42,7 +44,7 @@ def register_dataset(name: str, annotations: str, images: str) -> None:
 
 
 def find_config_file(name: str) -> str:
-    """`name` if it is a file, else the config of that name that comes with this package."""
+    """`name` if it is a file, else the config of that name that comes with us or Detectron2."""
     if not name:
         raise UserError(
             "Which model? Give --config-file, such as "
@@ -55,27 +57,56 @@ def find_config_file(name: str) -> str:
     try:
         return model_zoo.get_config_file(name)
     except UserError as error:
-        raise UserError(f"Config file '{name}' does not exist. {error}") from None
+        root = _detectron2_configs()
+        if (root / name).is_file():
+            return str(root / name)
+        raise UserError(
+            f"Config file '{name}' does not exist. {error}{_near(name, root)}"
+        ) from None
 
 
-def load_config(path: str, overrides: "list[str] | tuple[str, ...]" = ()) -> "DictConfig | CfgNode":
+def _detectron2_configs() -> Path:
+    # Imported here because it needs pkg_resources, which environments of today may lack
+    from detectron2 import model_zoo as detectron2_zoo
+
+    # It tells where one of its configs is, not where they are
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    return Path(detectron2_zoo.get_config_file(name)).parents[1]
+
+
+def _near(name: str, root: Path) -> str:
+    names = sorted(str(p.relative_to(root)) for p in root.glob("*/*.*"))
+    nearest = difflib.get_close_matches(name, names, n=3)
+    return f" Of Detectron2's: {', '.join(nearest)}." if nearest else ""
+
+
+def load_config(
+    path: str,
+    overrides: "list[str] | tuple[str, ...]" = (),
+    retrofitted: bool = False,
+) -> "DictConfig | CfgNode":
     """
     Args:
         path: from :func:`find_config_file`.
         overrides: "key=value" for a LazyConfig; "KEY=VALUE", or "KEY" and "VALUE" in turn, for
             yacs.
+        retrofitted: whether :func:`msrcnn_d2.retrofit` makes another config of the file's, before
+            it is overridden.
 
     Returns:
         the config; its device is "cpu" where it asks for a GPU and there is none.
 
     Raises:
-        UserError: the file or an override cannot be read, or a key does not exist.
+        UserError: the file or an override cannot be read, a key does not exist, or there is no
+            trained model to retrofit.
     """
+    load = _load_lazy if _is_lazy(path) else _load_yacs
     try:
-        cfg = _load_lazy(path, overrides) if _is_lazy(path) else _load_yacs(path, overrides)
+        cfg = load(path, overrides, retrofitted)
     except (SyntaxError, ImportError, OSError, yaml.YAMLError) as error:
         reason = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
         raise UserError(f"Config file '{path}' cannot be read: {reason}.") from error
+    _check_weights_of_retrofit(cfg)
     return _on_available_device(cfg)
 
 
@@ -87,10 +118,12 @@ def _is_lazy(path: str) -> bool:
         return re.search(r"\b_target_:", f.read()) is not None
 
 
-def _load_lazy(path, overrides):
+def _load_lazy(path, overrides, retrofitted):
     cfg = LazyConfig.load(path)
     if "train" not in cfg:
         raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
+    if retrofitted:
+        cfg = _retrofit(cfg, path)
     for key, default in OPTIONAL_TRAIN_KEYS.items():
         cfg.train.setdefault(key, default)
     for override in overrides:
@@ -150,11 +183,13 @@ def _arguments(target) -> "tuple[list[str], bool]":
     return names, True
 
 
-def _load_yacs(path, overrides):
+def _load_yacs(path, overrides, retrofitted):
     cfg = get_cfg()
     add_msrcnn_config(cfg)
     try:
         cfg.merge_from_file(path)
+        if retrofitted:
+            cfg = _retrofit(cfg, path)
         cfg.merge_from_list(_key_value_pairs(overrides))
     except (KeyError, ValueError, AssertionError) as error:
         message = error.args[0] if error.args else type(error).__name__
@@ -172,6 +207,28 @@ def _key_value_pairs(overrides) -> list[str]:
         else:
             pairs.append(item)
     return pairs
+
+
+def _retrofit(cfg, path):
+    try:
+        return retrofit(cfg)
+    except ValueError as error:
+        raise UserError(f"Config file '{path}' cannot be retrofitted: {error}") from error
+
+
+def _check_weights_of_retrofit(cfg: "DictConfig | CfgNode") -> None:
+    if isinstance(cfg, CfgNode):
+        is_retrofit = cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__
+        weights = cfg.MODEL.WEIGHTS
+    else:
+        model = cfg.get("model", {})
+        is_retrofit = "_target_" in model and target_of(model) is RetrofitRCNN
+        weights = cfg.train.get("init_checkpoint")
+    if is_retrofit and not weights:
+        raise UserError(
+            "There is no trained Mask R-CNN to retrofit: give train.init_checkpoint=FILE (yaml: "
+            "MODEL.WEIGHTS FILE)."
+        )
 
 
 def _on_available_device(cfg):

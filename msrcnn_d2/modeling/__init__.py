@@ -1,4 +1,4 @@
-"""What has parameters or feeds them. Importing it registers the heads with Detectron2."""
+"""What has parameters or feeds them. Importing it registers heads and models with Detectron2."""
 
 from .mask_iou_head import (
     ROI_MASK_IOU_HEAD_REGISTRY,
@@ -8,6 +8,7 @@ from .mask_iou_head import (
     mask_iou_loss,
 )
 from .mask_iou_target import mask_iou_targets
+from .retrofit import RetrofitRCNN
 from .roi_heads import CascadeMaskScoringROIHeads, MaskScoringROIHeads
 from .test_time_augmentation import MaskScoringRCNNWithTTA
 
@@ -17,6 +18,7 @@ __all__ = [
     "MaskIoUHead",
     "MaskScoringRCNNWithTTA",
     "MaskScoringROIHeads",
+    "RetrofitRCNN",
     "build_mask_iou_head",
     "mask_iou_inference",
     "mask_iou_loss",

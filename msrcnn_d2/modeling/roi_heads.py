@@ -12,6 +12,7 @@ from detectron2.modeling.roi_heads import (
     select_foreground_proposals,
 )
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference, mask_rcnn_loss
+from detectron2.structures import Instances
 
 from .mask_iou_head import build_mask_iou_head
 from .mask_iou_target import crop_gt_masks
@@ -75,9 +76,7 @@ class MaskScoringROIHeads(StandardROIHeads):
         if self.training:
             instances, _ = select_foreground_proposals(instances, self.num_classes)
         boxes = [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-        mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
-        # Masks are pasted and compared at full precision, also where autocast computed them
-        mask_logits = self.mask_head.layers(mask_features).float()
+        mask_features, mask_logits = self._run_mask_head(features, boxes)
 
         if self.training:
             return self._mask_losses(mask_features, mask_logits, instances)
@@ -85,15 +84,45 @@ class MaskScoringROIHeads(StandardROIHeads):
         mask_probs = cat([x.pred_masks for x in instances])
         return self.mask_iou_head(mask_features, mask_probs, instances)
 
+    def _run_mask_head(self, features, boxes):
+        mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
+        # Masks are pasted and compared at full precision, also where autocast computed them
+        return mask_features, self.mask_head.layers(mask_features).float()
+
     def _mask_losses(self, mask_features, mask_logits, instances):
         instances = crop_gt_masks(instances, mask_logits.shape[-1])
         mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
-        classes = cat([x.gt_classes for x in instances])
-        mask_probs = _masks_of_classes(mask_logits, classes).sigmoid()
         return {
             "loss_mask": mask_loss * self.mask_head.loss_weight,
-            **self.mask_iou_head(mask_features, mask_probs, instances),
+            **self._mask_iou_losses(mask_features, mask_logits, instances),
         }
+
+    def _mask_iou_losses(self, mask_features, mask_logits, instances):
+        classes = cat([x.gt_classes for x in instances])
+        mask_probs = _masks_of_classes(mask_logits, classes).sigmoid()
+        return self.mask_iou_head(mask_features, mask_probs, instances)
+
+    def mask_iou_losses(
+        self, features: dict[str, torch.Tensor], proposals: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """
+        What the MaskIoU head alone has to learn; masks are predicted without a gradient.
+
+        Args:
+            features: feature maps by their name, as in the base class.
+            proposals: sampled and labeled, one Instances per image, as
+                `label_and_sample_proposals` returns them.
+
+        Returns:
+            {"loss_mask_iou": a scalar}. The MaskIoU head has to be in training mode; the mode of
+            the other parts is up to the caller.
+        """
+        instances, _ = select_foreground_proposals(proposals, self.num_classes)
+        with torch.no_grad():
+            boxes = [x.proposal_boxes for x in instances]
+            mask_features, mask_logits = self._run_mask_head(features, boxes)
+        instances = crop_gt_masks(instances, mask_logits.shape[-1])
+        return self._mask_iou_losses(mask_features, mask_logits, instances)
 
 
 def _masks_of_classes(mask_logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
