@@ -270,7 +270,7 @@ def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypat
             wrap_for_test=lambda model: model,
         )
         with caplog.at_level(logging.INFO, logger="msrcnn_d2"):
-            train_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0))
+            train_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0, "weights.pth"))
         assert ("38.20" in caplog.text) is shown and "30.00" in caplog.text
 
 
@@ -373,7 +373,7 @@ def test_steps_are_seeded_by_run_and_iteration():
 def test_summary_shows_published_results_beside_measured_ones():
     task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
     results = {"bbox": task, "segm": {**task, "AP": 36.5}, "segm_by_class_score": task}
-    table = summary_table(results, Published(38.2, 36.0))
+    table = summary_table(results, Published(38.2, 36.0, "weights.pth"))
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "boxes",
         "masks by class score",

@@ -1,8 +1,8 @@
 """
 Convert a checkpoint of another framework once, into one with Detectron2's names.
 
-The result loads wherever Detectron2 loads checkpoints, without this package. (With this package no
-conversion is needed.) What else the input holds, such as the state of its optimizer, is left out.
+A ".pth" then loads wherever Detectron2 loads checkpoints, without this package. (With this package
+no conversion is needed.) What else the input holds, such as its optimizer's state, is left out.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from safetensors.torch import save
 from ..errors import UserError, exit_on_user_error
 from .conversion import CLASS_SCORE, COUNTER, Weights, read_weights
 from .fetching import find_file
+from .reading import reason
 
 
 def main() -> None:
@@ -63,9 +64,16 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
 
 def _contiguous(state_dict: dict[str, torch.Tensor], half: bool) -> dict[str, torch.Tensor]:
     return {
-        name: (value.half() if half and value.is_floating_point() else value).contiguous()
+        # Copies, as safetensors refuses tensors that share memory
+        name: (_halved(value) if half else value).clone(memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
     }
+
+
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    """As float16, unless numbers are too large for it: variances of batch norm can be."""
+    half = value.half() if value.is_floating_point() else value
+    return half if torch.equal(half.isfinite(), value.isfinite()) else value
 
 
 def _write_completely(write: Callable, state_dict: dict[str, torch.Tensor], target: str) -> None:
@@ -73,8 +81,8 @@ def _write_completely(write: Callable, state_dict: dict[str, torch.Tensor], targ
     try:
         write(state_dict, incomplete)
         os.replace(incomplete, target)
-    except OSError as error:
-        raise UserError(f"Cannot write '{target}' ({error.strerror}).") from error
+    except (OSError, RuntimeError) as error:  # the latter from PyTorch
+        raise UserError(f"Cannot write '{target}' ({reason(error)}).") from error
     finally:
         if os.path.exists(incomplete):
             os.remove(incomplete)

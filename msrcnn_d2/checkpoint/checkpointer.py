@@ -2,7 +2,6 @@
 
 import re
 from typing import Any, Optional
-from urllib.parse import parse_qs
 
 import torch
 from torch import nn
@@ -16,6 +15,8 @@ from .fetching import find_file
 from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
 
 __all__ = ["MaskScoringCheckpointer"]
+
+MATCHING = re.compile(r"\?matching_heuristics=\w*$")
 
 
 class MaskScoringCheckpointer(DetectionCheckpointer):
@@ -51,10 +52,10 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         if not path:
             self.logger.info("No checkpoint is given: the model starts from random weights.")
             return {}
-        path, _, query = path.partition("?")
-        file = find_file(path)
+        matching = MATCHING.search(path)  # how configs of Detectron2 ask for it
+        file = find_file(path[: matching.start()] if matching else path)
         weights = read_weights(file)
-        if "matching_heuristics" in parse_qs(query):  # how configs of Detectron2 ask for it
+        if matching:
             weights.matched_by_suffix = True
         self._load_weights(weights, file, strict)
         extras = weights.extras
@@ -78,9 +79,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
     def _load_weights(self, weights: Weights, file: str, strict: bool) -> None:
         state_dict = weights.state_dict
         if weights.matched_by_suffix:
-            state_dict = align_and_update_state_dicts(
-                self.model.state_dict(), state_dict, c2_conversion=weights.source == "Caffe2"
-            )
+            state_dict = _matched(self.model, weights, file)
         fit = compare(self.model, state_dict)
         if weights.source == "Caffe2":  # where batch norm is folded into a scale and a shift
             fit.missing = [k for k in fit.missing if not re.search(r"\.running_(mean|var)$", k)]
@@ -109,6 +108,18 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible) -> None:
         """Said already, in one line."""
+
+
+def _matched(model: nn.Module, weights: Weights, file: str) -> dict[str, torch.Tensor]:
+    try:
+        return align_and_update_state_dicts(
+            model.state_dict(), weights.state_dict, c2_conversion=weights.source == "Caffe2"
+        )
+    except ValueError as error:
+        raise UserError(
+            f"'{file}' ({weights.source}) does not fit the model: one of its names is the end of "
+            "several of the model's. Give a file with the model's own names."
+        ) from error
 
 
 def _pixels(model: nn.Module) -> "tuple[list[float], list[float]] | None":

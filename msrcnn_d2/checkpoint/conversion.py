@@ -141,14 +141,9 @@ def read_weights(file: str) -> Weights:
     """
     contents = read_file(file)
     found, extras = _find_weights(contents)
-    not_tensors = [k for k, v in found.items() if not isinstance(v, torch.Tensor)]
-    if not found or not_tensors:
-        what = (
-            f"a {type(found[not_tensors[0]]).__name__} as '{not_tensors[0]}'" if found else "none"
-        )
-        raise UserError(f"'{file}' is no checkpoint: where parameters are expected, it has {what}.")
+    _check(found, file)
     if extras.pop("matching_heuristics", False):
-        return Weights(extras.get("__author__", "Detectron2"), found, extras, True)
+        return Weights(str(extras.get("__author__", "Detectron2")), found, extras, True)
     consume_prefix_in_state_dict_if_present(found, "module.")  # of a model trained in parallel
     for source in SOURCES:
         if any(re.match(source.marks, name) for name in found):
@@ -157,9 +152,30 @@ def read_weights(file: str) -> Weights:
     return Weights("Detectron2", found, extras)
 
 
+def _check(found: Mapping[str, Any], file: str) -> None:
+    """Whether all are tensors of numbers, which a model can copy."""
+    wrong = [f"{_kind(value)} as '{name}'" for name, value in found.items() if _kind(value)]
+    if wrong or not found:
+        what = wrong[0] if wrong else "none"
+        raise UserError(f"'{file}' is no checkpoint: where parameters are expected, it has {what}.")
+
+
+def _kind(value: Any) -> str:
+    """What a value is that is no parameter, or ""."""
+    if isinstance(value, np.ndarray):
+        return f"an array of type {value.dtype}"
+    if not isinstance(value, torch.Tensor):
+        return f"a value of type {type(value).__name__}"
+    if value.is_quantized or value.is_complex():
+        return f"a tensor of {value.dtype}"
+    if value.layout != torch.strided or value.is_meta:
+        return "a tensor without values" if value.is_meta else f"a tensor of {value.layout}"
+    return ""
+
+
 def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any]]":
     """The parameters, and what the file has besides."""
-    contents = contents if isinstance(contents, dict) else {}
+    contents = _plain(contents)
     for key in WRAPPERS:
         if isinstance(contents.get(key), dict):
             extras = {k: v for k, v in contents.items() if k != key}
@@ -172,21 +188,34 @@ def _matching(author: Optional[str]) -> dict[str, Any]:
     return {"__author__": author, "matching_heuristics": True} if author else {}
 
 
+def _plain(values: Any) -> dict:
+    """The items of a dict. A file can put anything in the place of an OrderedDict's methods."""
+    return dict(dict.items(values)) if isinstance(values, dict) else {}
+
+
 def _tensors(values: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     """The same parameters, arrays as tensors, without the momentum that Caffe2 keeps with them."""
     tensors = OrderedDict(
         (str(name), _tensor(value))
-        for name, value in values.items()
+        for name, value in _plain(values).items()
         if not str(name).endswith("_momentum")
     )
-    if hasattr(values, "_metadata"):  # versions of modules, by which they mend old checkpoints
-        tensors._metadata = values._metadata  # type: ignore[attr-defined]
+    # Versions of modules, by which they mend old checkpoints
+    metadata = _plain(getattr(values, "_metadata", None))
+    tensors._metadata = {  # type: ignore[attr-defined]
+        str(k): dict(v)
+        for k, v in metadata.items()
+        if type(v) is dict and isinstance(v.get("version"), int)
+    }
     return tensors
 
 
 def _tensor(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        return torch.from_numpy(np.array(value))  # a copy: arrays in pickles are read-only
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)  # without the attributes that a file can give it
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.itemsize <= 8:
+        # A copy: arrays in pickles are read-only. PyTorch knows the machine's order of bytes only
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
     return value
 
 
@@ -242,7 +271,7 @@ def _compensated_for_eps(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _pixels_of_mmdetection(meta: Any) -> Optional[Pixels]:
     """MMDetection keeps the text of the config, version 2 as "config", version 3 as "cfg"."""
-    meta = meta if isinstance(meta, dict) else {}
+    meta = _plain(meta)
     text = str(meta.get("config") or meta.get("cfg") or "")
     mean, std = (re.search(rf"\b{key}=\[([-\d.,\s]+)\]", text) for key in ("mean", "std"))
     if not (mean and std):

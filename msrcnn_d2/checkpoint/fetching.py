@@ -1,10 +1,12 @@
 """Find the file behind a path, a URL or a name of the model zoos; download it if need be."""
 
 import os
+import posixpath
 import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
@@ -15,14 +17,15 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 
 from .. import model_zoo
 from ..errors import UserError
-from .reading import read_file, reason
+from .reading import NotWeightsError, read_file, reason
 
 __all__ = ["find_file"]
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".pyth", ".safetensors")
 # Before its suffix, a published file has the first digits of its SHA-256
-DIGEST = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+DIGEST = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$")  # a date is none
 CONNECTION_TIMEOUT = 30  # seconds
+ZOO_FOLDER = "COCO-InstanceSegmentation"
 
 
 def find_file(path: str) -> str:
@@ -33,23 +36,42 @@ def find_file(path: str) -> str:
             weights that were published for it.
 
     Returns:
-        path of the file. Downloads are kept where Detectron2 keeps its own, so that what either
-        of the two has fetched serves both.
+        path of the file. Downloads are kept in Detectron2's cache, `$FVCORE_CACHE` or
+        ~/.torch/iopath_cache.
 
     Raises:
         UserError: there is no such file, it cannot be downloaded, or it is not what its name says.
     """
     if os.path.isfile(path):
         return path
+    if os.path.isdir(path):
+        raise UserError(f"Checkpoint '{path}' is a directory: give one of its files.")
     url = _url(path)
     if urlparse(url).scheme not in ("http", "https"):
         return _other_file(url)
-    cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
-    os.makedirs(os.path.dirname(cached), exist_ok=True)
-    with file_lock(cached):  # one process of each machine downloads, the others wait
-        if not os.path.isfile(cached):
-            _download(url, cached)
+    cached = _cached(url)
+    try:
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        with file_lock(cached):  # one process of each machine downloads, the others wait
+            if not os.path.isfile(cached):
+                _download(url, cached)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write '{cached}' ({error.strerror}): set FVCORE_CACHE to a directory for "
+            "downloads that can be written."
+        ) from error
     return cached
+
+
+def _cached(url: str) -> str:
+    """
+    Where a download is kept: what is Detectron2's where Detectron2 keeps it, the rest by server.
+    ".." in a URL does not lead out of the cache.
+    """
+    path = posixpath.normpath("/" + urlparse(url).path.lstrip("/")).lstrip("/")
+    is_detectron2s = url.startswith(Detectron2Handler.S3_DETECTRON2_PREFIX)
+    server = "" if is_detectron2s else urlparse(url).netloc.rpartition("@")[2].replace(":", "_")
+    return os.path.join(get_cache_dir(), server, path)
 
 
 def _url(path: str) -> str:
@@ -58,14 +80,16 @@ def _url(path: str) -> str:
     if "://" in path or path.endswith(SUFFIXES):
         return path
     name = os.path.splitext(path)[0]
-    if os.path.basename(name) in model_zoo.PUBLISHED:
+    folder, config = os.path.split(name)
+    # Any other folder is a place on this machine, where the user believes a file to be
+    if config in model_zoo.PUBLISHED and os.path.basename(folder) in ("", ZOO_FOLDER):
         return model_zoo.get_checkpoint_url(name)
-    # Imported here because it needs pkg_resources, which environments of today may lack
-    import detectron2.model_zoo
-
     try:
+        # Imported here because it needs pkg_resources, which environments of today may lack
+        import detectron2.model_zoo
+
         return detectron2.model_zoo.get_checkpoint_url(name)
-    except RuntimeError:
+    except (RuntimeError, ImportError):
         return path
 
 
@@ -95,7 +119,7 @@ def _download(url: str, path: str) -> None:
             torch.hub.download_url_to_file(url, incomplete, digest[1] if digest else None)
         read_file(incomplete)  # a web page, or half of a file, is not kept
         os.replace(incomplete, path)
-    except (OSError, RuntimeError, UserError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPException, UserError) as error:
         raise UserError(
             f"Cannot download '{url}' ({_what_failed(error)}): get the file in another way and "
             f"put it at '{path}', or give its own path."
@@ -112,8 +136,8 @@ def _what_failed(error: Exception) -> str:
         return f"no connection: {error.reason}"
     if "invalid hash value" in str(error):
         return "its SHA-256 is not the one in its name, so it was damaged or changed on the way"
-    if isinstance(error, UserError):
-        return f"what comes is no checkpoint: {error}"
+    if isinstance(error, NotWeightsError):
+        return f"what comes {error.what}"
     return reason(error)
 
 
