@@ -54,10 +54,11 @@ def read_resized(file):
 
 def build_theirs(name):
     """MMDetection's model and config; `name` is that of the config file that it comes with."""
-    import mmcv_ops
     from mmdet.registry import MODELS
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
+
+    import mmcv_ops
 
     mmcv_ops.install()
     import mmdet.models  # registers them

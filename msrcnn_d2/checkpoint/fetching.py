@@ -68,10 +68,12 @@ def _cached(url: str) -> str:
     Where a download is kept: what is Detectron2's where Detectron2 keeps it, the rest by server.
     ".." in a URL does not lead out of the cache.
     """
-    path = posixpath.normpath("/" + urlparse(url).path.lstrip("/")).lstrip("/")
-    is_detectron2s = url.startswith(Detectron2Handler.S3_DETECTRON2_PREFIX)
-    server = "" if is_detectron2s else urlparse(url).netloc.rpartition("@")[2].replace(":", "_")
-    return os.path.join(get_cache_dir(), server, path)
+    theirs, given = urlparse(Detectron2Handler.S3_DETECTRON2_PREFIX), urlparse(url)
+    path = posixpath.normpath("/" + given.path.lstrip("/"))
+    if given.netloc != theirs.netloc or not path.startswith(theirs.path):
+        server = given.netloc.rpartition("@")[2].replace(":", "_")  # without a user's password
+        path = posixpath.normpath(f"/{server}{path}")
+    return os.path.join(get_cache_dir(), path.lstrip("/"))
 
 
 def _url(path: str) -> str:
@@ -120,8 +122,9 @@ def _download(url: str, path: str) -> None:
         read_file(incomplete)  # a web page, or half of a file, is not kept
         os.replace(incomplete, path)
     except (OSError, RuntimeError, ValueError, HTTPException, UserError) as error:
+        shown = re.sub("//[^/]*@", "//", url)  # without a user's password
         raise UserError(
-            f"Cannot download '{url}' ({_what_failed(error)}): get the file in another way and "
+            f"Cannot download '{shown}' ({_what_failed(error)}): get the file in another way and "
             f"put it at '{path}', or give its own path."
         ) from error
     finally:
