@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -36,8 +37,10 @@ TWINS = {
 # A retrofit's share of images, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
 RETROFIT_IMAGES = 160_000
 RETROFIT_WARMUP = 0.05  # share of the run
-# How the weights begin that a Mask R-CNN is trained from, and that are none itself
-BACKBONE_WEIGHTS = "detectron2://ImageNetPretrained/"
+# What the weights of backbones, from which a Mask R-CNN is trained, have in their URLs
+BACKBONE_WEIGHTS = re.compile(r"ImageNetPretrained/|/pretrain/|/pycls/")
+# Arguments of MaskIoUHead that do not follow from the model
+HEAD_ARGS = ("conv_dim", "num_conv", "fc_dim", "num_fc", "loss_weight")
 
 Config = TypeVar("Config", DictConfig, CfgNode)
 
@@ -83,6 +86,7 @@ def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
         >>> cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
         >>> model = instantiate(add_mask_scoring(cfg).model)
     """
+    _check_head_args(head_args)
     cfg = copy.deepcopy(cfg)
     roi_heads = cfg.get("model", {}).get("roi_heads")
     if roi_heads is None:
@@ -91,10 +95,17 @@ def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
     roi_heads.mask_iou_head = L(MaskIoUHead)(
         input_shape="${..mask_head.input_shape}", num_classes="${..num_classes}", **head_args
     )
-    evaluator = cfg.get("dataloader", {}).get("evaluator")
-    if evaluator is not None and target_of(evaluator) is COCOEvaluator:
-        evaluator._target_ = MaskScoringCOCOEvaluator
+    evaluators = cfg.get("dataloader", {}).get("evaluator") or []
+    for evaluator in [evaluators] if isinstance(evaluators, DictConfig) else evaluators:
+        if target_of(evaluator) is COCOEvaluator:
+            evaluator._target_ = MaskScoringCOCOEvaluator
     return cfg
+
+
+def _check_head_args(head_args: dict) -> None:
+    for name in head_args:
+        if name not in HEAD_ARGS:
+            raise ValueError(f"The MaskIoU head has no '{name}', only {', '.join(HEAD_ARGS)}.")
 
 
 def _mask_scoring_roi_heads(roi_heads: DictConfig) -> type:
@@ -138,6 +149,7 @@ def retrofit(cfg: Config, **head_args) -> Config:
         >>> cfg = retrofit(cfg)
         >>> cfg.MODEL.WEIGHTS = "mask_rcnn.pth"
     """
+    _check_head_args(head_args)
     if isinstance(cfg, CfgNode):
         return _retrofit_yacs(cfg, head_args)
     return _retrofit_lazy(cfg, head_args)
@@ -145,15 +157,16 @@ def retrofit(cfg: Config, **head_args) -> Config:
 
 def _retrofit_lazy(cfg: DictConfig, head_args: dict) -> DictConfig:
     roi_heads = OmegaConf.select(cfg, "model.roi_heads")
+    architecture = target_of(cfg.model) if roi_heads is not None else GeneralizedRCNN
+    if architecture is not RetrofitRCNN:
+        _check_architecture(architecture)
     if roi_heads is not None and _scores_masks(target_of(roi_heads)):
         cfg = copy.deepcopy(cfg)
         cfg.model.roi_heads.mask_iou_head.update(head_args)
     else:
         cfg = add_mask_scoring(cfg, **head_args)
-    architecture = target_of(cfg.model)
     if architecture is RetrofitRCNN:
         return cfg
-    _check_architecture(architecture)
     cfg.model._target_ = RetrofitRCNN
     if "train" in cfg:
         _retrofit_lazy_training(cfg)
@@ -171,7 +184,7 @@ def _retrofit_lazy_training(cfg: DictConfig) -> None:
         warmup_factor=0.001,
     )
     train.output_dir = os.path.join(train.output_dir, "retrofit")
-    if train.init_checkpoint.startswith(BACKBONE_WEIGHTS):
+    if BACKBONE_WEIGHTS.search(train.init_checkpoint):
         train.init_checkpoint = ""
 
 
@@ -181,8 +194,6 @@ def _retrofit_yacs(cfg: CfgNode, head_args: dict) -> CfgNode:
     if "ROI_MASK_IOU_HEAD" not in cfg.MODEL:
         add_msrcnn_config(cfg)
     for name, value in head_args.items():
-        if name.upper() not in cfg.MODEL.ROI_MASK_IOU_HEAD:
-            raise ValueError(f"The MaskIoU head has no argument '{name}'.")
         cfg.MODEL.ROI_MASK_IOU_HEAD[name.upper()] = value
     if cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__:
         return cfg
@@ -213,7 +224,7 @@ def _retrofit_yacs_training(cfg: CfgNode) -> None:
     solver.STEPS = ()
     solver.WARMUP_ITERS = round(RETROFIT_WARMUP * solver.MAX_ITER)
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrofit")
-    if cfg.MODEL.WEIGHTS.startswith(BACKBONE_WEIGHTS):
+    if BACKBONE_WEIGHTS.search(cfg.MODEL.WEIGHTS):
         cfg.MODEL.WEIGHTS = ""
 
 

@@ -119,7 +119,8 @@ def get_config(name: str, trained: bool = False) -> "DictConfig | CfgNode":
     Args:
         name: as in :func:`get_config_file`.
         trained: whether the config is to start from the weights that were published for it,
-            rather than from those of its backbone.
+            rather than from those of its backbone. They have MMDetection's names, so programs
+            that only know Detectron2 need them converted: `python -m msrcnn_d2.checkpoint`.
 
     Returns:
         the LazyConfig of a ".py" file, the yacs config of a ".yaml" file.

@@ -76,6 +76,11 @@ class MaskScoringPredictor:
             raise ValueError(f"rank_by is one of {', '.join(RANKINGS)}, not '{rank_by}'.")
         self.rank_by = rank_by
         self.score_threshold = score_threshold
+        if not isinstance(cfg, (CfgNode, DictConfig)):
+            raise TypeError(
+                "cfg is a config, such as from model_zoo.get_config or LazyConfig.load, not a "
+                f"{type(cfg).__name__}."
+            )
         parts = _from_yacs(cfg, device) if isinstance(cfg, CfgNode) else _from_lazy(cfg, device)
         self.model = parts.model.eval()
         self.metadata = parts.metadata
@@ -146,6 +151,7 @@ class _Parts(NamedTuple):
 
 def _from_yacs(cfg: CfgNode, device: Optional[str]) -> _Parts:
     cfg = cfg.clone()
+    cfg.defrost()
     cfg.MODEL.DEVICE = device or _available(cfg.MODEL.DEVICE)
     short, long = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     return _Parts(
@@ -221,7 +227,8 @@ def _read_file(path: str) -> np.ndarray:
         with Image.open(path) as image:
             return _from_pil(image)
     except FileNotFoundError:
-        raise UserError(f"Image '{path}' does not exist.") from None
+        hint = ": it is a URL, so download it first" if "://" in path else ""
+        raise UserError(f"Image '{path}' does not exist{hint}.") from None
     except UnidentifiedImageError:
         raise UserError(f"'{path}' is not an image that can be read.") from None
     except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them on bad files
@@ -239,10 +246,11 @@ def _from_pil(image: Image.Image) -> np.ndarray:
 
 def _check_array(image: np.ndarray) -> None:
     if image.dtype != np.uint8:
-        known = f" with values from {image.min():g} to {image.max():g}" if image.size else ""
+        from_0_to_1 = image.size > 0 and image.min() >= 0 and image.max() <= 1
+        scale = "multiply it by 255" if from_0_to_1 else "bring it to that range"
         raise ValueError(
-            f"An image has uint8 pixels from 0 to 255, not {image.dtype}{known}: scale it and "
-            "convert it by .astype(np.uint8)."
+            f"An image has uint8 pixels from 0 to 255, not {image.dtype}: {scale}, and convert it "
+            "by image.astype(np.uint8)."
         )
     channels_last = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
     if not channels_last:

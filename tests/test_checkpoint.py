@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
+from detectron2.layers import FrozenBatchNorm2d
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.checkpoint.__main__ import main as convert
@@ -35,6 +36,7 @@ from weights import (
     pickled,
     renamed,
     saved,
+    slim_model,
     weights_for,
     with_background_first,
 )
@@ -127,10 +129,11 @@ def test_content_decides_not_the_suffix(kind, suffix, tiny, tmp_path):
     assert_has(tiny, expected)
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_wrappers_and_prefix_of_parallel_training(wrapper, tiny, tmp_path):
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_and_prefixes_of_parallel_and_compiled_models(wrapper, prefix, tiny, tmp_path):
     expected = weights_for(tiny)
-    theirs = {f"module.{k}": v for k, v in expected.items()}
+    theirs = {prefix + k: v for k, v in expected.items()}
     load(tiny, saved({wrapper: theirs} if wrapper else theirs, tmp_path / "x.pth"))
     assert_has(tiny, expected)
 
@@ -235,7 +238,47 @@ def test_frozen_parameters_do_not_stay_random(tiny, tmp_path):
     load(tiny, file, strict=False)
     tiny.backbone.bottom_up.stem.requires_grad_(False)
     message = error_of(tiny, file, strict=False)
-    assert re.search(r"does not provide backbone\.bottom_up\.stem\.\S+.*freezes", message)
+    assert re.search(r"does not provide backbone\.bottom_up\.stem\.\S+.*stay random", message)
+
+
+FROZEN_NORM = BODY + "res4.0.conv1.norm."
+
+
+@pytest.mark.parametrize("absent", [FROZEN_NORM, FROZEN_NORM + "running_var"])
+def test_a_frozen_batch_norm_does_not_stay_the_identity(absent, slim, tmp_path):
+    """Its numbers are buffers, not parameters: such as of a ResNet of less depth."""
+    assert isinstance(slim.backbone.bottom_up.res4[0].conv1.norm, FrozenBatchNorm2d)
+    file = altered(slim, tmp_path / "x.pth", without(absent))
+    assert f"does not provide {absent}" in error_of(slim, file, strict=False)
+    trained = slim_model("MODEL.RESNETS.NORM", "BN")
+    load(trained, file, strict=False)
+
+
+def test_a_backbone_is_not_retrofitted(slim, tmp_path):
+    for name, parameter in slim.named_parameters():
+        parameter.requires_grad_("mask_iou_head" in name)
+    try:
+        file = altered(slim, tmp_path / "x.pth", without("backbone.fpn", "proposal", "roi_heads"))
+        assert "weights of a backbone only" in error_of(slim, file, strict=False)
+    finally:
+        slim.requires_grad_(True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_number_of_classes_of_frozen_heads(strict, tiny, tmp_path):
+    state_dict = weights_for(tiny)
+    for leaf in ("weight", "bias"):
+        state_dict[SCORES + leaf] = state_dict[SCORES + leaf][:2]
+    tiny.roi_heads.box_predictor.requires_grad_(False)
+    message = error_of(tiny, saved({"model": state_dict}, tmp_path / "x.pth"), strict)
+    assert f"it has 1 class, the model {NUM_CLASSES}. Set" in message
+
+
+def test_the_optimizer_of_another_training(tiny, tmp_path):
+    saved({"model": weights_for(tiny), "optimizer": {"param_groups": []}}, tmp_path / "x.pth")
+    optimizer = torch.optim.SGD(tiny.parameters(), lr=0.1)
+    with pytest.raises(UserError, match="of another training: its optimizer does not fit"):
+        MaskScoringCheckpointer(tiny, optimizer=optimizer).load(str(tmp_path / "x.pth"))
 
 
 def test_nothing_fits_even_for_training(tiny, tmp_path):
@@ -325,10 +368,10 @@ CLI_ERRORS = {
         lambda f: (f / "in.pth", f / "out.pkl"),
         "has to end with one of .pth, .safetensors",
     ),
-    "folder": (lambda f: (f / "in.pth", f / "no" / "out.pth"), "Cannot write '.*out.pth'"),
+    "folder": (lambda f: (f / "in.pth", f / "no" / "out.pth"), "The folder of '.*out.pth'"),
     "folder of safetensors": (
         lambda f: (f / "in.pth", f / "no" / "x.safetensors"),
-        "Cannot write '",
+        "The folder of '",
     ),
     "caffe2": (lambda f: (caffe2_file(f), f / "out.pth"), "has no names of its own to convert"),
     "missing": (lambda f: (f / "none.pth", f / "out.pth"), "none.pth' does not exist"),

@@ -251,6 +251,13 @@ def test_queries_of_urls_are_kept(server, plain):
     server.files["/x.pth"] = torch_bytes({"model": weights_for(plain)})
     load(plain, f"{server.url}/x.pth?download=true")
     assert server.requests == ["/x.pth?download=true"]
+    server.files["/x.pth"] = torch_bytes(GOOD)
+    for query in ("?id=1", "?id=2"):  # each is a file of its own
+        assert read_file(find_file(server.url + "/x.pth" + query))["model"]["b"].tolist() == [1] * 3
+    assert len(server.requests) == 3
+    server.files["/x.pth"] = torch_bytes({"model": weights_for(plain)})
+    server.files["/"] = torch_bytes(GOOD)
+    assert Path(find_file(server.url + "/?id=7")).name == "download"
     load(plain, f"{server.url}/x.pth?matching_heuristics=True")
     assert_has(plain, weights_for(plain))
 

@@ -129,6 +129,16 @@ def test_the_config_and_the_image_stay_as_they_were(lazy_config, yacs_config):
         assert np.array_equal(image, random_image())
 
 
+def test_a_frozen_config(yacs_config):
+    """As Detectron2's demo.py and train_net.py make it."""
+    frozen = yacs_config.clone()
+    frozen.freeze()
+    assert len(MaskScoringPredictor(frozen)(random_image())["instances"]) > 0
+    assert frozen.is_frozen()
+    with pytest.raises(TypeError, match="not a str"):
+        MaskScoringPredictor("config.yaml")
+
+
 def test_metadata_is_that_of_the_test_data(lazy_config):
     MetadataCatalog.get("predictor_toy").thing_classes = ["a", "b", "c"]
     try:
@@ -199,8 +209,8 @@ def test_a_camera_held_upright(tmp_path):
 @pytest.mark.parametrize(
     "image, error, words",
     [
-        (random_image() / 255, ValueError, "uint8 pixels from 0 to 255, not float64 with values"),
-        (random_image().astype(np.uint16), ValueError, "not uint16"),
+        (random_image() / 255, ValueError, "not float64: multiply it by 255"),
+        (random_image().astype(np.uint16), ValueError, "not uint16: bring it to that range"),
         (random_image() > 9, ValueError, "not bool"),
         (np.zeros((0, 5, 3), np.uint8), ValueError, "empty"),
         (np.zeros((0, 0), np.uint8), ValueError, "empty"),

@@ -373,8 +373,26 @@ def test_other_models_are_refused(cfg, message):
 
 
 def test_an_argument_that_the_head_does_not_have_is_refused():
-    with pytest.raises(ValueError, match="no argument 'conv_dims'"):
+    with pytest.raises(ValueError, match="no 'conv_dims'"):
         retrofit(tiny_yacs_config(), conv_dims=3)
+    for turn in (retrofit, add_mask_scoring):
+        with pytest.raises(ValueError, match="no 'conv_dims'"):
+            turn(tiny_mask_rcnn(), conv_dims=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{FOLDER}/mask_rcnn_R_50_FPN_1x.py",
+        f"{FOLDER}/mask_rcnn_regnety_4gf_dds_fpn_1x.py",
+        "Misc/cascade_mask_rcnn_X_152_32x8d_FPN_IN5k_gn_dconv.yaml",
+        f"{FOLDER}/ms_rcnn_X_101_32x4d_FPN_1x.py",
+        f"{FOLDER}/ms_rcnn_X_101_32x4d_FPN_1x.yaml",
+    ],
+)
+def test_weights_of_a_backbone_are_no_model_to_retrofit(name):
+    with pytest.raises(UserError, match="no trained Mask R-CNN to retrofit"):
+        load_config(find_config_file(name), retrofitted=True)
 
 
 @pytest.mark.parametrize("suffix", ["py", "yaml"])

@@ -47,6 +47,8 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     write = WRITERS.get(os.path.splitext(target)[1])
     if write is None:
         raise UserError(f"'{target}' has to end with one of {', '.join(WRITERS)}.")
+    if not os.path.isdir(os.path.dirname(target) or "."):
+        raise UserError(f"The folder of '{target}' does not exist.")
     file = find_file(source)
     if os.path.exists(target) and os.path.samefile(file, target):
         raise UserError(f"'{target}' is the input: give another name for the output.")

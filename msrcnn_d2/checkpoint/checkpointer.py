@@ -13,9 +13,15 @@ from ..errors import UserError
 from .conversion import Weights, read_weights
 from .fetching import find_file
 from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
+from .reading import reason
 
 __all__ = ["MaskScoringCheckpointer"]
 
+RGB_ADVICE = (
+    " The images are RGB: set model.input_format and image_format of the mappers to RGB (yaml: "
+    "INPUT.FORMAT). Such models mostly have strides in the 3x3 convolutions: set stride_in_1x1 to "
+    "False (yaml: MODEL.RESNETS.STRIDE_IN_1X1)."
+)
 MATCHING = re.compile(r"\?matching_heuristics=\w*$")
 
 
@@ -62,8 +68,17 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in extras:
                 self.logger.info("Loading %s from %s", key, file)
-                self.checkpointables[key].load_state_dict(extras.pop(key))
+                self._load_checkpointable(key, extras.pop(key), file)
         return extras
+
+    def _load_checkpointable(self, key: str, state: Any, file: str) -> None:
+        try:
+            self.checkpointables[key].load_state_dict(state)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"'{file}' is of another training: its {key} does not fit ({reason(error)}). "
+                "Choose another output folder, or do not resume."
+            ) from error
 
     def resume_or_load(
         self, path: str, *, resume: bool = True, strict: bool = False
@@ -97,13 +112,12 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             self.logger.warning("Not used, since the model has none: %s", shown(fit.unexpected))
         pixels = _pixels(self.model)
         if weights.pixels and pixels and not _close(weights.pixels, pixels):
+            mean, std = weights.pixels
             self.logger.warning(
                 "Weights like these are trained on images normalised by mean %s and standard "
                 "deviation %s; the model has %s and %s. Set model.pixel_mean and model.pixel_std "
-                "(yaml: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD); a mean that begins with 123 means RGB, "
-                "and mostly strides in the 3x3 convolutions.",
-                *weights.pixels,
-                *pixels,
+                "(yaml: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD).%s",
+                *(mean, std, *pixels, RGB_ADVICE if mean[0] > mean[-1] else ""),
             )
 
     def _log_incompatible_keys(self, incompatible) -> None:

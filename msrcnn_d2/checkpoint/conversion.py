@@ -56,6 +56,7 @@ class _Source:
         table: from :mod:`names`.
         dropped: names that match have no counterpart in a detector.
         background_first: background is class 0; in Detectron2 it is the last one.
+        coco_ids: whether a model of 91 classes has COCO's, numbered with gaps.
         eps_of_frozen_bn: whether batch norm adds a small number to the variance, as in
             Detectron2.
     """
@@ -65,6 +66,7 @@ class _Source:
     table: Mapping[str, str]
     dropped: str = r"$^"
     background_first: bool = False
+    coco_ids: bool = False
     eps_of_frozen_bn: bool = True
     pixels: Optional[Pixels] = None
     note: str = ""
@@ -91,16 +93,17 @@ SOURCES = [
         ),
     ),
     _Source(
-        "torchvision's Mask R-CNN",
+        "torchvision's detectors",
         marks=r"backbone\.(body|fpn\.inner_blocks)\.|roi_heads\.mask_predictor\.",
         table=names.TORCHVISION_DETECTOR,
         background_first=True,
+        coco_ids=True,
         eps_of_frozen_bn=False,  # in the published weights, so in what was fine-tuned from them
         pixels=IMAGENET_RGB,
         note=(
             "It was trained with RGB images, strides in the 3x3 convolutions and an unaligned "
             "RoIAlign: the config has to say the first two, and results differ slightly from those "
-            "of torchvision. Of 91 classes, the 80 that COCO has are taken."
+            "of torchvision. If it has 91 classes, the 80 that COCO really has are taken."
         ),
     ),
     _Source(
@@ -111,16 +114,28 @@ SOURCES = [
     ),
     _Source(
         "torchvision",
-        marks=r"layer1\.0\.conv1\.",
+        marks=r"fc\.weight$",
         table=names.TORCHVISION_RESNET,
         dropped=r"fc\.",
         pixels=IMAGENET_RGB,
+    ),
+    # Others use the names as well, MMDetection also for weights that come from Caffe
+    _Source(
+        "torchvision's names",
+        marks=r"layer1\.0\.conv1\.",
+        table=names.TORCHVISION_RESNET,
     ),
 ]
 
 # Under which key files have their parameters, and whose parameters those then are if Detectron2
 # has to match them to the ends of a model's names
-WRAPPERS = {"model": None, "state_dict": None, "model_state": "pycls", "blobs": "Caffe2"}
+WRAPPERS = {
+    "model": None,
+    "state_dict": None,
+    "model_state_dict": None,
+    "model_state": "pycls",
+    "blobs": "Caffe2",
+}
 
 # Of Detectron2's older versions; they follow from the config
 DERIVED = re.compile(r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_(mean|std)")
@@ -144,7 +159,8 @@ def read_weights(file: str) -> Weights:
     _check(found, file)
     if extras.pop("matching_heuristics", False):
         return Weights(str(extras.get("__author__", "Detectron2")), found, extras, True)
-    consume_prefix_in_state_dict_if_present(found, "module.")  # of a model trained in parallel
+    for prefix in ("module.", "_orig_mod."):  # of models trained in parallel, or compiled
+        consume_prefix_in_state_dict_if_present(found, prefix)
     for source in SOURCES:
         if any(re.match(source.marks, name) for name in found):
             return _from_source(source, found, extras)
@@ -157,7 +173,10 @@ def _check(found: Mapping[str, Any], file: str) -> None:
     wrong = [f"{_kind(value)} as '{name}'" for name, value in found.items() if _kind(value)]
     if wrong or not found:
         what = wrong[0] if wrong else "none"
-        raise UserError(f"'{file}' is no checkpoint: where parameters are expected, it has {what}.")
+        raise UserError(
+            f"'{file}' is no checkpoint: where parameters are expected, as from saving "
+            f'{{"model": model.state_dict()}}, it has {what}.'
+        )
 
 
 def _kind(value: Any) -> str:
@@ -229,7 +248,7 @@ def _from_source(source: _Source, found: dict[str, torch.Tensor], extras: dict) 
     _remove(found, lambda name: name.endswith(COUNTER) or re.match(source.dropped, name))
     state_dict = {translate(name) or name: value for name, value in found.items()}
     if source.background_first:
-        state_dict = _with_background_last(state_dict)
+        state_dict = _with_background_last(state_dict, source.coco_ids)
     if not source.eps_of_frozen_bn:
         state_dict = {k: _compensated_for_eps(k, v) for k, v in state_dict.items()}
     pixels = source.pixels or _pixels_of_mmdetection(extras.get("meta"))
@@ -246,12 +265,15 @@ CLASS_ROWS = {
 }
 
 
-def _with_background_last(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _with_background_last(
+    state_dict: dict[str, torch.Tensor], coco_ids: bool
+) -> dict[str, torch.Tensor]:
     """Move class 0, the background, behind the others; all but the class scores do without it."""
     if CLASS_SCORE + "bias" not in state_dict:
         return state_dict  # a part of a detector
     num_classes = len(state_dict[CLASS_SCORE + "bias"])
-    foreground = COCO_IDS if num_classes == NUM_COCO_IDS else list(range(1, num_classes))
+    has_gaps = coco_ids and num_classes == NUM_COCO_IDS
+    foreground = COCO_IDS if has_gaps else list(range(1, num_classes))
     reordered = {}
     for name, value in state_dict.items():
         rows = next((n for prefix, n in CLASS_ROWS.items() if name.startswith(prefix)), None)

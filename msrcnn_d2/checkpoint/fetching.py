@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from http.client import HTTPException
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
@@ -66,10 +67,13 @@ def find_file(path: str) -> str:
 def _cached(url: str) -> str:
     """
     Where a download is kept: what is Detectron2's where Detectron2 keeps it, the rest by server.
-    ".." in a URL does not lead out of the cache.
+    Each query has a folder of its own; ".." in a URL does not lead out of the cache.
     """
     theirs, given = urlparse(Detectron2Handler.S3_DETECTRON2_PREFIX), urlparse(url)
-    path = posixpath.normpath("/" + given.path.lstrip("/"))
+    path = given.path if posixpath.basename(given.path) else given.path + "/download"
+    folder, name = posixpath.split(posixpath.normpath("/" + path.lstrip("/")))
+    query = sha256(given.query.encode()).hexdigest()[:8] if given.query else ""
+    path = posixpath.join(folder, query, name)
     if given.netloc != theirs.netloc or not path.startswith(theirs.path):
         server = given.netloc.rpartition("@")[2].replace(":", "_")  # without a user's password
         path = posixpath.normpath(f"/{server}{path}")

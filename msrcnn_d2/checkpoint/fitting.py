@@ -61,26 +61,36 @@ def misfit_for_training(fit: Fit, model: nn.Module) -> str:
     """Why training cannot start from a file, or ""."""
     if not fit.given:
         return _nothing_fits(fit)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    stay_random = [name for name in fit.absent if name in frozen]
-    if stay_random:
-        return (
-            f"it does not provide {shown(stay_random)}, which the config freezes and which would "
-            "stay random."
-        )
-    return ""
+    frozen = _frozen(model)
+    if not frozen.intersection(fit.absent):
+        return ""
+    if frozen.intersection(fit.shapes):
+        return _shapes_differ(fit)
+    stay_random = [name for name in fit.missing if name in frozen]
+    if _is_backbone(fit) and not stay_random[0].startswith(BACKBONE):
+        return _only_backbone(fit)
+    return (
+        f"it does not provide {shown(stay_random)}, which training leaves as they are, so they "
+        "would stay random. The config describes another model."
+    )
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of the parameters, and buffers such as those of a frozen batch norm, that stay."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        fixed = [name for name, p in parameters.items() if not p.requires_grad]
+        if len(fixed) == len(parameters):
+            fixed += dict(module.named_buffers(recurse=False))
+        names.update(f"{prefix}.{name}".lstrip(".") for name in fixed)
+    return names
 
 
 def misfit(fit: Fit) -> str:
     """Why a model with these weights cannot be evaluated, or ""."""
     if not fit.given and not fit.shapes:
         return _nothing_fits(fit)
-    classes = _classes(fit)
-    if classes:
-        return (
-            f"it has {classes[0]} classes, the model {classes[1]}. Set model.roi_heads.num_classes="
-            f"{classes[0]} (yaml: MODEL.ROI_HEADS.NUM_CLASSES {classes[0]})."
-        )
     if fit.shapes:
         return _shapes_differ(fit)
     if fit.missing and all(k.startswith(MASK_IOU_HEAD) for k in fit.missing):
@@ -90,11 +100,8 @@ def misfit(fit: Fit) -> str:
             "masks as they are: train_net.py --retrofit (see projects/retrofit). To evaluate the "
             "Mask R-CNN as it is, use its own config."
         )
-    if fit.missing and all(k.startswith(BACKBONE) for k in fit.given):
-        return (
-            f"it has the weights of a backbone only, without {shown(fit.missing)}, as training "
-            "starts from. Give the checkpoint of a whole model."
-        )
+    if fit.missing and _is_backbone(fit):
+        return _only_backbone(fit)
     if fit.missing:
         return f"it does not provide {shown(fit.missing)}. The config describes another model."
     # A retrofitted Mask R-CNN is still a Mask R-CNN
@@ -113,7 +120,24 @@ def _nothing_fits(fit: Fit) -> str:
     )
 
 
+def _is_backbone(fit: Fit) -> bool:
+    return all(name.startswith(BACKBONE) for name in fit.given)
+
+
+def _only_backbone(fit: Fit) -> str:
+    return (
+        f"it has the weights of a backbone only, without {shown(fit.missing)}, as training starts "
+        "from. Give the checkpoint of a whole model."
+    )
+
+
 def _shapes_differ(fit: Fit) -> str:
+    classes = _classes(fit)
+    if classes:
+        return (
+            f"it has {_plural(classes[0])}, the model {classes[1]}. Set model.roi_heads.num_classes"
+            f"={classes[0]} (yaml: MODEL.ROI_HEADS.NUM_CLASSES {classes[0]})."
+        )
     name, (given, expected) = next(iter(fit.shapes.items()))
     more = len(fit.shapes) - 1
     return (
@@ -131,13 +155,17 @@ def _classes(fit: Fit) -> "tuple[int, int] | None":
     return None
 
 
+def _plural(num_classes: int) -> str:
+    return f"{num_classes} class{'' if num_classes == 1 else 'es'}"
+
+
 def summary(fit: Fit, file: str, source: str) -> str:
     text = f"{len(fit.given)} of {fit.total} parameters from '{file}' ({source})"
     if not fit.absent:
         return text + "."
     modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in fit.absent)
     classes = _classes(fit)
-    why = f" (the file has {classes[0]} classes, the model {classes[1]})" if classes else ""
+    why = f" (the file has {_plural(classes[0])}, the model {classes[1]})" if classes else ""
     return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(modules)}."
 
 
