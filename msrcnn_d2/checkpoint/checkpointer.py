@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
 from ..errors import UserError
-from .conversion import Weights, read_weights
+from .conversion import Pixels, Weights, read_weights
 from .fetching import find_file
 from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
 from .reading import reason
@@ -136,11 +136,15 @@ def _matched(model: nn.Module, weights: Weights, file: str) -> dict[str, torch.T
         ) from error
 
 
-def _pixels(model: nn.Module) -> "tuple[list[float], list[float]] | None":
+def _pixels(model: nn.Module) -> Optional[Pixels]:
     mean, std = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
     if not (isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor)):
         return None
-    return tuple([round(x, 3) for x in t.flatten().tolist()] for t in (mean, std))  # type: ignore
+    return _rounded(mean), _rounded(std)
+
+
+def _rounded(tensor: torch.Tensor) -> list[float]:
+    return [round(x, 3) for x in tensor.flatten().tolist()]
 
 
 def _close(first, second) -> bool:
