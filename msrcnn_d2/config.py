@@ -1,6 +1,7 @@
 """How a Mask R-CNN config becomes a Mask Scoring R-CNN config, for both kinds of config."""
 
 import copy
+import inspect
 import math
 import os
 import re
@@ -39,8 +40,12 @@ RETROFIT_IMAGES = 160_000
 RETROFIT_WARMUP = 0.05  # share of the run
 # What the weights of backbones, from which a Mask R-CNN is trained, have in their URLs
 BACKBONE_WEIGHTS = re.compile(r"ImageNetPretrained/|/pretrain/|/pycls/")
-# Arguments of MaskIoUHead that do not follow from the model
-HEAD_ARGS = ("conv_dim", "num_conv", "fc_dim", "num_fc", "loss_weight")
+# Arguments of MaskIoUHead, without those that follow from the model
+HEAD_ARGS = [
+    name
+    for name in inspect.signature(MaskIoUHead).parameters
+    if name not in ("input_shape", "num_classes")
+]
 
 Config = TypeVar("Config", DictConfig, CfgNode)
 

@@ -274,6 +274,17 @@ def test_the_number_of_classes_of_frozen_heads(strict, tiny, tmp_path):
     assert f"it has 1 class, the model {NUM_CLASSES}. Set" in message
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_integers_are_no_parameters(dtype, strict, tiny, tmp_path):
+    """As in quantised files, where they mean something only together with a scale."""
+    name = RPN + "conv.weight"
+    state_dict = weights_for(tiny)
+    state_dict[name] = state_dict[name].to(dtype)
+    message = error_of(tiny, saved({"model": state_dict}, tmp_path / "x.pth"), strict)
+    assert f"'{name}' is of type {dtype} in the file and torch.float32 in the model" in message
+
+
 def test_the_optimizer_of_another_training(tiny, tmp_path):
     saved({"model": weights_for(tiny), "optimizer": {"param_groups": []}}, tmp_path / "x.pth")
     optimizer = torch.optim.SGD(tiny.parameters(), lr=0.1)

@@ -27,6 +27,8 @@ class Fit:
         missing: names of the model's that the file lacks.
         unexpected: names of the file's that the model lacks.
         shapes: {name: (shape in the file, shape in the model)} where they differ.
+        types: {name: (type in the file, type in the model)} where one is of integers and the
+            other of floating-point numbers: loading would convert them as if they meant the same.
     """
 
     total: int
@@ -34,6 +36,7 @@ class Fit:
     missing: list[str]
     unexpected: list[str]
     shapes: dict[str, tuple[tuple, tuple]]
+    types: dict[str, tuple[torch.dtype, torch.dtype]]
 
     @property
     def absent(self) -> list[str]:
@@ -54,6 +57,11 @@ def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
             for k, v in expected.items()
             if k in given and given[k].shape != v.shape
         },
+        types={
+            k: (given[k].dtype, v.dtype)
+            for k, v in expected.items()
+            if k in given and given[k].is_floating_point() != v.is_floating_point()
+        },
     )
 
 
@@ -61,6 +69,8 @@ def misfit_for_training(fit: Fit, model: nn.Module) -> str:
     """Why training cannot start from a file, or ""."""
     if not fit.given:
         return _nothing_fits(fit)
+    if fit.types:
+        return _types_differ(fit)
     frozen = _frozen(model)
     if not frozen.intersection(fit.absent):
         return ""
@@ -91,6 +101,8 @@ def misfit(fit: Fit) -> str:
     """Why a model with these weights cannot be evaluated, or ""."""
     if not fit.given and not fit.shapes:
         return _nothing_fits(fit)
+    if fit.types:
+        return _types_differ(fit)
     if fit.shapes:
         return _shapes_differ(fit)
     if fit.missing and all(k.startswith(MASK_IOU_HEAD) for k in fit.missing):
@@ -128,6 +140,14 @@ def _only_backbone(fit: Fit) -> str:
     return (
         f"it has the weights of a backbone only, without {shown(fit.missing)}, as training starts "
         "from. Give the checkpoint of a whole model."
+    )
+
+
+def _types_differ(fit: Fit) -> str:
+    name, (given, expected) = next(iter(fit.types.items()))
+    return (
+        f"'{name}' is of type {given} in the file and {expected} in the model, as in a quantised "
+        "model. Give the weights as floating-point numbers."
     )
 
 
