@@ -8,7 +8,8 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
     features, proposals
       = _forward_box                       -> boxes, classes, scores
       = mask_pooler, mask_head.layers      -> mask features, mask logits
-      + crop_gt_masks |                    -> ground truth cropped once, for both mask losses
+      + crop_gt_masks |                    -> ground truth cropped once, for both mask losses,
+                                              and never copied for a proposal (IndexedMasks)
       = mask_rcnn_loss | mask_rcnn_inference  -> loss_mask | pred_masks (probabilities)
       + mask_iou_targets |                 -> true IoU of each foreground proposal's mask
       + MaskIoUHead.layers                 -> predicted IoU for each class

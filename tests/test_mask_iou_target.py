@@ -280,6 +280,36 @@ def test_cropped_masks_of_another_size_are_an_error():
 
 
 @pytest.mark.parametrize("mask_format", FORMATS)
+def test_crops_of_many_proposals_are_those_of_detectron2(mask_format):
+    polygons, boxes, _ = random_cases(49)
+    masks = gt_masks([[p.reshape(-1)] for p in polygons], mask_format, image_size=(160, 160))
+    boxes = torch.from_numpy(boxes)
+
+    gt = cropped(masks, boxes, image_size=(160, 160))
+
+    assert torch.equal(gt.crops, masks.crop_and_resize(boxes, S))
+    if mask_format == "bitmask":
+        assert gt.areas.tolist() == masks.tensor.sum(dim=(1, 2)).tolist()
+
+
+class SquaresOnly(PolygonMasks):
+    """Polygons with their own ideas of a crop and an area."""
+
+    def crop_and_resize(self, boxes, mask_size):
+        return torch.ones(len(self), mask_size, mask_size, dtype=torch.bool)
+
+    def area(self):
+        return torch.full((len(self),), 7.0)
+
+
+def test_a_subclass_of_polygon_masks_crops_and_measures_itself():
+    gt = cropped(SquaresOnly([rectangle(0, 0, 5, 4)]), torch.tensor([[50.0, 50, 60, 60]]))
+
+    assert gt.crops.all()
+    assert gt.areas.tolist() == [7]
+
+
+@pytest.mark.parametrize("mask_format", FORMATS)
 def test_cropping_leaves_the_given_instances_as_they_are(mask_format):
     instances = toy_instances(mask_format)
     for x in instances:

@@ -1,11 +1,14 @@
 """What the MaskIoU head learns: the IoU of each predicted mask with its whole object.
 
-The only file of this package that opens ground-truth masks.
+Only this file and those that it calls, `indexed_masks.py` and `polygon_crops.py`, open
+ground-truth masks.
 """
 
 import torch
 
 from detectron2.structures import Instances, PolygonMasks
+
+from .indexed_masks import IndexedMasks, count_pixels, with_indexed_masks
 
 __all__ = ["CroppedMasks", "crop_gt_masks", "mask_iou_targets"]
 
@@ -56,7 +59,7 @@ def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]
 
     Args:
         instances: one Instances per image, with "proposal_boxes" and, unless it is empty,
-            "gt_masks" (PolygonMasks or BitMasks).
+            "gt_masks" (IndexedMasks, PolygonMasks or BitMasks).
         mask_size: S, the side of the mask head's output in cells.
 
     Returns:
@@ -66,20 +69,18 @@ def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]
 
 
 def _crop_gt_masks_per_image(instances: Instances, mask_size: int) -> Instances:
-    fields = instances.get_fields()
+    fields = with_indexed_masks(instances).get_fields()
     masks, boxes = fields["gt_masks"], instances.proposal_boxes.tensor
     crops = masks.crop_and_resize(boxes, mask_size).to(boxes.device) > 0.5
-    return Instances(
-        instances.image_size,
-        **{**fields, "gt_masks": CroppedMasks(crops, _mask_areas(masks).float().to(boxes.device))},
-    )
+    areas = _areas(masks).float().to(boxes.device)
+    return Instances(instances.image_size, **{**fields, "gt_masks": CroppedMasks(crops, areas)})
 
 
-def _mask_areas(masks) -> torch.Tensor:
+def _areas(masks) -> torch.Tensor:
     """Areas in pixels, one for each of `masks`; an object that augmentation removed has 0."""
-    if isinstance(masks, PolygonMasks):
+    if isinstance(masks, (IndexedMasks, PolygonMasks)):
         return masks.area()
-    return masks.tensor.count_nonzero(dim=(1, 2))
+    return count_pixels(masks.tensor)
 
 
 @torch.no_grad()

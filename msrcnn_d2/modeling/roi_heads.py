@@ -14,6 +14,7 @@ from detectron2.modeling.roi_heads import (
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference, mask_rcnn_loss
 from detectron2.structures import Instances
 
+from .indexed_masks import with_indexed_masks
 from .mask_iou_head import build_mask_iou_head
 from .mask_iou_target import crop_gt_masks
 
@@ -64,6 +65,14 @@ class MaskScoringROIHeads(StandardROIHeads):
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
         return build_mask_iou_head(cfg, shape)
+
+    def label_and_sample_proposals(self, proposals, targets):
+        """
+        Args and returns as in the base class, except that "gt_masks" of the proposals are
+        :class:`IndexedMasks`, which refer to those of the targets instead of copying them.
+        """
+        targets = [with_indexed_masks(x) for x in targets]
+        return super().label_and_sample_proposals(proposals, targets)
 
     def _forward_mask(self, features, instances):
         """
