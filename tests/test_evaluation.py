@@ -14,7 +14,8 @@ from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
+from detectron2.layers import paste_masks_in_image
+from detectron2.structures import Boxes, Instances, ROIMasks
 
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator, mask_ap, true_mask_ious
 
@@ -74,10 +75,9 @@ def dataset_of(json_file, category_ids=CATEGORY_IDS):
 
 
 def evaluate(json_file, images, cls=MaskScoringCOCOEvaluator, category_ids=CATEGORY_IDS, **kwargs):
-    """Results for the predictions of the images 1, 2, 3, ..."""
-    evaluator = cls(
-        dataset_of(json_file, category_ids), distributed=False, use_fast_impl=False, **kwargs
-    )
+    """Results for the predictions of the images 1, 2, 3, ..., by default the official ones."""
+    kwargs = {"use_fast_impl": False, **kwargs}
+    evaluator = cls(dataset_of(json_file, category_ids), distributed=False, **kwargs)
     evaluator.reset()
     for k, instances in enumerate(images, start=1):
         evaluator.process([{"image_id": k}], [{"instances": instances}])
@@ -286,6 +286,89 @@ def test_the_three_results_differ_in_general(tmp_path):
     assert {"AP-a", "AP-b", "AP-c"} <= results["segm"].keys()
 
 
+@pytest.mark.parametrize("max_dets", [None, 3, 200])
+def test_both_engines_give_the_same_results(case, max_dets):
+    json_file, images = case
+    ours, official = (
+        evaluate(json_file, images, use_fast_impl=None, engine=x, max_dets_per_image=max_dets)
+        for x in ("faster-coco-eval", "pycocotools")
+    )
+
+    assert ours.keys() == official.keys()
+    for task in ours:
+        assert ours[task] == pytest.approx(official[task], abs=1e-9, nan_ok=True)
+
+
+def test_official_implementation_on_request(tmp_path, caplog):
+    json_file = write_coco_json(
+        tmp_path / "gt.json", [[(0, square(20, 20, 60))]], CATEGORY_IDS, IMAGE_SIZE
+    )
+    image = detections([[20, 20, 60, 60]], [0], [0.9])
+
+    def engine_of(**kwargs):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="msrcnn_d2"):
+            evaluate(json_file, [image], **kwargs)
+        (line,) = (x for x in caplog.messages if x.startswith("Evaluating predictions with"))
+        return line.split()[3]
+
+    assert engine_of(use_fast_impl=False) == "pycocotools"
+    assert engine_of(use_fast_impl=None) == "faster-coco-eval"
+    assert engine_of(use_fast_impl=True) == "faster-coco-eval"
+    assert engine_of(use_fast_impl=None, engine="pycocotools") == "pycocotools"
+
+
+@pytest.mark.parametrize(
+    "engine, use_fast_impl", [("faster-coco-eval", False), ("pycocotools", True)]
+)
+def test_contradicting_arguments_are_refused(engine, use_fast_impl):
+    with pytest.raises(ValueError, match=f"'{engine}' contradicts use_fast_impl={use_fast_impl}"):
+        MaskScoringCOCOEvaluator("any", engine=engine, use_fast_impl=use_fast_impl)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match="no engine 'matlab'; choose .*faster-coco-eval"):
+        MaskScoringCOCOEvaluator("any", engine="matlab")
+
+
+def test_classes_that_the_dataset_does_not_have_are_refused(tmp_path):
+    json_file = write_coco_json(
+        tmp_path / "gt.json", [[(0, square(20, 20, 60))]], CATEGORY_IDS, IMAGE_SIZE
+    )
+    image = detections([[20, 20, 60, 60]], [3], [0.9])
+
+    with pytest.raises(ValueError, match="has class 3, but the dataset has 3 classes"):
+        evaluate(json_file, [image])
+
+
+def test_evaluating_twice_gives_the_same(case):
+    json_file, images = case
+    evaluator = MaskScoringCOCOEvaluator(dataset_of(json_file), distributed=False)
+    evaluator.reset()
+    for k, instances in enumerate(images, start=1):
+        evaluator.process([{"image_id": k}], [{"instances": instances}])
+
+    assert_same(evaluator.evaluate(), evaluator.evaluate())
+
+
+def test_keypoints_are_evaluated_by_detectron2(tmp_path):
+    keypoints = [[30.5, 30.5, 2], [60.5, 60.5, 2]]
+    json_file = write_coco_json(
+        tmp_path / "gt.json", [[(0, square(20, 20, 60))]], CATEGORY_IDS, IMAGE_SIZE
+    )
+    dataset = json.loads((tmp_path / "gt.json").read_text())
+    dataset["annotations"][0] |= {"keypoints": [30, 30, 2, 60, 60, 2], "num_keypoints": 2}
+    (tmp_path / "gt.json").write_text(json.dumps(dataset))
+
+    def results(cls):
+        image = detections([[20, 20, 60, 60]], [0], [0.9])
+        image.pred_keypoints = torch.tensor([keypoints])
+        return evaluate(json_file, [image], cls, kpt_oks_sigmas=[0.05, 0.05])
+
+    assert results(MaskScoringCOCOEvaluator)["keypoints"]["AP"] == pytest.approx(100)
+    assert_same(results(MaskScoringCOCOEvaluator), results(COCOEvaluator))
+
+
 @pytest.mark.parametrize("max_dets", [3, 200])
 def test_another_limit_of_detections(max_dets, tmp_path):
     truth, images = random_images([5, 4], detections_per_object=60)
@@ -413,6 +496,34 @@ def test_outputs_that_say_nothing_are_skipped(tmp_path):
     evaluator.process(inputs, [outputs[0], {"sem_seg": None}, *outputs[1:]])
 
     assert_same(evaluator.evaluate(), evaluate(json_file, images))
+
+
+# ---- masks inside their boxes
+
+
+def with_roi_masks(images, seed=0):
+    """Random soft masks for the boxes; and the same ones pasted as Detectron2 does it."""
+    generator = torch.Generator().manual_seed(seed)
+    unpasted, pasted = [], []
+    for image in images:
+        masks = torch.rand(len(image), 7, 7, generator=generator)
+        unpasted.append(copy.deepcopy(image))
+        unpasted[-1].pred_masks = ROIMasks(masks)
+        pasted.append(copy.deepcopy(image))
+        pasted[-1].pred_masks = paste_masks_in_image(masks, image.pred_boxes, IMAGE_SIZE)
+    return unpasted, pasted
+
+
+def test_masks_need_not_be_pasted(case, tmp_path):
+    json_file, images = case
+    unpasted, pasted = with_roi_masks(images)
+
+    results = evaluate(json_file, unpasted, output_dir=str(tmp_path / "unpasted"))
+
+    assert_same(results, evaluate(json_file, pasted, output_dir=str(tmp_path / "pasted")))
+    for name in ("coco_instances_results.json", "coco_segm_results.json"):
+        ours, theirs = ((tmp_path / x / name).read_text() for x in ("unpasted", "pasted"))
+        assert ours == theirs
 
 
 # ---- files
@@ -598,8 +709,9 @@ def test_mask_ap_of_a_ranking_is_that_of_the_evaluator(case):
     before = copy.deepcopy(results)
     mask_scores = torch.cat([x.mask_scores for x in images]).tolist()
 
-    by_mask_score = mask_ap(truth, results, mask_scores)
-    by_class_score = mask_ap(truth, results, [r["score"] for r in results])
+    by_mask_score = mask_ap(truth, results, mask_scores, engine="pycocotools")
+    class_scores = [r["score"] for r in results]
+    by_class_score = mask_ap(truth, results, class_scores, engine="pycocotools")
 
     expected = evaluate(json_file, images)
     assert by_mask_score == {k: expected["segm"][k] for k in ("AP", "AP50", "AP75")}

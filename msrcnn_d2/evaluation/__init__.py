@@ -1,0 +1,4 @@
+from .coco_evaluator import MaskScoringCOCOEvaluator
+from .mask_quality import mask_ap, true_mask_ious
+
+__all__ = ["MaskScoringCOCOEvaluator", "mask_ap", "true_mask_ious"]

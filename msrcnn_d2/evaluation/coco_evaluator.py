@@ -1,0 +1,185 @@
+"""COCO evaluation for models that score their masks: boxes by class score, masks by mask score."""
+
+import copy
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Optional
+
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+
+from .coco_engine import Engine, build_engine, choose_engine
+from .mask_encoding import encode_predicted_masks
+
+__all__ = ["MaskScoringCOCOEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class MaskScoringCOCOEvaluator(COCOEvaluator):
+    """
+    :class:`COCOEvaluator` that ranks boxes by "scores" and masks by "mask_scores".
+
+    Its results are "bbox", "segm" and, so that every evaluation shows what mask scoring brought,
+    "segm_by_class_score": the mask AP of the very same masks ranked by "scores". For a model
+    without mask scores it equals `COCOEvaluator`.
+
+    With an `output_dir` it writes, besides the files of `COCOEvaluator`, what a COCO server takes:
+    "coco_bbox_results.json" with class scores, "coco_segm_results.json" with mask scores. The
+    entries of "coco_instances_results.json" have both, as "score" and "mask_score", and
+    "pred_mask_iou".
+
+    "pred_masks" may be full-size masks, or the `ROIMasks` (probabilities) of "pred_boxes".
+    """
+
+    def __init__(
+        self,
+        *args,
+        engine: Optional[str] = None,
+        use_fast_impl: Optional[bool] = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            args, kwargs: those of `COCOEvaluator`.
+            engine: what computes AP, "faster-coco-eval" or "pycocotools"; by default the first one
+                that is installed. The numbers are the same up to the rounding of float64. AP of
+                keypoints always takes pycocotools.
+            use_fast_impl: as in Detectron2 False asks for the official implementation, here
+                engine="pycocotools".
+
+        Raises:
+            ValueError: if the engine is unknown, not installed or not what `use_fast_impl` says.
+        """
+        if use_fast_impl is False and engine is None:
+            engine = "pycocotools"
+        official = engine == "pycocotools"
+        if use_fast_impl is not None and use_fast_impl == official:
+            raise ValueError(
+                f"engine='{engine}' contradicts use_fast_impl={use_fast_impl}: give only `engine`."
+            )
+        self._engine = choose_engine(engine)
+        # Detectron2's own fast implementation is not used: it is not part of every build
+        super().__init__(*args, use_fast_impl=False, **kwargs)
+
+    def process(self, inputs, outputs):
+        first = len(self._predictions)
+        super().process(inputs, [_without_masks(x) for x in outputs])
+        # The base class skips outputs that it knows nothing to do with
+        known = [x for x in outputs if "instances" in x or "proposals" in x]
+        for prediction, output in zip(self._predictions[first:], known):
+            if "instances" in output:
+                _attach_masks(prediction["instances"], output["instances"])
+
+    def _eval_predictions(self, predictions, img_ids=None):
+        logger.info("Preparing results for COCO format ...")
+        results = self._with_dataset_categories(predictions)
+        if self._output_dir:
+            self._write_files(results)
+        if not self._do_evaluation:
+            logger.info("Annotations are not available for evaluation.")
+            return
+        logger.info("Evaluating predictions with %s ...", self._engine)
+        for task in sorted(self._tasks or self._tasks_from_predictions(results)):
+            if task == "keypoints":
+                self._results[task] = self._keypoint_results(predictions, img_ids)
+            elif not results:
+                self._results[task] = self._derive_coco_results(None, task)
+            else:
+                self._results.update(self._ranked_results(task, results, img_ids))
+
+    def _with_dataset_categories(self, predictions: list[dict]) -> list[dict]:
+        """Copies of all results, with category ids of the dataset instead of classes."""
+        results = [dict(r) for x in predictions for r in x["instances"]]
+        classes = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if classes is None:
+            return results
+        categories = {class_: category for category, class_ in classes.items()}
+        for result in results:
+            class_ = result["category_id"]
+            if class_ not in categories:
+                raise ValueError(
+                    f"A prediction has class {class_}, but the dataset has {len(categories)} "
+                    "classes, counted from 0: set the number of classes of the model to that."
+                )
+            result["category_id"] = categories[class_]
+        return results
+
+    def _ranked_results(self, task: str, results: list[dict], img_ids) -> dict[str, dict]:
+        """AP of a task; of masks that have mask scores, under both rankings."""
+        engine = build_engine(
+            self._coco_api, results, task, self._engine, self._max_dets_per_image, img_ids
+        )
+        by_class_score = self._results_of(engine, task, [r["score"] for r in results])
+        if task != "segm" or not any("mask_score" in r for r in results):
+            return {task: by_class_score}
+        logger.info("Masks ranked by mask score, which is class score x predicted mask IoU:")
+        by_mask_score = self._results_of(engine, task, [_mask_score(r) for r in results])
+        return {"segm": by_mask_score, "segm_by_class_score": by_class_score}
+
+    def _results_of(self, engine: Engine, task: str, scores: Sequence[float]) -> dict[str, float]:
+        evaluation = engine.evaluate(scores)
+        recalls = {k: 100 * v for k, v in evaluation.numbers.items() if k.startswith("AR")}
+        logger.info("Average recall for %s:\n%s", task, create_small_table(recalls))
+        class_names = self._metadata.get("thing_classes")
+        return self._derive_coco_results(evaluation, task, class_names=class_names)
+
+    def _keypoint_results(self, predictions: list[dict], img_ids) -> dict[str, float]:
+        """Those of the base class, for a copy, since it changes the predictions."""
+        predictions = [{"instances": [dict(r) for r in x["instances"]]} for x in predictions]
+        evaluator = copy.copy(self)  # shares the ground truth
+        evaluator._tasks, evaluator._results = ("keypoints",), OrderedDict()
+        evaluator._output_dir = None  # the files are written already
+        COCOEvaluator._eval_predictions(evaluator, predictions, img_ids)
+        return evaluator._results["keypoints"]
+
+    def _write_files(self, results: list[dict]) -> None:
+        logger.info("Saving results to %s", self._output_dir)
+        self._write_json("coco_instances_results.json", results)
+        for task, part in (("bbox", "bbox"), ("segm", "segmentation")):
+            if any(part in r for r in results):
+                entries = [_server_entry(r, part) for r in results]
+                self._write_json(f"coco_{task}_results.json", entries)
+
+    def _write_json(self, name: str, entries: list[dict]) -> None:
+        with PathManager.open(os.path.join(self._output_dir, name), "w") as f:
+            f.write(json.dumps(entries))
+
+
+def _without_masks(output: dict) -> dict:
+    """A copy of what a model gives for an image, whose masks the base class does not encode."""
+    if "instances" not in output:
+        return output
+    instances = output["instances"]
+    fields = {k: v for k, v in instances.get_fields().items() if k != "pred_masks"}
+    return {**output, "instances": Instances(instances.image_size, **fields)}
+
+
+def _attach_masks(results: list[dict], instances: Instances) -> None:
+    """Add masks and mask scores to what the base class has made of the instances."""
+    if instances.has("pred_masks"):
+        for result, rle in zip(results, encode_predicted_masks(instances)):
+            result["segmentation"] = rle
+    if instances.has("mask_scores"):
+        scores, ious = instances.mask_scores.tolist(), instances.pred_mask_ious.tolist()
+        for result, mask_score, mask_iou in zip(results, scores, ious):
+            result.update(mask_score=mask_score, pred_mask_iou=mask_iou)
+
+
+def _mask_score(result: dict) -> float:
+    return result.get("mask_score", result["score"])
+
+
+def _server_entry(result: dict, part: str) -> dict:
+    score = result["score"] if part == "bbox" else _mask_score(result)
+    return {
+        "image_id": result["image_id"],
+        "category_id": result["category_id"],
+        part: result[part],
+        "score": score,
+    }
