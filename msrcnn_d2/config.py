@@ -52,9 +52,9 @@ Config = TypeVar("Config", DictConfig, CfgNode)
 
 def add_msrcnn_config(cfg: CfgNode) -> None:
     """
-    Add the keys of Mask Scoring R-CNN to a yacs config, in place.
+    Add the keys of Mask Scoring R-CNN, and of our `train_net.py`, to a yacs config, in place.
 
-    They take effect with `MODEL.ROI_HEADS.NAME` "MaskScoringROIHeads" or
+    Those of the head take effect with `MODEL.ROI_HEADS.NAME` "MaskScoringROIHeads" or
     "CascadeMaskScoringROIHeads"; the defaults are the paper's.
     """
     cfg.MODEL.ROI_MASK_IOU_HEAD = CfgNode()
@@ -67,6 +67,12 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.FC_DIM = 1024
     # Multiplier of loss_mask_iou, which is half a mean squared error
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
+    # Images per batch and process in evaluation
+    cfg.DATALOADER.TEST_BATCH_SIZE = 1
+    # Whether evaluation is in mixed precision; SOLVER.AMP is for training
+    cfg.TEST.AMP = CfgNode({"ENABLED": False})
+    # Whether torch.compile compiles backbone and heads, for training and evaluation
+    cfg.SOLVER.COMPILE = False
 
 
 def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:

@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 
 from .checkpoint import MaskScoringCheckpointer
 from .errors import UserError
+from .modeling.acceleration import use_channels_last_on_cpu
 
 __all__ = ["MaskScoringPredictor", "read_bgr_image"]
 
@@ -97,6 +98,7 @@ class MaskScoringPredictor:
                 "MODEL.WEIGHTS) to a checkpoint."
             )
         MaskScoringCheckpointer(self.model).load(parts.weights, strict=True)
+        use_channels_last_on_cpu(self.model)
 
     def __call__(self, images: "ImageLike | list[ImageLike]") -> "dict[str, Any] | list[dict]":
         """

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import build_recipe, check_recipe, find_config_file, load_config
 from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds, build_resumable_loader
+from msrcnn_d2.engine.inference_loader import build_test_loader
 from msrcnn_d2.engine.load_config import register_dataset
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.engine.train import summary_table
@@ -66,6 +67,30 @@ def test_a_wrong_override_is_refused(path, override, message):
     with pytest.raises(UserError) as error:
         load_config(path, [override])
     assert message in str(error.value)
+
+
+def test_the_test_loader_has_a_batch_size_with_any_detectron2():
+    cfg = load_config(LAZY, ["dataloader.test.batch_size=4"])
+    (test_set,) = build_recipe(cfg).test_sets
+    assert test_set.batch_size == 4
+    with pytest.raises(UserError, match="did you mean batch_size?"):
+        load_config(LAZY, ["dataloader.test.batch_sise=4"])
+    cfg = load_config(YACS, ["DATALOADER.TEST_BATCH_SIZE", "4"])
+    assert build_recipe(cfg).test_sets[0].batch_size == 4
+
+
+@pytest.mark.parametrize(
+    "path, overrides",
+    [
+        (LAZY, ["train.compile=True", "train.amp.test=True"]),
+        (YACS, ["SOLVER.COMPILE=True", "TEST.AMP.ENABLED=True"]),
+    ],
+)
+def test_faster_ways_are_chosen_in_the_config(path, overrides):
+    recipe = build_recipe(load_config(path))
+    assert (recipe.compile, recipe.test_amp, recipe.amp) == (False, False, False)
+    recipe = build_recipe(load_config(path, overrides))
+    assert (recipe.compile, recipe.test_amp, recipe.amp) == (True, True, False)
 
 
 def test_a_key_can_be_added_on_purpose():
@@ -150,9 +175,10 @@ def recipe_on(tmp_path, name, **attributes):
     defaults = dict(
         output_dir=str(tmp_path / "output"),
         train_names=(name,),
-        test_sets=[SimpleNamespace(names=(name,))],
+        test_sets=[SimpleNamespace(names=(name,), batch_size=None)],
         num_classes=3,
         total_batch_size=16,
+        compile=False,
     )
     return SimpleNamespace(**{**defaults, **attributes})
 
@@ -220,6 +246,28 @@ def test_batch_that_cannot_be_shared_out(tmp_path, dataset):
     assert "16 images" in message and "3 processes" in message
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "many"])
+def test_batch_size_of_an_evaluation(tmp_path, dataset, batch_size):
+    dataset("check_test_batch")
+    test_sets = [SimpleNamespace(names=("check_test_batch",), batch_size=batch_size)]
+    recipe = recipe_on(tmp_path, "check_test_batch", test_sets=test_sets)
+    message = refusal(recipe, training=False)
+    assert str(batch_size) in message and "dataloader.test.batch_size" in message
+
+
+def test_compiling_needs_a_compiler(tmp_path, dataset, monkeypatch):
+    dataset("check_compiler")
+    recipe = recipe_on(tmp_path, "check_compiler", compile=True)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = refusal(recipe)
+    assert "C++ compiler" in message and "train.compile" in message
+    compiler = tmp_path / "my-c++"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    check_recipe(recipe, num_processes=1, training=True)
+
+
 def test_output_folder_that_cannot_be_written(tmp_path, dataset):
     dataset("check_output")
     (tmp_path / "file").touch()
@@ -268,6 +316,8 @@ def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypat
         recipe = SimpleNamespace(
             test_sets=[TestSet((name,), lambda: None, lambda: None)],
             wrap_for_test=lambda model: model,
+            device="cpu",
+            test_amp=False,
         )
         with caplog.at_level(logging.INFO, logger="msrcnn_d2"):
             train_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0, "weights.pth"))
@@ -387,3 +437,32 @@ def test_summary_shows_published_results_beside_measured_ones():
 def test_summary_of_a_model_without_mask_scores():
     task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
     assert "masks by" not in summary_table({"bbox": task, "segm": task})
+
+
+# Images to evaluate on
+
+
+def test_each_test_image_comes_once_and_similar_shapes_together():
+    loader = build_test_loader(dicts(), mapper=mapper, batch_size=4)
+    batches = [[x["index"] for x in batch] for batch in loader]
+    assert batches == [[0, 3, 6, 9], [1, 2, 4, 5], [7, 8]]
+    assert len(loader) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_by_one_test_images_stay_in_order(num_workers):
+    loader = build_test_loader(dicts(), mapper=mapper, num_workers=num_workers)
+    assert [[x["index"] for x in batch] for batch in loader] == [[k] for k in range(10)]
+
+
+def test_a_sampler_or_a_dataset_of_the_users_own_keeps_its_order():
+    loader = build_test_loader(dicts(), mapper=mapper, batch_size=3, sampler=[5, 0, 4, 3])
+    assert [[x["index"] for x in batch] for batch in loader] == [[5, 0, 4], [3]]
+    loader = build_test_loader(DatasetFromList(dicts()), mapper=mapper, batch_size=5)
+    assert [[x["index"] for x in batch] for batch in loader] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_images_of_unknown_size_can_be_batched():
+    images = [{"index": k} for k in range(3)]
+    batches = list(build_test_loader(images, batch_size=2, collate_fn=tuple))
+    assert batches == [({"index": 0}, {"index": 1}), ({"index": 2},)]

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.errors import UserError
+from msrcnn_d2.modeling.acceleration import use_channels_last_on_cpu
 from msrcnn_d2.predictor import read_bgr_image
 
 from toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, tiny_yacs_config
@@ -66,11 +67,17 @@ def assert_same(first, second):
 
 def test_the_same_instances_as_default_predictor(yacs_config):
     image = random_image()
-    expected = DefaultPredictor(yacs_config)(image)["instances"]
+    default = DefaultPredictor(yacs_config)
+    rounded_otherwise = default(image)["instances"]
+    use_channels_last_on_cpu(default.model)
+    expected = default(image)["instances"]
     found = MaskScoringPredictor(yacs_config, rank_by="score")(image)["instances"]
     order = expected.scores.argsort(descending=True, stable=True)
     assert_same(found, expected[order])
     assert found.image_size == IMAGE_SIZE
+    torch.testing.assert_close(expected.pred_boxes.tensor, rounded_otherwise.pred_boxes.tensor)
+    for field in ("scores", "pred_mask_ious", "mask_scores"):
+        torch.testing.assert_close(expected.get(field), rounded_otherwise.get(field))
 
 
 def test_a_lazy_config_decides_on_size_and_channels(lazy_config):

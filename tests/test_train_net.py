@@ -216,6 +216,30 @@ def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsy
     assert results.read_text() == expected
 
 
+@pytest.mark.parametrize("options", [["dataloader.test.batch_size=4"], ["train.amp.test=True"]])
+def test_batches_and_mixed_precision_give_the_same_results(
+    options, lazy_config, toy_dataset, tmp_path
+):
+    """Up to rounding. Scores are compared: the AP of a model that knows nothing is near 0."""
+    run("--config-file", lazy_config, *toy_dataset, f"train.output_dir={tmp_path}")
+    results = tmp_path / "inference" / "coco_segm_results.json"
+    expected = best_score_of_each_image(results)
+    results.unlink()
+    weights = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    command = ["--config-file", lazy_config, *toy_dataset, "--eval-only", weights]
+    run(*command, f"train.output_dir={tmp_path}", *options)
+    found = best_score_of_each_image(results)
+    assert len(found) == 9
+    assert found == pytest.approx(expected, abs=0.01 if "amp" in options[0] else 1e-4)
+
+
+def best_score_of_each_image(path):
+    scores = {}
+    for result in json.loads(path.read_text()):
+        scores[result["image_id"]] = max(result["score"], scores.get(result["image_id"], 0))
+    return scores
+
+
 def test_eval_only_wants_a_checkpoint(lazy_config, toy_dataset, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(

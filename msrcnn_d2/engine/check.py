@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shutil
 import tempfile
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,8 +16,8 @@ __all__ = ["check_recipe"]
 
 def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
     """
-    Check that datasets are there and fit the model, that the output folder can be written, and
-    that the batch can be shared out.
+    Check that datasets are there and fit the model, that the output folder can be written, that
+    there is a compiler if one is needed, and that batches can be made.
 
     Args:
         num_processes: of all machines together.
@@ -26,6 +27,7 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
         UserError: the first of the above that fails, with what to do about it.
     """
     _check_output_dir(recipe.output_dir)
+    _check_compiler(recipe)
     if not training and not recipe.test_sets:
         raise UserError(
             "There is nothing to evaluate on: the config has no dataloader.test and "
@@ -34,6 +36,8 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
     names = list(recipe.train_names) if training else []
     for name in dict.fromkeys(names + [n for t in recipe.test_sets for n in t.names]):
         _check_dataset(name, recipe.num_classes)
+    for test_set in recipe.test_sets:
+        _check_test_batch_size(test_set.batch_size)
     batch = recipe.total_batch_size
     if training and batch and batch % num_processes:
         raise UserError(
@@ -52,6 +56,23 @@ def _check_output_dir(path: str) -> None:
             f"Cannot write to the output folder '{path}' ({error.strerror}): set train.output_dir "
             "(yaml: OUTPUT_DIR) to another one."
         ) from error
+
+
+def _check_compiler(recipe: Recipe) -> None:
+    names = (os.environ.get("CXX"), "g++", "c++", "clang++")
+    if recipe.compile and not any(name and shutil.which(name) for name in names):
+        raise UserError(
+            "train.compile (yaml: SOLVER.COMPILE) needs a C++ compiler, and none was found: "
+            "install g++, set CXX to another one, or leave train.compile at False."
+        )
+
+
+def _check_test_batch_size(batch_size: "int | None") -> None:
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise UserError(
+            f"The batch size for evaluation is {batch_size}, not a whole number from 1 on: "
+            "change dataloader.test.batch_size (yaml: DATALOADER.TEST_BATCH_SIZE)."
+        )
 
 
 def _check_dataset(name: str, num_classes: "int | None") -> None:

@@ -8,21 +8,28 @@ from pathlib import Path
 
 import torch
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
 
 from .. import model_zoo
 from ..config import add_msrcnn_config, retrofit, target_of
 from ..errors import UserError
 from ..modeling import RetrofitRCNN
+from .inference_loader import build_test_loader
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
 
-# What Detectron2 reads from `train` if it is there; its own configs leave it out
-OPTIONAL_TRAIN_KEYS = {"seed": -1, "cudnn_benchmark": False, "float32_precision": ""}
+# What Detectron2, or we, read from `train` if it is there; Detectron2's configs leave it out
+OPTIONAL_TRAIN_KEYS = {
+    "seed": -1,
+    "cudnn_benchmark": False,
+    "float32_precision": "",
+    "compile": False,
+    "amp.test": False,
+}
 
 
 def register_dataset(name: str, annotations: str, images: str) -> None:
@@ -125,7 +132,8 @@ def _load_lazy(path, overrides, retrofitted):
     if retrofitted:
         cfg = _retrofit(cfg, path)
     for key, default in OPTIONAL_TRAIN_KEYS.items():
-        cfg.train.setdefault(key, default)
+        if OmegaConf.select(cfg.train, key) is None:
+            OmegaConf.update(cfg.train, key, default, force_add=True)
     for override in overrides:
         _check_override(cfg, override)
     try:
@@ -162,7 +170,10 @@ def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
     keys = [str(k) for k in node if k != "_target_"]
     if "_target_" not in node:
         return keys, False
-    names, open_ended = _arguments(target_of(node))
+    target = target_of(node)
+    # Detectron2 0.6's own has no batch size; ours takes its place
+    replaced = target is build_detection_test_loader
+    names, open_ended = _arguments(build_test_loader if replaced else target)
     return ["_target_", *dict.fromkeys(keys + names)], open_ended
 
 

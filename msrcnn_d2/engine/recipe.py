@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..modeling import MaskScoringRCNNWithTTA
 from .data_order import build_resumable_loader
+from .inference_loader import build_test_loader
 
 __all__ = ["Recipe", "TestSet", "build_recipe"]
 
@@ -37,11 +38,13 @@ class TestSet:
     Attributes:
         names: of the datasets, none if the config does not say.
         build_loader, build_evaluator: called anew for each evaluation.
+        batch_size: images per batch and process; None if the config does not say. For checks only.
     """
 
     names: tuple[str, ...]
     build_loader: Callable[[], Any]
     build_evaluator: Callable[[], Any]
+    batch_size: Optional[int] = None
 
     def __str__(self) -> str:
         return ", ".join(self.names) or "the test set"
@@ -62,6 +65,8 @@ class Recipe:
         total_batch_size: images per iteration of all processes; None if the config does not say.
         seed: negative for a random one.
         eval_period, checkpoint_period, log_period, max_iter: in iterations.
+        amp, test_amp: whether training and evaluation are in mixed precision.
+        compile: whether `torch.compile` compiles what consists of layers only.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
         verify_results: called with the results at the end of a run.
@@ -84,6 +89,8 @@ class Recipe:
     log_period: int
     checkpointer: dict
     amp: bool
+    test_amp: bool = False
+    compile: bool = False
     ddp: dict = field(default_factory=dict)
     precise_bn_iters: int = 0
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
@@ -128,15 +135,21 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         log_period=train.log_period,
         checkpointer=dict(train.checkpointer),
         amp=train.amp.enabled,
+        test_amp=train.amp.get("test", False),
+        compile=train.get("compile", False),
         ddp=dict(train.ddp),
     )
 
 
 def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int):
-    arguments = {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
+    arguments = _arguments_of(loader)
     if target_of(loader) is not build_detection_train_loader:
         return target_of(loader)(**arguments)  # a loader of the user's own keeps its own order
     return _train_loader(arguments, seed, first_iter)
+
+
+def _arguments_of(loader: DictConfig) -> dict[str, Any]:
+    return {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
 
 
 def _train_loader(arguments: dict[str, Any], seed: int, first_iter: int):
@@ -153,10 +166,17 @@ def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
     return [
         TestSet(
             names=_names(OmegaConf.select(cfg, "dataloader.test.dataset.names")),
-            build_loader=lambda: instantiate(cfg.dataloader.test),
+            build_loader=lambda: _lazy_test_loader(cfg.dataloader.test),
             build_evaluator=lambda: _lazy_evaluator(cfg),
+            batch_size=cfg.dataloader.test.get("batch_size"),
         )
     ]
+
+
+def _lazy_test_loader(loader: DictConfig):
+    if target_of(loader) is not build_detection_test_loader:
+        return instantiate(loader)
+    return build_test_loader(**_arguments_of(loader))
 
 
 def _lazy_evaluator(cfg: DictConfig):
@@ -189,6 +209,8 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         log_period=20,  # as in DefaultTrainer; yacs configs have no key for it
         checkpointer={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
         amp=cfg.SOLVER.AMP.ENABLED,
+        test_amp=cfg.TEST.AMP.ENABLED,
+        compile=cfg.SOLVER.COMPILE,
         ddp={"broadcast_buffers": False},
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
@@ -210,9 +232,15 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
         raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
     return TestSet(
         names=(name,),
-        build_loader=lambda: build_detection_test_loader(cfg, name),
+        build_loader=lambda: _yacs_test_loader(cfg, name),
         build_evaluator=lambda: MaskScoringCOCOEvaluator(name, output_dir=output_dir),
+        batch_size=cfg.DATALOADER.TEST_BATCH_SIZE,
     )
+
+
+def _yacs_test_loader(cfg: CfgNode, name: str):
+    arguments = build_detection_test_loader.from_config(cfg, name)
+    return build_test_loader(**{**arguments, "batch_size": cfg.DATALOADER.TEST_BATCH_SIZE})
 
 
 def _names(names) -> tuple[str, ...]:

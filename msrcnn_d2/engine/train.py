@@ -8,6 +8,7 @@ import torch
 from fvcore.nn.precise_bn import get_bn_modules
 from tabulate import tabulate
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -15,9 +16,12 @@ from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..errors import UserError, agree_on_user_errors
+from ..evaluation import MaskScoringCOCOEvaluator
 from ..model_zoo import Published
+from ..modeling import UnpastedMasks
+from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from .data_order import ResumableBatches, StepSeeds
-from .recipe import Recipe
+from .recipe import Recipe, TestSet
 
 __all__ = ["evaluate", "evaluate_checkpoint", "train"]
 
@@ -34,7 +38,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     Returns:
         results of the evaluation at the end, as :func:`evaluate` returns them.
     """
-    model = recipe.build_model().to(recipe.device)
+    model = _build_model(recipe)
     logger.info("Model:\n%s", model)
     optimizer = recipe.build_optimizer(model)
     seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())
@@ -67,6 +71,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
     trainer.train(batches.first_iter, recipe.max_iter)
     return _verified(results, recipe)
+
+
+def _build_model(recipe: Recipe) -> nn.Module:
+    model = recipe.build_model().to(recipe.device)
+    if recipe.compile:
+        logger.info("The first iteration takes minutes: torch.compile compiles the model.")
+        compile_dense_parts(model)
+    return model
 
 
 def _verified(results: dict, recipe: Recipe) -> dict:
@@ -127,10 +139,9 @@ def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = 
         {task: {metric: value}}, as evaluators return it, on the main process; a level more, the
         names of the test sets, where there are several. Empty on other processes.
     """
-    model = recipe.wrap_for_test(model)
     all_results = OrderedDict()
     for test_set in recipe.test_sets:
-        results = inference_on_dataset(model, test_set.build_loader(), test_set.build_evaluator())
+        results = _inference(recipe, model, test_set)
         if comm.is_main_process():
             print_csv_format(results)
             if "bbox" in results:
@@ -140,6 +151,18 @@ def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = 
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
+def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet) -> dict:
+    evaluator = test_set.build_evaluator()
+    tested = recipe.wrap_for_test(model)
+    if isinstance(tested, DistributedDataParallel):
+        tested = tested.module  # evaluation needs no communication between processes
+    if isinstance(evaluator, MaskScoringCOCOEvaluator) and UnpastedMasks.supports(tested):
+        tested = UnpastedMasks(tested)
+    device = "cuda" if recipe.device.startswith("cuda") else "cpu"
+    with channels_last_on_cpu(model), torch.autocast(device, enabled=recipe.test_amp):
+        return inference_on_dataset(tested, test_set.build_loader(), evaluator)
+
+
 def evaluate_checkpoint(
     recipe: Recipe, resume: bool = False, published: Optional[Published] = None
 ) -> dict:
@@ -147,7 +170,7 @@ def evaluate_checkpoint(
     Evaluate `recipe.init_checkpoint`, or with `resume` the last one in the output folder if there
     is one; arguments and results as in :func:`evaluate`.
     """
-    model = recipe.build_model().to(recipe.device)
+    model = _build_model(recipe)
     checkpointer = MaskScoringCheckpointer(model, recipe.output_dir)
     with agree_on_user_errors():
         if not (recipe.init_checkpoint or (resume and checkpointer.has_checkpoint())):

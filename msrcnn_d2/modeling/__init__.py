@@ -8,6 +8,7 @@ from .mask_iou_head import (
     mask_iou_loss,
 )
 from .mask_iou_target import mask_iou_targets
+from .postprocessing import UnpastedMasks
 from .retrofit import RetrofitRCNN
 from .roi_heads import CascadeMaskScoringROIHeads, MaskScoringROIHeads
 from .test_time_augmentation import MaskScoringRCNNWithTTA
@@ -19,6 +20,7 @@ __all__ = [
     "MaskScoringRCNNWithTTA",
     "MaskScoringROIHeads",
     "RetrofitRCNN",
+    "UnpastedMasks",
     "build_mask_iou_head",
     "mask_iou_inference",
     "mask_iou_loss",

@@ -1,0 +1,55 @@
+"""Images to evaluate on, in batches."""
+
+from collections.abc import Callable
+
+from torch.utils.data import DataLoader
+
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import InferenceSampler
+
+__all__ = ["build_test_loader"]
+
+
+def build_test_loader(
+    dataset,
+    *,
+    mapper: "Callable | None" = None,
+    sampler=None,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    collate_fn: "Callable | None" = None,
+) -> DataLoader:
+    """
+    :func:`build_detection_test_loader` with a batch size, which Detectron2 0.6 does not have.
+
+    Images of a batch are padded to a common size, so those of similar shape come together, whatever
+    their order in the dataset. That changes no result but the order of results in files; padding
+    changes them as far as the network sees beyond an image's right and lower border.
+
+    Args:
+        dataset: dataset dicts; or a torch Dataset, which stays in its order.
+        mapper, sampler, num_workers, collate_fn: as in Detectron2.
+        batch_size: images per batch and process.
+
+    Returns:
+        loader of lists of mapped dataset dicts, each of which comes once in all processes together.
+    """
+    if isinstance(dataset, list):
+        if batch_size > 1 and sampler is None:
+            dataset = sorted(dataset, key=_aspect_ratio)
+        dataset = DatasetFromList(dataset, copy=False)
+    if mapper is not None:
+        dataset = MapDataset(dataset, mapper)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=InferenceSampler(len(dataset)) if sampler is None else sampler,
+        num_workers=num_workers,
+        collate_fn=collate_fn or trivial_batch_collator,
+    )
+
+
+def _aspect_ratio(image: dict) -> float:
+    """Width / height; 0 for images whose size the dataset does not say."""
+    return image.get("width", 0) / image.get("height", 1)

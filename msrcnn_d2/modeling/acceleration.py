@@ -1,0 +1,66 @@
+"""What makes a model faster without changing what it computes, up to rounding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["channels_last_on_cpu", "compile_dense_parts", "use_channels_last_on_cpu"]
+
+
+def use_channels_last_on_cpu(model: nn.Module) -> bool:
+    """
+    Keep the weights of a model, if it is on a CPU, in channels-last order.
+
+    Convolutions then take and give channels-last tensors, which oneDNN does not have to reorder.
+    It is for inference: computing gradients is slower in that order.
+
+    Returns:
+        whether the model is on a CPU.
+    """
+    on_cpu = all(x.device.type == "cpu" for x in model.parameters())
+    if on_cpu:
+        model.to(memory_format=torch.channels_last)
+    return on_cpu
+
+
+@contextmanager
+def channels_last_on_cpu(model: nn.Module) -> Iterator[None]:
+    """:func:`use_channels_last_on_cpu` within the block; the usual order after it."""
+    on_cpu = use_channels_last_on_cpu(model)
+    try:
+        yield
+    finally:
+        if on_cpu:
+            model.to(memory_format=torch.contiguous_format)
+
+
+def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
+    """
+    Have `torch.compile` compile the parts of a Mask R-CNN that are only layers, when they are
+    called for the first time: backbone, RPN head, and the heads over regions.
+
+    What selects boxes and masks between them depends on data and stays as it is. Images and
+    numbers of regions may have any size without compiling again. Names in the state dict stay.
+
+    Args:
+        backend: of `torch.compile`.
+    """
+    for path in ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head"):
+        for part in _parts(model, path):
+            part.compile(dynamic=True, backend=backend)
+    for path in ("roi_heads.mask_head", "roi_heads.mask_iou_head"):
+        for part in _parts(model, path):
+            part.layers = torch.compile(part.layers, dynamic=True, backend=backend)
+
+
+def _parts(model: nn.Module, path: str) -> list[Any]:
+    """The submodule at a path; several for a Cascade's box heads, none where it is missing."""
+    part: Any = model
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    if part is None:
+        return []
+    return list(part) if isinstance(part, nn.ModuleList) else [part]
