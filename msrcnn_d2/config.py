@@ -69,7 +69,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
-    # Whether evaluation is in mixed precision; SOLVER.AMP is for training
+    # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the first if it is installed
+    cfg.TEST.COCO_ENGINE = ""
+    # Whether evaluation on a GPU is in mixed precision; SOLVER.AMP is for training
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Whether torch.compile compiles backbone and heads, for training and evaluation
     cfg.SOLVER.COMPILE = False

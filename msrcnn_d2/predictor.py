@@ -37,7 +37,8 @@ class MaskScoringPredictor:
     Images are resized and their channels ordered as the config says for evaluation.
 
     Attributes:
-        model: in evaluation mode, with the config's weights.
+        model: in evaluation mode, with the config's weights; on a CPU in channels-last order, which
+            is for inference.
         metadata: of the config's first test dataset, such as the names of classes; for
             visualisers.
 

@@ -14,7 +14,7 @@ from msrcnn_d2.modeling.acceleration import (
     use_channels_last_on_cpu,
 )
 
-from toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
+from toy import CHANNELS, tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
 
 
 def convolutions(model):
@@ -77,13 +77,24 @@ def test_parts_are_compiled_under_their_old_names(cascade):
     for part in (model.backbone, model.proposal_generator.rpn_head, *box_heads):
         assert part._compiled_call_impl is not None
     for head in (heads.mask_head, heads.mask_iou_head):
-        assert hasattr(head.layers, "_torchdynamo_orig_callable")
+        assert hasattr(head.layers.func, "_torchdynamo_orig_callable")
 
 
 def test_a_mask_rcnn_is_compiled_too():
     model = instantiate(tiny_mask_rcnn().model)
     compile_dense_parts(model)
-    assert hasattr(model.roi_heads.mask_head.layers, "_torchdynamo_orig_callable")
+    assert hasattr(model.roi_heads.mask_head.layers.func, "_torchdynamo_orig_callable")
+
+
+@torch.no_grad()
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(tiny):
+    compile_dense_parts(tiny.eval(), backend="eager")
+    head = copy.deepcopy(tiny).roi_heads.mask_iou_head
+    features, masks = torch.rand(2, CHANNELS, 14, 14), torch.rand(2, 1, 28, 28)
+    torch.nn.init.constant_(head.predictor.weight, 0)
+    torch.nn.init.constant_(head.predictor.bias, 3)
+    assert (head.layers(features, masks) == 3).all()
+    assert not (tiny.roi_heads.mask_iou_head.layers(features, masks) == 3).any()
 
 
 def test_a_compiled_model_trains_and_predicts_the_same(tiny):
@@ -103,9 +114,17 @@ def test_a_compiled_model_trains_and_predicts_the_same(tiny):
         fields = [getattr(v, "tensor", v) for x in outputs for v in x.get_fields().values()]
         return {**losses, **gradients, **dict(enumerate(fields))}
 
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
     expected = losses_gradients_and_outputs()
-    compile_dense_parts(tiny, backend="eager")
+    compile_dense_parts(tiny, backend=backend)
     found = losses_gradients_and_outputs()
+    # Backbone, RPN head and the three heads, in training and in evaluation
+    assert len(graphs) >= 10
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
 
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import build_recipe, check_recipe, find_config_file, load_config
@@ -23,6 +25,7 @@ from msrcnn_d2.engine.load_config import register_dataset
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.engine.train import summary_table
 from msrcnn_d2.errors import UserError
+from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.model_zoo import Published
 
 train_module = sys.modules["msrcnn_d2.engine.train"]  # the package has a function of this name
@@ -77,6 +80,15 @@ def test_the_test_loader_has_a_batch_size_with_any_detectron2():
         load_config(LAZY, ["dataloader.test.batch_sise=4"])
     cfg = load_config(YACS, ["DATALOADER.TEST_BATCH_SIZE", "4"])
     assert build_recipe(cfg).test_sets[0].batch_size == 4
+
+
+@pytest.mark.parametrize(
+    "path, override",
+    [(LAZY, "dataloader.evaluator.engine=matlab"), (YACS, "TEST.COCO_ENGINE=matlab")],
+)
+def test_an_unknown_engine_is_refused_before_training(path, override):
+    with pytest.raises(UserError, match="no engine 'matlab'.*TEST.COCO_ENGINE"):
+        build_recipe(load_config(path, [override]))
 
 
 @pytest.mark.parametrize(
@@ -257,14 +269,14 @@ def test_batch_size_of_an_evaluation(tmp_path, dataset, batch_size):
 
 def test_compiling_needs_a_compiler(tmp_path, dataset, monkeypatch):
     dataset("check_compiler")
-    recipe = recipe_on(tmp_path, "check_compiler", compile=True)
+    recipe = recipe_on(tmp_path, "check_compiler", compile=True, device="cpu")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     message = refusal(recipe)
-    assert "C++ compiler" in message and "train.compile" in message
+    assert "there is no 'g++'" in message and "train.compile" in message
     compiler = tmp_path / "my-c++"
     compiler.touch(mode=0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", f"{compiler} -O1")
     check_recipe(recipe, num_processes=1, training=True)
 
 
@@ -439,6 +451,39 @@ def test_summary_of_a_model_without_mask_scores():
     assert "masks by" not in summary_table({"bbox": task, "segm": task})
 
 
+# Evaluation
+
+
+def test_mixed_precision_is_for_gpus():
+    precision = train_module._test_precision
+    assert isinstance(precision(SimpleNamespace(device="cuda:0", test_amp=True)), torch.autocast)
+    for device, test_amp in [("cpu", True), ("cpu", False), ("cuda", False)]:
+        recipe = SimpleNamespace(device=device, test_amp=test_amp)
+        assert not isinstance(precision(recipe), torch.autocast)
+
+
+def test_a_process_of_the_users_own_gets_masks_of_the_size_of_the_image():
+    class Own(MaskScoringCOCOEvaluator):
+        def process(self, inputs, outputs):
+            super().process(inputs, outputs)
+
+    class Renamed(MaskScoringCOCOEvaluator):
+        pass
+
+    def takes_unpasted_masks(cls):
+        return train_module._takes_unpasted_masks(cls.__new__(cls))
+
+    assert takes_unpasted_masks(MaskScoringCOCOEvaluator) and takes_unpasted_masks(Renamed)
+    assert not takes_unpasted_masks(Own) and not takes_unpasted_masks(COCOEvaluator)
+
+
+def test_the_recipe_says_whether_a_model_is_compiled(tiny):
+    for compiled in (False, True):
+        recipe = SimpleNamespace(build_model=lambda: tiny, device="cpu", compile=compiled)
+        model = train_module._build_model(recipe)
+        assert ("layers" in vars(model.roi_heads.mask_head)) is compiled
+
+
 # Images to evaluate on
 
 
@@ -460,6 +505,25 @@ def test_a_sampler_or_a_dataset_of_the_users_own_keeps_its_order():
     assert [[x["index"] for x in batch] for batch in loader] == [[5, 0, 4], [3]]
     loader = build_test_loader(DatasetFromList(dicts()), mapper=mapper, batch_size=5)
     assert [[x["index"] for x in batch] for batch in loader] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_the_yaml_configs_loader_sorts_images_whatever_detectron2_says(monkeypatch):
+    images = dicts()
+    arguments = {"dataset": images, "mapper": mapper, "num_workers": 0, "sampler": range(10)}
+    loader = SimpleNamespace(from_config=lambda cfg, name: dict(arguments))
+    monkeypatch.setattr("msrcnn_d2.engine.recipe.build_detection_test_loader", loader)
+    (test_set,) = build_recipe(load_config(YACS, ["DATALOADER.TEST_BATCH_SIZE=4"])).test_sets
+    batches = [[x["index"] for x in batch] for batch in test_set.build_loader()]
+    assert batches == [[0, 3, 6, 9], [1, 2, 4, 5], [7, 8]]
+
+
+def test_a_stream_of_images_is_batched_as_it_comes():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(dicts(3))
+
+    batches = list(build_test_loader(Stream(), mapper=mapper, batch_size=2))
+    assert [[x["index"] for x in batch] for batch in batches] == [[0, 1], [2]]
 
 
 def test_images_of_unknown_size_can_be_batched():

@@ -59,11 +59,12 @@ def _check_output_dir(path: str) -> None:
 
 
 def _check_compiler(recipe: Recipe) -> None:
-    names = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    if recipe.compile and not any(name and shutil.which(name) for name in names):
+    """For a CPU, torch.compile calls $CXX or g++; for a GPU it brings what it needs."""
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
+    if recipe.compile and recipe.device == "cpu" and not shutil.which(compiler):
         raise UserError(
-            "train.compile (yaml: SOLVER.COMPILE) needs a C++ compiler, and none was found: "
-            "install g++, set CXX to another one, or leave train.compile at False."
+            f"train.compile (yaml: SOLVER.COMPILE) needs a C++ compiler, but there is no "
+            f"'{compiler}': install it, set CXX to another one, or leave train.compile at False."
         )
 
 

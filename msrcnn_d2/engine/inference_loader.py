@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import trivial_batch_collator
@@ -24,11 +24,11 @@ def build_test_loader(
     :func:`build_detection_test_loader` with a batch size, which Detectron2 0.6 does not have.
 
     Images of a batch are padded to a common size, so those of similar shape come together, whatever
-    their order in the dataset. That changes no result but the order of results in files; padding
-    changes them as far as the network sees beyond an image's right and lower border.
+    their order in the dataset. Padding changes results a little, near the right and the lower
+    border of an image.
 
     Args:
-        dataset: dataset dicts; or a torch Dataset, which stays in its order.
+        dataset: list of dataset dicts; or a torch Dataset, which stays in its order.
         mapper, sampler, num_workers, collate_fn: as in Detectron2.
         batch_size: images per batch and process.
 
@@ -41,10 +41,12 @@ def build_test_loader(
         dataset = DatasetFromList(dataset, copy=False)
     if mapper is not None:
         dataset = MapDataset(dataset, mapper)
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        sampler = InferenceSampler(len(dataset))
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=InferenceSampler(len(dataset)) if sampler is None else sampler,
+        sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
     )

@@ -25,6 +25,7 @@ from detectron2.utils import comm
 from ..config import target_of
 from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
+from ..evaluation.coco_engine import choose_engine
 from ..modeling import MaskScoringRCNNWithTTA
 from .data_order import build_resumable_loader
 from .inference_loader import build_test_loader
@@ -163,6 +164,7 @@ def _train_loader(arguments: dict[str, Any], seed: int, first_iter: int):
 def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
     if "test" not in cfg.dataloader or "evaluator" not in cfg.dataloader:
         return []
+    _check_engine(OmegaConf.select(cfg, "dataloader.evaluator.engine"))
     return [
         TestSet(
             names=_names(OmegaConf.select(cfg, "dataloader.test.dataset.names")),
@@ -223,6 +225,14 @@ def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int):
     return _train_loader(arguments, seed, first_iter)
 
 
+def _check_engine(name: Optional[str]) -> Optional[str]:
+    """The engine of an evaluator, or None for the default; a mistake shows before training."""
+    try:
+        return name and choose_engine(name)
+    except ValueError as error:
+        raise UserError(f"{error} (dataloader.evaluator.engine, yaml: TEST.COCO_ENGINE)") from error
+
+
 def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
     if len(cfg.DATASETS.TEST) > 1:
@@ -230,17 +240,22 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
     if kind != "coco":
         raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
+    engine = _check_engine(cfg.TEST.COCO_ENGINE or None)
     return TestSet(
         names=(name,),
         build_loader=lambda: _yacs_test_loader(cfg, name),
-        build_evaluator=lambda: MaskScoringCOCOEvaluator(name, output_dir=output_dir),
+        build_evaluator=lambda: MaskScoringCOCOEvaluator(
+            name, output_dir=output_dir, engine=engine
+        ),
         batch_size=cfg.DATALOADER.TEST_BATCH_SIZE,
     )
 
 
 def _yacs_test_loader(cfg: CfgNode, name: str):
     arguments = build_detection_test_loader.from_config(cfg, name)
-    return build_test_loader(**{**arguments, "batch_size": cfg.DATALOADER.TEST_BATCH_SIZE})
+    # In later versions than 0.6 they have a sampler, which would fix the order of the images
+    arguments.update(sampler=None, batch_size=cfg.DATALOADER.TEST_BATCH_SIZE)
+    return build_test_loader(**arguments)
 
 
 def _names(names) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
 import torch
@@ -76,7 +77,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
 def _build_model(recipe: Recipe) -> nn.Module:
     model = recipe.build_model().to(recipe.device)
     if recipe.compile:
-        logger.info("The first iteration takes minutes: torch.compile compiles the model.")
+        logger.info("torch.compile: the first iteration and the first evaluation take minutes.")
         compile_dense_parts(model)
     return model
 
@@ -155,12 +156,28 @@ def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet) -> dict:
     evaluator = test_set.build_evaluator()
     tested = recipe.wrap_for_test(model)
     if isinstance(tested, DistributedDataParallel):
-        tested = tested.module  # evaluation needs no communication between processes
-    if isinstance(evaluator, MaskScoringCOCOEvaluator) and UnpastedMasks.supports(tested):
+        tested = tested.module  # a process with more images must not wait for the others
+    if _takes_unpasted_masks(evaluator) and UnpastedMasks.supports(tested):
         tested = UnpastedMasks(tested)
-    device = "cuda" if recipe.device.startswith("cuda") else "cpu"
-    with channels_last_on_cpu(model), torch.autocast(device, enabled=recipe.test_amp):
+    with channels_last_on_cpu(model), _test_precision(recipe):
         return inference_on_dataset(tested, test_set.build_loader(), evaluator)
+
+
+def _takes_unpasted_masks(evaluator) -> bool:
+    """A `process` of the user's own may expect masks of the image's size."""
+    process = getattr(type(evaluator), "process", None)
+    return process is MaskScoringCOCOEvaluator.process
+
+
+def _test_precision(recipe: Recipe) -> AbstractContextManager:
+    if recipe.test_amp and recipe.device.startswith("cuda"):
+        return torch.autocast("cuda")
+    if recipe.test_amp:
+        logger.warning(
+            "Evaluation is at full precision: on a CPU mixed precision is bfloat16, which rounds "
+            "class scores to 1/256. train.amp.test (yaml: TEST.AMP) is for GPUs."
+        )
+    return nullcontext()
 
 
 def evaluate_checkpoint(

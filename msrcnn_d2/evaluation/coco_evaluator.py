@@ -47,8 +47,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         """
         Args:
             args, kwargs: those of `COCOEvaluator`.
-            engine: what computes AP, "faster-coco-eval" or "pycocotools"; by default the first one
-                that is installed. The numbers are the same up to the rounding of float64. AP of
+            engine: what computes AP, "faster-coco-eval" or "pycocotools"; by default the first
+                if it is installed. The numbers are the same up to the rounding of float64. AP of
                 keypoints always takes pycocotools.
             use_fast_impl: as in Detectron2 False asks for the official implementation, here
                 engine="pycocotools".
@@ -68,6 +68,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         super().__init__(*args, use_fast_impl=False, **kwargs)
 
     def process(self, inputs, outputs):
+        outputs = [_on_cpu(x) for x in outputs]
         first = len(self._predictions)
         super().process(inputs, [_without_masks(x) for x in outputs])
         # The base class skips outputs that it knows nothing to do with
@@ -149,6 +150,12 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     def _write_json(self, name: str, entries: list[dict]) -> None:
         with PathManager.open(os.path.join(self._output_dir, name), "w") as f:
             f.write(json.dumps(entries))
+
+
+def _on_cpu(output: dict) -> dict:
+    if "instances" not in output:
+        return output
+    return {**output, "instances": output["instances"].to("cpu")}
 
 
 def _without_masks(output: dict) -> dict:

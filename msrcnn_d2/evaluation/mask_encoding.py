@@ -61,13 +61,14 @@ def encode_roi_masks(
 def encode_bitmasks(masks: torch.Tensor) -> list[dict]:
     """
     Args:
-        masks: N x H x W, bool, or of another type in which all that is not 0 is inside.
+        masks: N x H x W, tensor or array, of bool or of another type in which all that is not 0
+            is inside.
 
     Returns:
         for each mask its compressed RLE, "counts" being a string.
     """
     height, width = masks.shape[1:]
-    runs = [_run_ends(mask, height) for mask in masks.bool().cpu().numpy()]
+    runs = [_run_ends(mask, height) for mask in torch.as_tensor(masks).bool().cpu().numpy()]
     return _compress(runs, height, width)
 
 

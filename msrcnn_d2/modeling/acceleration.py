@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
     Have `torch.compile` compile the parts of a Mask R-CNN that are only layers, when they are
     called for the first time: backbone, RPN head, and the heads over regions.
 
-    What selects boxes and masks between them depends on data and stays as it is. Images and
-    numbers of regions may have any size without compiling again. Names in the state dict stay.
+    What selects boxes and masks between them depends on data and stays as it is. Images may have
+    any size, and there may be any number of regions from two on, without compiling again. Names in
+    the state dict stay.
 
     Args:
         backend: of `torch.compile`.
@@ -53,7 +55,9 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
             part.compile(dynamic=True, backend=backend)
     for path in ("roi_heads.mask_head", "roi_heads.mask_iou_head"):
         for part in _parts(model, path):
-            part.layers = torch.compile(part.layers, dynamic=True, backend=backend)
+            # As the method of a class, bound by what a copy of the model binds to its own part
+            layers = torch.compile(type(part).layers, dynamic=True, backend=backend)
+            part.layers = partial(layers, part)
 
 
 def _parts(model: nn.Module, path: str) -> list[Any]:

@@ -1,5 +1,6 @@
 """Detections in pixels of the given image, their masks left as they were predicted."""
 
+import torch
 from torch import nn
 
 from detectron2.modeling import GeneralizedRCNN, detector_postprocess
@@ -9,14 +10,17 @@ from .retrofit import RetrofitRCNN
 
 __all__ = ["UnpastedMasks", "rescale_unpasted"]
 
+_RESCALED = ("pred_boxes", "pred_keypoints")  # what `detector_postprocess` changes, besides masks
+
 
 class UnpastedMasks(nn.Module):
     """
     A model in inference whose "pred_masks" are :class:`ROIMasks`: probabilities of shape
     (N, S, S), S x S cells to a box, in place of a bitmap of the whole image for each object.
 
-    All else is as in the model. For evaluators that take such masks, as ours does: pasting them
-    only to encode them again costs more than all other things that it does.
+    All else is as in the model; hooks of the model itself are not called. For evaluators that take
+    such masks, as ours does: pasting them only to encode them again costs more than all other
+    things that it does.
     """
 
     def __init__(self, model: GeneralizedRCNN):
@@ -65,12 +69,15 @@ def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
     Returns:
         the detections whose box is not empty there, with "pred_masks" as :class:`ROIMasks`.
     """
-    if not results.has("pred_masks"):
-        return detector_postprocess(results, height, width)
-    # Under another name Detectron2 leaves masks alone, and drops those of empty boxes
     fields = dict(results.get_fields())
-    fields["roi_masks"] = fields.pop("pred_masks")
-    rescaled = detector_postprocess(Instances(results.image_size, **fields), height, width)
-    fields = dict(rescaled.get_fields())
-    fields["pred_masks"] = ROIMasks(fields.pop("roi_masks")[:, 0])
-    return Instances(rescaled.image_size, **fields)
+    geometry = {k: fields.pop(k) for k in _RESCALED if k in fields}
+    # Which boxes are left is asked once; with all fields Detectron2 would wait for a GPU for each
+    kept = torch.arange(len(results), device=results.pred_boxes.device)
+    rescaled = detector_postprocess(
+        Instances(results.image_size, **geometry, kept=kept), height, width
+    )
+    kept = rescaled.kept
+    rescaled.remove("kept")
+    for name, value in Instances(results.image_size, **fields)[kept].get_fields().items():
+        rescaled.set(name, ROIMasks(value[:, 0]) if name == "pred_masks" else value)
+    return rescaled
