@@ -1,6 +1,7 @@
 # Mask Scoring R-CNN for Detectron2. Each target does the set-up that it needs; nothing is done twice.
 #   make demo    draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
 #   make test    check style and types, run all tests
+#   make bench   measure speed and memory against Detectron2 and pycocotools (minutes; see benchmarks/)
 #   make setup   only install, into .venv
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,7 +20,7 @@ SYSTEM_UV := $(shell command -v uv)
 UV := $(or $(SYSTEM_UV),$(BIN)/uv)
 INSTALL = $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test bench lint clean
 
 setup: $(READY)
 
@@ -40,6 +41,10 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# BENCH="inference training" measures these parts only; --help tells more
+bench: setup
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 lint: setup
 	$(BIN)/ruff check .

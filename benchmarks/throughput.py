@@ -1,0 +1,125 @@
+"""Images per second of `train_net.py --eval-only`: workers and batches against neither."""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import train_net
+
+from measuring import Timing
+from models import DEVICE, IMAGE_SIZE, build_models, model_input, photo
+from report import Part
+
+ROOT = Path(train_net.__file__).parent
+SHAPES = ROOT / "projects" / "shapes"
+BATCH_SIZE = 8
+NUM_IMAGES = 80  # ten batches; Detectron2 does not time the first five
+CASES = {
+    "batch size 1, no workers": (1, 0),
+    "batch size 1, a worker": (1, 1),
+    f"batch size {BATCH_SIZE}, a worker": (BATCH_SIZE, 1),
+}
+
+
+def run(options) -> list[Part]:
+    with tempfile.TemporaryDirectory() as folder:
+        describe = r50_on_photos if DEVICE == "cuda" else shapes
+        title, arguments = describe(Path(folder))
+        seconds: dict[str, list[float]] = {name: [] for name in CASES}
+        for k in range(options.rounds):
+            for name, (batch_size, workers) in CASES.items():
+                output = Path(folder) / f"{k}-{batch_size}-{workers}"
+                seconds[name].append(seconds_per_image(arguments, batch_size, workers, output))
+    timings = {name: Timing(s) for name, s in seconds.items()}
+    return [_part(title, timings)]
+
+
+def shapes(folder: Path) -> tuple[str, list[str]]:
+    """The model of `make demo`, which is trained, on images drawn for it."""
+    draw = [sys.executable, SHAPES / "draw.py", folder / "data"]
+    subprocess.run(
+        [*draw, "--num-train", "8", "--num-val", str(NUM_IMAGES)],
+        check=True,
+        capture_output=True,
+    )
+    arguments = ["--config-file", str(SHAPES / "ms_rcnn_shapes.py")]
+    arguments += ["--dataset", "shapes_val", f"{folder}/data/val.json", f"{folder}/data/val"]
+    weights = SHAPES / "ms_rcnn_shapes.safetensors"
+    return (
+        "the small model of projects/shapes, 128 x 128 pixels",
+        [*arguments, f"train.init_checkpoint={weights}"],
+    )
+
+
+def r50_on_photos(folder: Path) -> tuple[str, list[str]]:
+    """R-50-FPN with random weights on copies of the photograph, at the size of COCO's recipe."""
+    _, model = build_models()
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    height, width = IMAGE_SIZE
+    images = [
+        {"id": k, "file_name": f"{k}.jpg", "height": height, "width": width}
+        for k in range(1, NUM_IMAGES + 1)
+    ]
+    (folder / "images").mkdir()
+    for image in images:
+        Image.fromarray(np.ascontiguousarray(photo()[:, :, ::-1])).save(
+            folder / "images" / image["file_name"]
+        )
+    categories = [{"id": k, "name": f"class {k}"} for k in range(1, 81)]
+    annotations = {"images": images, "annotations": [], "categories": categories}
+    (folder / "photos.json").write_text(json.dumps(annotations))
+    config = ROOT / "configs" / "COCO-InstanceSegmentation" / "ms_rcnn_R_50_FPN_1x.py"
+    return (
+        "R-50-FPN, 800 x 1067 pixels, 100 detections",
+        [
+            *["--config-file", str(config)],
+            *["--dataset", "bench_photos", f"{folder}/photos.json", f"{folder}/images"],
+            "dataloader.test.dataset.names=bench_photos",
+            f"train.init_checkpoint={folder}/model.pth",
+            f"model.roi_heads.box_predictor.test_score_thresh={_threshold(model)}",
+        ],
+    )
+
+
+@torch.no_grad()
+def _threshold(model) -> float:
+    """A threshold on class scores that a thousand candidates pass, so that 100 are kept."""
+    predictor = model.roi_heads.box_predictor
+    predictor.test_score_thresh, predictor.test_topk_per_image = 0.0, 1000
+    (output,) = model.eval()([model_input()])
+    return output["instances"].scores.min().item()
+
+
+def seconds_per_image(arguments, batch_size: int, workers: int, output: Path) -> float:
+    """What `train_net.py` itself logs, of all that it does for an image, evaluation at the end
+    left out."""
+    options = [
+        f"dataloader.test.batch_size={batch_size}",
+        f"dataloader.test.num_workers={workers}",
+        f"train.output_dir={output}",
+    ]
+    args = train_net.argument_parser().parse_args(["--eval-only", *arguments, *options])
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train_net.run(args)
+    log = (output / "log.txt").read_text()
+    (found,) = re.findall(r"Total inference time: .*\(([\d.]+) s / iter per device", log)
+    return float(found) / batch_size
+
+
+def _part(title: str, timings: dict[str, Timing]) -> Part:
+    slowest = next(iter(timings.values()))
+    return Part(
+        f"Throughput of `train_net.py --eval-only`: {title}, on {DEVICE}",
+        ["", "images / s", "ratio"],
+        [[name, 1 / t.median, 1 / t.ratio_to(slowest)] for name, t in timings.items()],
+        data={name: t.as_dict() for name, t in timings.items()},
+    )
