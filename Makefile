@@ -18,7 +18,9 @@ endif
 # The system's uv, or one of our own: it installs in seconds what takes pip minutes
 SYSTEM_UV := $(shell command -v uv)
 UV := $(or $(SYSTEM_UV),$(BIN)/uv)
-INSTALL = $(UV) pip install --python $(BIN)/python --constraint constraints.txt
+# Compiled once, for the many processes of tests and demo that would do it anew where Python may not
+# keep what it has compiled (PYTHONDONTWRITEBYTECODE)
+INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 .PHONY: setup demo test bench lint clean
 

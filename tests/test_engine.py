@@ -454,6 +454,7 @@ def test_summary_of_a_model_without_mask_scores():
 # Evaluation
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_mixed_precision_is_for_gpus():
     precision = train_module._test_precision
     assert isinstance(precision(SimpleNamespace(device="cuda:0", test_amp=True)), torch.autocast)
