@@ -28,7 +28,7 @@ def run(options) -> list[Part]:
         return [Part("Memory in training", [], [], notes=[note])]
     rows, targets = [], []
     for name in NAMES:
-        measured, published = peak_memory(name), model_zoo.PUBLISHED[name].memory
+        measured, published = training_memory(name), model_zoo.PUBLISHED[name].memory
         rows.append([name, measured, published, measured / published])
         targets.append(Target(f"{name}, GB", measured, published))
     return [
@@ -42,7 +42,8 @@ def run(options) -> list[Part]:
     ]
 
 
-def peak_memory(name: str) -> float:
+def training_memory(name: str) -> float:
+    """The most that PyTorch allocates in a few steps, weights included, in GB of 2^30 bytes."""
     cfg = model_zoo.get_config(f"COCO-InstanceSegmentation/{name}.py")
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)

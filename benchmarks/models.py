@@ -45,7 +45,6 @@ def model_input(short_edge: int = SHORT_EDGE) -> dict:
 def build_models() -> tuple[nn.Module, nn.Module]:
     """
     Detectron2's Mask R-CNN and our Mask Scoring R-CNN, R-50-FPN, with the same random weights.
-
     """
     torch.manual_seed(0)
     name = "COCO-InstanceSegmentation/{}_R_50_FPN_1x.py"

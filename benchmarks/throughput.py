@@ -100,8 +100,7 @@ def _threshold(model) -> float:
 
 
 def seconds_per_image(arguments, batch_size: int, workers: int, output: Path) -> float:
-    """What `train_net.py` itself logs, of all that it does for an image, evaluation at the end
-    left out."""
+    """As `train_net.py` logs it: all that it does for an image, without the AP at the end."""
     options = [
         f"dataloader.test.batch_size={batch_size}",
         f"dataloader.test.num_workers={workers}",
