@@ -17,7 +17,12 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import paste_masks_in_image
 from detectron2.structures import Boxes, Instances, ROIMasks
 
-from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator, mask_ap, true_mask_ious
+from msrcnn_d2.evaluation import (
+    MaskScoringCOCOEvaluator,
+    mask_ap,
+    measure_mask_quality,
+    true_mask_ious,
+)
 
 from toy import write_coco_json
 
@@ -25,6 +30,7 @@ IMAGE_SIZE = (120, 160)
 # Neither consecutive nor in the order of the classes
 CATEGORY_IDS = (7, 3, 90)
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+MASK_TASKS = ["segm", "segm_by_class_score", "mask_quality"]
 
 
 def square(x, y, side):
@@ -124,6 +130,11 @@ def coco_metrics(json_file, results, task, max_dets=100):
             picked += [precision[..., area] for area in (1, 2, 3)]
             stats = [p[p > -1].mean() if (p > -1).any() else -1 for p in picked]
     return {name: 100 * x if x >= 0 else math.nan for name, x in zip(METRICS, stats)}
+
+
+def coco(json_file):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(json_file))
 
 
 def only_metrics(results):
@@ -268,12 +279,44 @@ def test_equals_coco_run_once_for_each_score(case):
 
     by_scores = coco_results(images, "scores")
     by_mask_scores = coco_results(images, "mask_scores")
-    assert list(results) == ["bbox", "segm", "segm_by_class_score"]
+    assert list(results) == ["bbox", *MASK_TASKS]
     assert_same(only_metrics(results["bbox"]), coco_metrics(json_file, by_scores, "bbox"))
     assert_same(only_metrics(results["segm"]), coco_metrics(json_file, by_mask_scores, "segm"))
     assert_same(
         only_metrics(results["segm_by_class_score"]), coco_metrics(json_file, by_scores, "segm")
     )
+
+
+def test_the_quality_of_masks_is_that_of_the_written_results(case, tmp_path):
+    json_file, images = case
+    evaluator = MaskScoringCOCOEvaluator(
+        dataset_of(json_file), distributed=False, output_dir=str(tmp_path / "out")
+    )
+    evaluator.reset()
+    for k, instances in enumerate(images, start=1):
+        evaluator.process([{"image_id": k}], [{"instances": instances}])
+
+    results = evaluator.evaluate()
+
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    expected = measure_mask_quality(coco(json_file), written)
+    assert evaluator.mask_quality.to_json() == expected.to_json()
+    assert_same(results["mask_quality"], expected.headline())
+    assert results["mask_quality"]["AP_mask_score"] == results["segm"]["AP"]
+    assert results["mask_quality"]["AP_class_score"] == results["segm_by_class_score"]["AP"]
+    evaluator.reset()
+    assert evaluator.mask_quality is None
+
+
+def test_the_quality_of_masks_is_left_out_on_request(case):
+    json_file, images = case
+
+    results = evaluate(json_file, images, mask_quality=False)
+
+    assert list(results) == ["bbox", "segm", "segm_by_class_score"]
+    expected = evaluate(json_file, images)
+    del expected["mask_quality"]
+    assert_same(results, expected)
 
 
 def test_the_three_results_differ_in_general(tmp_path):
@@ -282,7 +325,8 @@ def test_the_three_results_differ_in_general(tmp_path):
 
     results = evaluate(json_file, images)
 
-    assert len({results[task]["AP"] for task in results}) == 3
+    tasks = ("bbox", "segm", "segm_by_class_score")
+    assert len({results[task]["AP"] for task in tasks}) == 3
     assert {"AP-a", "AP-b", "AP-c"} <= results["segm"].keys()
 
 
@@ -360,13 +404,14 @@ def test_keypoints_are_evaluated_by_detectron2(tmp_path):
     dataset["annotations"][0] |= {"keypoints": [30, 30, 2, 60, 60, 2], "num_keypoints": 2}
     (tmp_path / "gt.json").write_text(json.dumps(dataset))
 
-    def results(cls):
+    def results(cls, **kwargs):
         image = detections([[20, 20, 60, 60]], [0], [0.9])
         image.pred_keypoints = torch.tensor([keypoints])
-        return evaluate(json_file, [image], cls, kpt_oks_sigmas=[0.05, 0.05])
+        return evaluate(json_file, [image], cls, kpt_oks_sigmas=[0.05, 0.05], **kwargs)
 
-    assert results(MaskScoringCOCOEvaluator)["keypoints"]["AP"] == pytest.approx(100)
-    assert_same(results(MaskScoringCOCOEvaluator), results(COCOEvaluator))
+    ours = results(MaskScoringCOCOEvaluator, mask_quality=False)
+    assert ours["keypoints"]["AP"] == pytest.approx(100)
+    assert_same(ours, results(COCOEvaluator))
 
 
 @pytest.mark.parametrize("max_dets", [3, 200])
@@ -434,7 +479,8 @@ def test_without_mask_scores_it_is_detectron2s_evaluator(case, tmp_path):
 
     results = evaluate(json_file, images)
 
-    assert list(results) == ["bbox", "segm"]
+    assert list(results) == ["bbox", "segm", "mask_quality"]
+    del results["mask_quality"]
     assert_same(results, evaluate(json_file, images, COCOEvaluator))
 
 
@@ -459,7 +505,7 @@ def test_only_masks_are_evaluated_on_request(case):
     results = evaluate(json_file, images, tasks=("segm",))
 
     everything = evaluate(json_file, images)
-    assert list(results) == ["segm", "segm_by_class_score"]
+    assert list(results) == MASK_TASKS
     assert_same(results, {task: everything[task] for task in results})
 
 
@@ -641,7 +687,7 @@ def test_two_processes_give_the_results_of_one(tmp_path):
 
     first, second = (json.loads((tmp_path / f"results_{k}.json").read_text()) for k in (0, 1))
     assert second == {}
-    assert list(first) == ["bbox", "segm", "segm_by_class_score"]
+    assert list(first) == ["bbox", *MASK_TASKS]
     assert_same(first, evaluate(json_file, images))
 
 
@@ -658,8 +704,7 @@ def squares(tmp_path):
         (2, square(0, 60, 40), True),
     ]
     path = write_coco_json(tmp_path / "gt.json", [objects, []], CATEGORY_IDS, IMAGE_SIZE)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(path)
+    return coco(path)
 
 
 def result(box, class_, image_id=1):

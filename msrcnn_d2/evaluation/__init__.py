@@ -1,6 +1,13 @@
 """COCO evaluation: boxes by class score, masks by mask score, and how good masks are."""
 
 from .coco_evaluator import MaskScoringCOCOEvaluator
-from .mask_quality import mask_ap, true_mask_ious
+from .mask_quality import MaskQuality, mask_ap, measure_mask_quality
+from .matching import true_mask_ious
 
-__all__ = ["MaskScoringCOCOEvaluator", "mask_ap", "true_mask_ious"]
+__all__ = [
+    "MaskQuality",
+    "MaskScoringCOCOEvaluator",
+    "mask_ap",
+    "measure_mask_quality",
+    "true_mask_ious",
+]

@@ -47,7 +47,7 @@ class Evaluation:
 
 
 class Engine(Protocol):
-    def evaluate(self, scores: Sequence[float]) -> Evaluation:
+    def evaluate(self, scores: Iterable[float]) -> Evaluation:
         """Evaluate the detections with these scores, one for each result; NaN comes last."""
 
 
@@ -137,7 +137,7 @@ class _Pycocotools:
             self._truth.createIndex()
         self._task, self._max_dets, self._img_ids = task, max_dets, img_ids
 
-    def evaluate(self, scores: Sequence[float]) -> Evaluation:
+    def evaluate(self, scores: Iterable[float]) -> Evaluation:
         ranked = [{**r, "score": s} for r, s in zip(self._results, scores)]
         with _silence():
             coco_eval = COCOeval(self._truth, self._truth.loadRes(ranked), self._task)
@@ -188,7 +188,7 @@ class _FasterCocoEval:
             for place in objects.keys() & self._detections.keys()
         }
 
-    def evaluate(self, scores: Sequence[float]) -> Evaluation:
+    def evaluate(self, scores: Iterable[float]) -> Evaluation:
         # faster-coco-eval takes no NaN; pycocotools sorts it to the end
         scores = [-math.inf if math.isnan(s) else float(s) for s in scores]
         coco_dt = self._coco({**entry, "score": scores[k]} for k, entry in self._entries)

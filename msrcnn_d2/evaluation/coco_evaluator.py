@@ -5,7 +5,6 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Optional
 
 from detectron2.evaluation import COCOEvaluator
@@ -13,8 +12,10 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
-from .coco_engine import Engine, build_engine, choose_engine
+from .coco_engine import COCO_MAX_DETS, Engine, Evaluation, build_engine, choose_engine
 from .mask_encoding import encode_predicted_masks
+from .mask_quality import MaskQuality, scores_of
+from .matching import MaskOverlaps
 
 __all__ = ["MaskScoringCOCOEvaluator"]
 
@@ -26,8 +27,9 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     :class:`COCOEvaluator` that ranks boxes by "scores" and masks by "mask_scores".
 
     Its results are "bbox", "segm" and, so that every evaluation shows what mask scoring brought,
-    "segm_by_class_score": the mask AP of the very same masks ranked by "scores". For a model
-    without mask scores it equals `COCOEvaluator`.
+    "segm_by_class_score": the mask AP of the very same masks ranked by "scores"; and
+    "mask_quality", what the scores say about the masks (:meth:`MaskQuality.headline`). For a model
+    without mask scores it equals `COCOEvaluator`, with "mask_quality" besides.
 
     With an `output_dir` it writes, besides the files of `COCOEvaluator`, what a COCO server takes:
     "coco_bbox_results.json" with class scores, "coco_segm_results.json" with mask scores. The
@@ -42,6 +44,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         *args,
         engine: Optional[str] = None,
         use_fast_impl: Optional[bool] = None,
+        mask_quality: bool = True,
         **kwargs,
     ):
         """
@@ -52,6 +55,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 keypoints always takes pycocotools.
             use_fast_impl: as in Detectron2 False asks for the official implementation, here
                 engine="pycocotools".
+            mask_quality: whether to measure it. After an evaluation of masks all of it is in the
+                attribute `mask_quality`, on the main process; else that is None.
 
         Raises:
             ValueError: if the engine is unknown, not installed or not what `use_fast_impl` says.
@@ -66,6 +71,12 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         self._engine = choose_engine(engine)
         # Detectron2's own fast implementation is not used: it is not part of every build
         super().__init__(*args, use_fast_impl=False, **kwargs)
+        self._measures_mask_quality = mask_quality
+        self.mask_quality: Optional[MaskQuality] = None
+
+    def reset(self):
+        super().reset()
+        self.mask_quality = None
 
     def process(self, inputs, outputs):
         outputs = [_on_cpu(x) for x in outputs]
@@ -112,19 +123,35 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         return results
 
     def _ranked_results(self, task: str, results: list[dict], img_ids) -> dict[str, dict]:
-        """AP of a task; of masks that have mask scores, under both rankings."""
+        """AP of a task; of masks that have mask scores, under both rankings, and their quality."""
         engine = build_engine(
             self._coco_api, results, task, self._engine, self._max_dets_per_image, img_ids
         )
-        by_class_score = self._results_of(engine, task, [r["score"] for r in results])
-        if task != "segm" or not any("mask_score" in r for r in results):
+        scores = scores_of(results)
+        evaluations = {"class_score": engine.evaluate(scores["class_score"])}
+        by_class_score = self._results_of(evaluations["class_score"], task)
+        if task != "segm":
             return {task: by_class_score}
-        logger.info("Masks ranked by mask score, which is class score x predicted mask IoU:")
-        by_mask_score = self._results_of(engine, task, [_mask_score(r) for r in results])
-        return {"segm": by_mask_score, "segm_by_class_score": by_class_score}
+        if "mask_score" in scores:
+            logger.info("Masks ranked by mask score, class score x predicted mask IoU ** exponent:")
+            evaluations["mask_score"] = engine.evaluate(scores["mask_score"])
+            by_mask_score = self._results_of(evaluations["mask_score"], task)
+            ranked = {"segm": by_mask_score, "segm_by_class_score": by_class_score}
+        else:
+            ranked = {"segm": by_class_score}
+        if self._measures_mask_quality:
+            self.mask_quality = self._mask_quality_of(engine, results, evaluations, img_ids)
+            logger.info("Quality of masks:\n%s", self.mask_quality.table())
+            ranked["mask_quality"] = self.mask_quality.headline()
+        return ranked
 
-    def _results_of(self, engine: Engine, task: str, scores: Sequence[float]) -> dict[str, float]:
-        evaluation = engine.evaluate(scores)
+    def _mask_quality_of(self, engine: Engine, results, evaluations, img_ids) -> MaskQuality:
+        overlaps = MaskOverlaps(self._coco_api, results)
+        evaluations = {**evaluations, "true_iou": engine.evaluate(overlaps.largest)}
+        max_dets = (self._max_dets_per_image or COCO_MAX_DETS)[-1]
+        return MaskQuality(self._coco_api, results, evaluations, overlaps, max_dets, img_ids)
+
+    def _results_of(self, evaluation: Evaluation, task: str) -> dict[str, float]:
         recalls = {k: 100 * v for k, v in evaluation.numbers.items() if k.startswith("AR")}
         logger.info("Average recall for %s:\n%s", task, create_small_table(recalls))
         class_names = self._metadata.get("thing_classes")

@@ -1,0 +1,86 @@
+"""Whether a score says what it promises: correlation, and calibration of predicted IoUs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Bin", "pearson", "reliability", "spearman", "expected_calibration_error"]
+
+NUM_BINS = 10
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> float:
+    """
+    Pearson's coefficient of two variables, in [-1, 1]: how well a straight line describes one by
+    the other. NaN for fewer than two values, and where one of the two does not vary.
+    """
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """
+    Spearman's coefficient, in [-1, 1]: Pearson's of the ranks, equal values sharing their mean
+    rank. It sees the order only, as a ranking does. NaN where Pearson's is.
+    """
+    return pearson(_ranks(first), _ranks(second))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, groups, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]
+
+
+@dataclass
+class Bin:
+    """
+    The detections whose predicted IoU lies in an interval.
+
+    Attributes:
+        low, high: the interval; `high` is part of the last bin only.
+        count: number of detections.
+        predicted, true: means of predicted and of true IoU, NaN where there are no detections.
+    """
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    true: float
+
+
+def reliability(predicted: np.ndarray, true: np.ndarray, num_bins: int = NUM_BINS) -> list[Bin]:
+    """
+    A reliability diagram (Niculescu-Mizil and Caruana, ICML 2005; Guo et al., ICML 2017) of a
+    regression: for bins of equal width over [0, 1] the mean of what was predicted beside the mean
+    of what was true.
+
+    Args:
+        predicted, true: N IoUs each, in [0, 1].
+    """
+    edges = np.arange(num_bins + 1) / num_bins
+    bins = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, num_bins - 1)
+    return [
+        Bin(low, high, int(inside.sum()), _mean(predicted[inside]), _mean(true[inside]))
+        for low, high, inside in zip(
+            edges[:-1].tolist(), edges[1:].tolist(), (bins == k for k in range(num_bins))
+        )
+    ]
+
+
+def expected_calibration_error(bins: list[Bin]) -> float:
+    """
+    The mean over all detections of |mean predicted - mean true| of their bin (Naeini et al., AAAI
+    2015; Guo et al., ICML 2017, Eq. 3, with IoU in the place of accuracy), in [0, 1]; NaN without
+    detections. It is 0 where predictions are right on average whatever they are; how far they are
+    off one by one is the mean absolute error.
+    """
+    count = sum(b.count for b in bins)
+    if not count:
+        return float("nan")
+    return sum(b.count * abs(b.predicted - b.true) for b in bins if b.count) / count
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
