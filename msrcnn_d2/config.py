@@ -67,6 +67,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.FC_DIM = 1024
     # Multiplier of loss_mask_iou, which is half a mean squared error
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
+    # Masks are ranked by class score x mask IoU ** exponent; 1.0, the paper's, gives way to what
+    # the weights have been fitted to
+    cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = 1.0
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the first if it is installed

@@ -112,7 +112,8 @@ class MaskScoringPredictor:
         Returns:
             for each image a dict with "instances", the best first: their "scores",
             "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the image
-            that was given, and "pred_masks" of shape (N, H, W).
+            that was given, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
+            "pred_mask_ious" ** exponent, see :class:`MaskIoUHead`.
 
         Raises:
             UserError: a file is missing or not an image.

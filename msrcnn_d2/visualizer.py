@@ -30,7 +30,8 @@ MAX_SHIFT = 8  # how far a label moves up or down to where there is room, in hei
 class MaskScoringVisualizer(Visualizer):
     """
     :class:`Visualizer` that labels each mask "person 0.93 x IoU 0.81 = 0.75": class score x
-    predicted IoU = mask score.
+    predicted IoU = mask score. Where the mask scores are not these products, but such as with
+    another exponent of the IoU: "person 0.93, IoU 0.81 → 0.40".
 
     Labels are as legible on small and on large images, stay inside the picture and, where there
     is room, do not cover each other; those of the best masks are placed first and lie on top.
@@ -151,8 +152,8 @@ def mask_score_labels(
         class_names: name of each class; by default its index.
 
     Returns:
-        list[str]: N labels like "person 0.93 x IoU 0.81 = 0.75", or "person IoU 0.81" without
-        "scores".
+        list[str]: N labels like "person 0.93 x IoU 0.81 = 0.75", or "person 0.93, IoU 0.81 → 0.40"
+        if the mask scores are not these products, or "person IoU 0.81" without "scores".
     """
     classes = predictions.pred_classes.tolist()
     names = [class_names[k] if class_names else str(k) for k in classes]
@@ -160,10 +161,12 @@ def mask_score_labels(
     if not predictions.has("scores"):
         return [f"{name} IoU {iou:.2f}" for name, iou in zip(names, ious)]
     scores, mask_scores = predictions.scores.tolist(), predictions.mask_scores.tolist()
-    return [
-        f"{name} {score:.2f} x IoU {iou:.2f} = {mask_score:.2f}"
-        for name, score, iou, mask_score in zip(names, scores, ious, mask_scores)
-    ]
+    rows = list(zip(names, scores, ious, mask_scores))
+    # All or none, so that labels of one picture read alike; what rounding to two digits hides
+    # makes no equation wrong
+    if all(abs(s * iou - mask_score) <= 0.005 for _, s, iou, mask_score in rows):
+        return [f"{name} {s:.2f} x IoU {iou:.2f} = {total:.2f}" for name, s, iou, total in rows]
+    return [f"{name} {s:.2f}, IoU {iou:.2f} → {total:.2f}" for name, s, iou, total in rows]
 
 
 def _legible_scale(height, width):

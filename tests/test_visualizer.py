@@ -90,6 +90,39 @@ def test_labels_tell_class_score_iou_and_mask_score():
     assert sorted(texts(drawn(two_objects()))) == sorted(LABELS)
 
 
+@pytest.mark.parametrize(
+    "scores, ious, mask_scores, expected",
+    [
+        pytest.param(
+            [0.934, 0.5],
+            [0.812, 1.0],
+            [0.934 * 0.812**4, 0.5],
+            ["person 0.93, IoU 0.81 → 0.41", "baseball glove 0.50, IoU 1.00 → 0.50"],
+            id="exponent 4, all labels alike",
+        ),
+        pytest.param(
+            [0.934, 0.5],
+            [0.812, 0.4],
+            [0.934, 0.5],
+            ["person 0.93, IoU 0.81 → 0.93", "baseball glove 0.50, IoU 0.40 → 0.50"],
+            id="exponent 0",
+        ),
+        pytest.param(
+            [0.5, 0.5],
+            [1.0, 1.0],
+            [0.5, 0.5],
+            ["person 0.50 x IoU 1.00 = 0.50", "baseball glove 0.50 x IoU 1.00 = 0.50"],
+            id="exponent 4, but it makes no difference",
+        ),
+    ],
+)
+def test_labels_claim_no_equation_that_is_wrong(scores, ious, mask_scores, expected):
+    boxes = [[0.0, 0.0, 0.4, 0.5], [0.6, 0.4, 1.0, 1.0]]
+    instances = predictions((480, 640), boxes, (0, 1), scores, ious, mask_scores)
+    assert mask_score_labels(instances, CLASSES) == expected
+    assert sorted(texts(drawn(instances))) == sorted(expected)
+
+
 def test_without_names_a_class_is_its_index():
     assert mask_score_labels(two_objects())[1] == "1 0.50 x IoU 1.00 = 0.50"
     assert "1 0.50 x IoU 1.00 = 0.50" in texts(drawn(two_objects(), metadata=None))

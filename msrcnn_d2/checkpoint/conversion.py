@@ -141,6 +141,8 @@ WRAPPERS = {
 DERIVED = re.compile(r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_(mean|std)")
 # A counter that only batch norm in training would use, and then only with momentum=None
 COUNTER = "num_batches_tracked"
+# A setting that MaskIoUHead keeps with its weights; only files of this package have it
+SCORE_EXPONENT = "roi_heads.mask_iou_head.score_exponent"
 
 
 def read_weights(file: str) -> Weights:

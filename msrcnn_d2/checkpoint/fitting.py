@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import nn
 
-from .conversion import COUNTER
+from .conversion import COUNTER, SCORE_EXPONENT
 
 __all__ = ["Fit", "compare", "misfit", "misfit_for_training", "shown", "summary"]
 
@@ -29,6 +30,8 @@ class Fit:
         shapes: {name: (shape in the file, shape in the model)} where they differ.
         types: {name: (type in the file, type in the model)} where one is of integers and the
             other of floating-point numbers: loading would convert them as if they meant the same.
+        score_exponent: the file's, if it has one and the model takes it. It is a setting and not
+            counted: a file may lack it.
     """
 
     total: int
@@ -37,6 +40,7 @@ class Fit:
     unexpected: list[str]
     shapes: dict[str, tuple[tuple, tuple]]
     types: dict[str, tuple[torch.dtype, torch.dtype]]
+    score_exponent: Optional[torch.Tensor]
 
     @property
     def absent(self) -> list[str]:
@@ -47,6 +51,8 @@ class Fit:
 def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
     given = {k: v for k, v in state_dict.items() if not k.endswith(COUNTER)}
+    takes_exponent = expected.pop(SCORE_EXPONENT, None) is not None
+    score_exponent = given.pop(SCORE_EXPONENT, None) if takes_exponent else None
     return Fit(
         total=len(expected),
         given=[k for k, v in expected.items() if k in given and given[k].shape == v.shape],
@@ -62,6 +68,7 @@ def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
             for k, v in expected.items()
             if k in given and given[k].is_floating_point() != v.is_floating_point()
         },
+        score_exponent=score_exponent,
     )
 
 
@@ -71,6 +78,8 @@ def misfit_for_training(fit: Fit, model: nn.Module) -> str:
         return _nothing_fits(fit)
     if fit.types:
         return _types_differ(fit)
+    if _is_wrong_exponent(fit.score_exponent):
+        return _exponent_is_wrong(fit)
     frozen = _frozen(model)
     if not frozen.intersection(fit.absent):
         return ""
@@ -105,6 +114,8 @@ def misfit(fit: Fit) -> str:
         return _types_differ(fit)
     if fit.shapes:
         return _shapes_differ(fit)
+    if _is_wrong_exponent(fit.score_exponent):
+        return _exponent_is_wrong(fit)
     if fit.missing and all(k.startswith(MASK_IOU_HEAD) for k in fit.missing):
         return (
             "it is a plain Mask R-CNN, so the mask IoU head has no weights "
@@ -148,6 +159,20 @@ def _types_differ(fit: Fit) -> str:
     return (
         f"'{name}' is of type {given} in the file and {expected} in the model, as in a quantised "
         "model. Give the weights as floating-point numbers."
+    )
+
+
+def _is_wrong_exponent(value: Optional[torch.Tensor]) -> bool:
+    return value is not None and not (value.ndim == 0 and value.isfinite() and value >= 0)
+
+
+def _exponent_is_wrong(fit: Fit) -> str:
+    assert fit.score_exponent is not None
+    value, shape = fit.score_exponent, tuple(fit.score_exponent.shape)
+    return (
+        f"'{SCORE_EXPONENT}' is {f'of shape {shape}' if shape else f'{value.item():g}'}, not a "
+        "finite number of at least 0. `python -m msrcnn_d2.fit_exponent --exponent 1` writes a "
+        "copy with the paper's."
     )
 
 

@@ -1,4 +1,12 @@
-"""The MaskIoU head: predicts how well each mask fits its object."""
+"""
+The MaskIoU head: predicts how well each mask fits its object.
+
+Masks are ranked by class score x mask IoU ** exponent. In the paper the exponent is 1; others rank
+better for some models (see :mod:`msrcnn_d2.fit_exponent`), and it is a part of the weights.
+"""
+
+import logging
+import math
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -21,6 +29,8 @@ __all__ = [
     "mask_iou_loss",
     "set_mask_scores",
 ]
+
+logger = logging.getLogger(__name__)
 
 ROI_MASK_IOU_HEAD_REGISTRY = Registry("ROI_MASK_IOU_HEAD")
 ROI_MASK_IOU_HEAD_REGISTRY.__doc__ = """
@@ -56,7 +66,9 @@ def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
-def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instances]) -> None:
+def mask_iou_inference(
+    pred_mask_ious: torch.Tensor, pred_instances: list[Instances], score_exponent: float = 1.0
+) -> None:
     """
     Rank the masks: add "pred_mask_ious" and "mask_scores" to the predicted instances.
 
@@ -66,28 +78,36 @@ def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instan
         pred_instances: one Instances per image, with "pred_classes"; gets the IoU of the mask of
             that class. "mask_scores" are added where there are "scores": boxes that were given
             by the user have none.
+        score_exponent: see :func:`set_mask_scores`.
     """
     classes = cat([x.pred_classes for x in pred_instances])
     ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
     for instances, ious_per_image in zip(
         pred_instances, ious.split([len(x) for x in pred_instances])
     ):
-        set_mask_scores(instances, ious_per_image)
+        set_mask_scores(instances, ious_per_image, score_exponent)
 
 
-def set_mask_scores(instances: Instances, mask_ious: torch.Tensor) -> None:
+def set_mask_scores(
+    instances: Instances, mask_ious: torch.Tensor, score_exponent: float = 1.0
+) -> None:
     """
-    The rescoring step: mask score = class score x mask IoU (Sec. 3.1). It leaves "scores" alone.
+    The rescoring step: mask score = class score x mask IoU ** exponent, in the paper x mask IoU
+    (Sec. 3.1). It leaves "scores" alone.
 
     Args:
         instances: predicted instances of one image, gets "pred_mask_ious" and, where it has
             "scores", "mask_scores".
         mask_ious: Tensor of shape (N,), the predicted IoU of each mask. A regression leaves the
             interval [0, 1] at times, an IoU does not: it is clamped.
+        score_exponent: at least 0. The larger, the more the IoU decides; 0 leaves the class score.
+            "pred_mask_ious" does not depend on it.
     """
-    instances.pred_mask_ious = mask_ious.clamp(min=0, max=1)
+    ious = instances.pred_mask_ious = mask_ious.clamp(min=0, max=1)
     if instances.has("scores"):
-        instances.mask_scores = instances.scores * instances.pred_mask_ious
+        # The paper's product as it is: a power is a little off, and takes longer
+        factors = ious if score_exponent == 1 else ious**score_exponent
+        instances.mask_scores = instances.scores * factors
 
 
 @ROI_MASK_IOU_HEAD_REGISTRY.register()
@@ -95,6 +115,12 @@ class MaskIoUHead(nn.Module):
     """
     The head of Mask Scoring R-CNN (Huang et al., CVPR 2019, Fig. 3): 3x3 convolutions, the last
     of stride 2, and fully connected layers over the mask head's region features and its mask.
+
+    Attributes:
+        score_exponent: masks are ranked by class score x mask IoU ** `score_exponent`. It is saved
+            with the weights. Where the constructor was given another value than 1, loading leaves
+            it at that; else it becomes the one that was saved. Weights without it, such as older
+            ones, leave it alone.
     """
 
     @configurable
@@ -108,6 +134,7 @@ class MaskIoUHead(nn.Module):
         fc_dim: int = 1024,
         num_fc: int = 2,
         loss_weight: float = 1.0,
+        score_exponent: float = 1.0,
     ):
         """
         Args:
@@ -120,11 +147,20 @@ class MaskIoUHead(nn.Module):
             fc_dim: width of each fully connected layer.
             num_fc: number of fully connected layers before the predictor.
             loss_weight: multiplier of the loss.
+            score_exponent: finite, at least 0; 1 in the paper, or what the weights have been
+                fitted to. See the attribute.
         """
         super().__init__()
         if num_conv < 1:
             raise ValueError(f"num_conv is {num_conv}; the MaskIoU head has at least 1 convolution")
+        if not _is_exponent(score_exponent):
+            raise ValueError(
+                f"score_exponent is {score_exponent}; it is a finite number, at least 0, and 1 in "
+                "the paper"
+            )
         self.loss_weight = loss_weight
+        self.score_exponent = float(score_exponent)
+        self._configured_exponent = self.score_exponent
 
         channels = input_shape.channels + 1
         self.convs = nn.Sequential()
@@ -160,6 +196,7 @@ class MaskIoUHead(nn.Module):
             "fc_dim": head.FC_DIM,
             "num_fc": head.NUM_FC,
             "loss_weight": head.LOSS_WEIGHT,
+            "score_exponent": head.SCORE_EXPONENT,
         }
 
     def layers(self, mask_features: torch.Tensor, mask_probs: torch.Tensor) -> torch.Tensor:
@@ -193,7 +230,7 @@ class MaskIoUHead(nn.Module):
         pred_mask_ious = self.layers(mask_features, mask_probs)
         if self.training:
             return {"loss_mask_iou": self._loss(pred_mask_ious, mask_probs, instances)}
-        mask_iou_inference(pred_mask_ious, instances)
+        mask_iou_inference(pred_mask_ious, instances, self.score_exponent)
         return instances
 
     def _loss(self, pred_mask_ious, mask_probs, instances):
@@ -210,6 +247,43 @@ class MaskIoUHead(nn.Module):
         pred_mask_ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
         _log_mask_ious(pred_mask_ious.detach(), targets)
         return mask_iou_loss(pred_mask_ious, targets) * self.loss_weight
+
+    # The exponent is a number, not a buffer: inference would have to fetch it from the GPU, and
+    # `half()` would round it
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "score_exponent"] = torch.tensor(
+            self.score_exponent, dtype=torch.float32, device=self.predictor.weight.device
+        )
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        saved = state_dict.pop(prefix + "score_exponent", None)
+        if saved is not None:
+            self._load_exponent(saved, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_exponent(self, tensor: torch.Tensor, error_msgs: list[str]) -> None:
+        if tensor.numel() != 1 or not _is_exponent(tensor.item()):
+            error_msgs.append(f"score_exponent is {tensor}, not a finite number of at least 0.")
+            return
+        saved, configured = float(tensor), self._configured_exponent
+        self.score_exponent = saved if configured == 1 else configured
+        if not math.isclose(saved, self.score_exponent, rel_tol=1e-6):  # saved as float32
+            logger.info(
+                "Masks are ranked with the exponent %g of the config, not %g of the weights.",
+                *(configured, saved),
+            )
+        elif saved != 1:
+            logger.info("Masks are ranked by class score x mask IoU ** %g.", saved)
+
+
+def _is_exponent(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
 
 
 def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:

@@ -1,0 +1,71 @@
+"""Write checkpoints with Detectron2's names, wholly or not at all."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from ..errors import UserError
+from .conversion import SCORE_EXPONENT
+from .reading import reason
+
+__all__ = ["WRITERS", "check_target", "write_weights"]
+
+WRITERS: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
+    ".pth": lambda state_dict, path: torch.save({"model": state_dict}, path),
+    # Not save_file, whose files only their owner may read
+    ".safetensors": lambda state_dict, path: Path(path).write_bytes(save(state_dict)),
+}
+
+
+def check_target(target: str, source: str) -> None:
+    """
+    Raises:
+        UserError: if the path of a file to write has none of the suffixes in `WRITERS`, no folder,
+            or is that of the file `source`.
+    """
+    if os.path.splitext(target)[1] not in WRITERS:
+        raise UserError(f"'{target}' has to end with one of {', '.join(WRITERS)}.")
+    if not os.path.isdir(os.path.dirname(target) or "."):
+        raise UserError(f"The folder of '{target}' does not exist.")
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+        raise UserError(f"'{target}' is the input: give another name for the output.")
+
+
+def write_weights(state_dict: Mapping[str, torch.Tensor], target: str, half: bool = False) -> None:
+    """
+    Args:
+        state_dict: tensors by their names in a model.
+        target: path of the file, see :func:`check_target`; its suffix decides on the format.
+        half: whether to write floating-point numbers as float16.
+
+    Raises:
+        UserError: the file cannot be written; what was there before is still there.
+    """
+    contents = {
+        # Copies, as safetensors refuses tensors that share memory
+        name: (_halved(name, value) if half else value).clone(memory_format=torch.contiguous_format)
+        for name, value in state_dict.items()
+    }
+    incomplete = f"{target}.incomplete"
+    try:
+        WRITERS[os.path.splitext(target)[1]](contents, incomplete)
+        os.replace(incomplete, target)
+    except (OSError, RuntimeError) as error:  # the latter from PyTorch
+        raise UserError(f"Cannot write '{target}' ({reason(error)}).") from error
+    finally:
+        if os.path.exists(incomplete):
+            os.remove(incomplete)
+
+
+def _halved(name: str, value: torch.Tensor) -> torch.Tensor:
+    """
+    As float16, unless numbers are too large for it: variances of batch norm can be. The exponent
+    of the mask scores is a setting that would save nothing.
+    """
+    if not value.is_floating_point() or name == SCORE_EXPONENT:
+        return value
+    half = value.half()
+    return half if torch.equal(half.isfinite(), value.isfinite()) else value

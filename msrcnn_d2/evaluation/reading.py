@@ -1,0 +1,220 @@
+"""Read files of predictions and of annotations in COCO's format, and say what is wrong in them."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pycocotools.mask as mask_util
+from pycocotools.coco import COCO
+
+from ..errors import UserError
+
+__all__ = ["check_fits", "read_annotations", "read_results"]
+
+RESULTS_ADVICE = (
+    "give predictions with masks, such as inference/coco_instances_results.json, which "
+    "`train_net.py --eval-only` writes"
+)
+ANNOTATIONS_ADVICE = "give a file of COCO's format with masks, as for training"
+
+# Six bits a character. One of the upper half says that its number goes on, so none ends with it:
+# pycocotools would read on in memory that is not its own.
+COMPRESSED_COUNTS = re.compile("[0-o]*[0-O]")
+
+
+def read_results(path: str) -> list[dict]:
+    """
+    Args:
+        path: of a JSON file in COCO's result format, as the evaluators write it.
+
+    Returns:
+        at least one detection, each with "image_id", "category_id", a finite "score" and
+        "segmentation": compressed RLE, or still polygons, see :func:`check_fits`. What else the
+        detections have is left as it is.
+
+    Raises:
+        UserError: the file cannot be read, or it is something else.
+    """
+    results = _read_json(path, RESULTS_ADVICE)
+    if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
+        raise UserError(f"'{path}' is not a list of predictions: {RESULTS_ADVICE}.")
+    if not results:
+        raise UserError(
+            f"'{path}' has no predictions at all: see whether the model is the trained one, and "
+            "lower its threshold on the class score."
+        )
+    for number, result in enumerate(results, start=1):
+        problem = _problem_of_result(result)
+        if problem:
+            raise UserError(f"Prediction {number} in '{path}' {problem}: {RESULTS_ADVICE}.")
+    return [_compressed(r) for r in results]
+
+
+def read_annotations(path: str) -> COCO:
+    """
+    Args:
+        path: of a JSON file in COCO's annotation format.
+
+    Returns:
+        the ground truth, at least one object with a mask; without an "iscrowd" it is no crowd.
+
+    Raises:
+        UserError: the file cannot be read, or it is something else.
+    """
+    data = _read_json(path, ANNOTATIONS_ADVICE)
+    if not isinstance(data, dict) or not isinstance(data.get("annotations"), list):
+        raise UserError(f"'{path}' has no annotations of objects: {ANNOTATIONS_ADVICE}.")
+    kinds = {
+        "images": ("id", "height", "width"),
+        "categories": ("id",),
+        "annotations": ("id", "image_id", "category_id", "area", "segmentation"),
+    }
+    for kind, keys in kinds.items():
+        if not data.get(kind):
+            raise UserError(f"'{path}' has no {kind}: {ANNOTATIONS_ADVICE}.")
+        _check_entries(path, kind, data[kind], keys)
+    for annotation in data["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def check_fits(results: Sequence[dict], coco_gt: COCO) -> list[dict]:
+    """
+    Args:
+        results: from :func:`read_results`.
+        coco_gt: from :func:`read_annotations`.
+
+    Returns:
+        the results, with polygons as compressed RLE: what AP can be computed of.
+
+    Raises:
+        UserError: the ground truth does not have all images and classes, or has an image in
+            another size.
+    """
+    _check_known("images", {r["image_id"] for r in results}, coco_gt.imgs)
+    _check_known("classes", {r["category_id"] for r in results}, coco_gt.cats)
+    return [_sized(r, coco_gt.imgs[r["image_id"]]) for r in results]
+
+
+def _read_json(path: str, advice: str) -> Any:
+    if os.path.isdir(path):
+        raise UserError(f"'{path}' is a folder: {advice}.")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist: {advice}.") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}): check the path.") from error
+    except (ValueError, RecursionError):  # of JSON and of UTF-8
+        raise UserError(f"'{path}' is not JSON, or it is cut off: {advice}.") from None
+
+
+def _problem_of_result(result: dict) -> str:
+    """What a detection lacks; empty if nothing."""
+    for key in ("image_id", "category_id", "score", "segmentation"):
+        if key not in result:
+            return f"has no '{key}'"
+    for key in ("image_id", "category_id"):
+        if not isinstance(result[key], (int, str)):
+            return f"has a '{key}' that is neither a number nor a name"
+    if not _is_finite(result["score"]):
+        return f"has the score {result['score']}, which is not a finite number"
+    mask = result["segmentation"]
+    if isinstance(mask, list):
+        return "" if _are_polygons(mask) else "has a mask that is no list of polygons"
+    return "" if _is_rle(mask) else "has a mask that is not in COCO's run-length encoding"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _are_polygons(mask: list) -> bool:
+    return all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(map(_is_finite, polygon))
+        for polygon in mask
+    )
+
+
+def _is_rle(mask: Any) -> bool:
+    if not isinstance(mask, dict) or not _are_counts(mask.get("size"), 2):
+        return False
+    counts = mask.get("counts")
+    if isinstance(counts, str):
+        return COMPRESSED_COUNTS.fullmatch(counts) is not None
+    return (
+        isinstance(counts, list) and _are_counts(counts) and sum(counts) == math.prod(mask["size"])
+    )
+
+
+def _are_counts(values: Any, length: "int | None" = None) -> bool:
+    return (
+        isinstance(values, list)
+        and length in (None, len(values))
+        and all(isinstance(x, int) and x >= 0 for x in values)
+    )
+
+
+def _compressed(result: dict) -> dict:
+    """The result, with uncompressed RLE compressed."""
+    mask = result["segmentation"]
+    if isinstance(mask, list) or isinstance(mask["counts"], str):
+        return result
+    return {**result, "segmentation": _as_text(mask_util.frPyObjects(mask, *mask["size"]))}
+
+
+def _as_text(rle: dict) -> dict:
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def _check_entries(path: str, kind: str, entries: Any, keys: Sequence[str]) -> None:
+    if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
+        raise UserError(f"'{path}' has no list of {kind}: {ANNOTATIONS_ADVICE}.")
+    for number, entry in enumerate(entries, start=1):
+        for key in keys:
+            if entry.get(key) in (None, [], {}):
+                raise UserError(
+                    f"Entry {number} of the {kind} in '{path}' has no '{key}': "
+                    f"{ANNOTATIONS_ADVICE}."
+                )
+
+
+def _check_known(what: str, found: set, known: Collection) -> None:
+    unknown = sorted(found - set(known), key=str)
+    if unknown:
+        raise UserError(
+            f"There are predictions for {len(unknown)} {what} that the annotations do not have, "
+            f"one of them '{unknown[0]}': give the annotations of the images that were "
+            "predicted on."
+        )
+
+
+def _sized(result: dict, image: dict) -> dict:
+    """The result with its mask as compressed RLE in the image's size."""
+    size, mask = [image["height"], image["width"]], result["segmentation"]
+    if isinstance(mask, list):
+        rles = mask_util.frPyObjects(mask, *size) if mask else []
+        # Without polygons: all pixels are outside
+        empty = {"size": size, "counts": [math.prod(size)]}
+        rle = mask_util.merge(rles) if rles else mask_util.frPyObjects(empty, *size)
+        return {**result, "segmentation": _as_text(rle)}
+    if mask["size"] != size:
+        raise UserError(
+            f"A mask of image '{result['image_id']}' has {mask['size'][0]} x {mask['size'][1]} "
+            f"pixels, but its annotation says {size[0]} x {size[1]}: give the annotations of the "
+            "images that were predicted on."
+        )
+    return result

@@ -1,0 +1,170 @@
+"""Files of predictions and annotations: what is taken, and what is wrong in others."""
+
+import copy
+import json
+import re
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+
+from msrcnn_d2.errors import UserError
+from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks
+from msrcnn_d2.evaluation.reading import check_fits, read_annotations, read_results
+
+from toy import IMAGE_SIZE, write_coco_json
+
+HEIGHT, WIDTH = IMAGE_SIZE
+SQUARE = [8, 8, 40, 8, 40, 40, 8, 40]
+INSIDE = np.zeros(IMAGE_SIZE, dtype=bool)
+INSIDE[8:40, 8:40] = True
+RLE = encode_bitmasks(INSIDE[None])[0]
+# From the first pixel on, down the columns
+COUNTS = [8 * HEIGHT + 8, *[32, HEIGHT - 32] * 31, 32, HEIGHT * (WIDTH - 40) + HEIGHT - 40]
+
+
+def result(**changes):
+    entry = {"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": RLE, **changes}
+    return {k: v for k, v in entry.items() if v is not None}
+
+
+def written(contents, folder, name="x.json"):
+    (folder / name).write_text(json.dumps(contents))
+    return str(folder / name)
+
+
+def error_of(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message and "  " not in message
+    return message
+
+
+@pytest.fixture
+def truth(tmp_path):
+    return read_annotations(write_coco_json(tmp_path / "truth.json"))
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [RLE, {"size": [HEIGHT, WIDTH], "counts": COUNTS}, [SQUARE]],
+    ids=["RLE", "uncompressed RLE", "polygon"],
+)
+def test_masks_in_all_of_their_forms(segmentation, truth, tmp_path):
+    given = [result(segmentation=segmentation, pred_mask_ious=0.7), result(image_id=2)]
+    results = check_fits(read_results(written(given, tmp_path)), truth)
+
+    assert results == [result(pred_mask_ious=0.7), result(image_id=2)]
+    assert np.array_equal(mask_util.decode(results[0]["segmentation"]).astype(bool), INSIDE)
+    json.dumps(results)  # "counts" is a string
+
+
+def test_polygons_of_one_mask_are_its_parts(truth, tmp_path):
+    parts = [[8, 8, 24, 8, 24, 40, 8, 40], [24, 8, 40, 8, 40, 40, 24, 40]]
+    both, none = check_fits(
+        read_results(written([result(segmentation=x) for x in (parts, [])], tmp_path)), truth
+    )
+    assert both == result()
+    assert mask_util.area(none["segmentation"]) == 0
+
+
+def test_results_are_not_modified(truth):
+    results = [result(segmentation=[SQUARE])]
+    before = copy.deepcopy(results)
+    check_fits(results, truth)
+    assert results == before
+
+
+BAD_RESULTS = {
+    "dict": ({"annotations": []}, "is not a list of predictions"),
+    "list of lists": ([[1, 2]], "is not a list of predictions"),
+    "empty": ([], "has no predictions at all"),
+    "no image": ([result(image_id=None)], "Prediction 1 in .* has no 'image_id'"),
+    "no mask": ([result(), result(segmentation=None)], "Prediction 2 in .* no 'segmentation'"),
+    "list as image": ([result(image_id=[1])], "'image_id' that is neither a number nor a name"),
+    "score of text": ([result(score="0.5")], "has the score 0.5, which is not a finite number"),
+    "NaN": ([result(score=float("nan"))], "has the score nan, which is not a finite number"),
+    "short polygon": ([result(segmentation=[[1, 2, 3, 4]])], "no list of polygons"),
+    "odd polygon": ([result(segmentation=[[1, 2, 3, 4, 5, 6, 7]])], "no list of polygons"),
+    "text as a mask": ([result(segmentation="x")], "not in COCO's run-length encoding"),
+    "no size": ([result(segmentation={"counts": RLE["counts"]})], "run-length encoding"),
+    # pycocotools would read beyond its end
+    "cut off": ([result(segmentation={**RLE, "counts": "Po"})], "run-length encoding"),
+    "no counts": ([result(segmentation={**RLE, "counts": ""})], "run-length encoding"),
+    "wrong sum": ([result(segmentation={**RLE, "counts": [1, 2]})], "run-length encoding"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESULTS)
+def test_results_that_are_none(case, tmp_path):
+    contents, message = BAD_RESULTS[case]
+    path = written(contents, tmp_path)
+    found = error_of(read_results, path)
+    assert re.search(message, found) and path in found, found
+
+
+@pytest.mark.parametrize("read", [read_results, read_annotations])
+def test_files_that_are_no_json(read, tmp_path):
+    assert "none.json' does not exist: give " in error_of(read, str(tmp_path / "none.json"))
+    assert "is a folder" in error_of(read, str(tmp_path))
+    for contents in (b'[{"image_id": 1, "sc', b"", b"\x80\x02}q\x00."):
+        (tmp_path / "x.json").write_bytes(contents)
+        assert "is not JSON, or it is cut off" in error_of(read, str(tmp_path / "x.json"))
+
+
+def test_annotations_are_read_silently(tmp_path, capsys):
+    coco = read_annotations(write_coco_json(tmp_path / "truth.json"))
+    assert sorted(coco.imgs) == [1, 2] and len(coco.anns) == 4 and len(coco.cats) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def changed(change, folder):
+    data = json.loads((folder / "truth.json").read_text())
+    change(data)
+    return written(data, folder, "changed.json")
+
+
+def test_objects_are_no_crowds_unless_it_says_so(tmp_path):
+    write_coco_json(tmp_path / "truth.json")
+    path = changed(lambda x: [a.pop("iscrowd") for a in x["annotations"]], tmp_path)
+    assert {a["iscrowd"] for a in read_annotations(path).anns.values()} == {0}
+
+
+BAD_ANNOTATIONS = {
+    "results": (lambda x: x.pop("annotations"), "has no annotations of objects"),
+    "empty": (lambda x: x.update(annotations=[]), "has no annotations: give"),
+    "no images": (lambda x: x.update(images=[]), "has no images"),
+    "no categories": (lambda x: x.pop("categories"), "has no categories"),
+    "no list": (lambda x: x.update(images={"a": 1}), "has no list of images"),
+    "boxes only": (
+        lambda x: x["annotations"][1].pop("segmentation"),
+        "Entry 2 of the annotations in '.*' has no 'segmentation'",
+    ),
+    "empty mask": (lambda x: x["annotations"][0].update(segmentation=[]), "has no 'segmentation'"),
+    "no height": (lambda x: x["images"][0].pop("height"), "Entry 1 of the images .* no 'height'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANNOTATIONS)
+def test_annotations_that_are_none(case, tmp_path):
+    change, message = BAD_ANNOTATIONS[case]
+    write_coco_json(tmp_path / "truth.json")
+    found = error_of(read_annotations, changed(change, tmp_path))
+    assert re.search(message, found), found
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"image_id": 9}, "predictions for 1 images that the annotations do not have.* '9'"),
+        ({"category_id": 0}, "predictions for 1 classes that the annotations do not have.* '0'"),
+        (
+            {"segmentation": {**RLE, "size": [WIDTH, HEIGHT]}},
+            "image '1' has 96 x 64 pixels, but its annotation says 64 x 96",
+        ),
+    ],
+)
+def test_results_of_other_images(wrong, message, truth):
+    found = error_of(check_fits, [result(), result(**wrong)], truth)
+    assert re.search(message, found), found
