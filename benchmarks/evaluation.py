@@ -1,8 +1,12 @@
-"""Time of COCO evaluation, and of turning predicted masks into COCO's format."""
+"""
+Time of COCO evaluation, of the quality of masks and its report, and of turning predicted masks into
+COCO's format.
+"""
 
 import contextlib
 import copy
 import io
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -14,10 +18,14 @@ from pycocotools.cocoeval import COCOeval
 
 from detectron2.layers import paste_masks_in_image
 
-from msrcnn_d2.evaluation.coco_engine import build_engine
+from msrcnn_d2.evaluation import MaskQuality
+from msrcnn_d2.evaluation.coco_engine import Engine, build_engine
 from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks, encode_roi_masks
+from msrcnn_d2.evaluation.mask_quality import scores_of
+from msrcnn_d2.evaluation.matching import MaskOverlaps
+from msrcnn_d2.report import write_report
 
-from measuring import Timing, one_thread, time_in_turn
+from measuring import Stopwatch, Timing, one_thread, time_in_turn, time_steps_in_turn
 from report import Part, Target
 from synthetic_coco import HEIGHT, WIDTH, draw_dataset
 
@@ -33,7 +41,7 @@ def run(options) -> list[Part]:
     Args:
         options: with "rounds", how often each is timed, and "full", whether the slow ones are too.
     """
-    return [evaluation_part(options), encoding_part(options)]
+    return [evaluation_part(options), quality_part(options), encoding_part(options)]
 
 
 # ---- evaluation
@@ -128,6 +136,64 @@ def build_coco(dataset) -> COCO:
     coco.dataset = {**dataset, "annotations": [dict(a) for a in dataset["annotations"]]}
     coco.createIndex()
     return coco
+
+
+# ---- quality of masks
+
+
+def quality_part(options) -> Part:
+    timings = {}
+    for num_images, rounds in {
+        500: options.rounds,
+        5000: options.rounds if options.full else 1,
+    }.items():
+        dataset, results = draw_dataset(num_images)
+        steps = partial(evaluate_and_report, dataset, results)
+        timings[num_images] = time_steps_in_turn({"run": steps}, rounds, warm_up=False)["run"]
+    largest = timings[5000]
+    beyond = largest["quality of masks"].median + largest["report"].median
+    steps = [step for step in largest if step != "total"]
+    return Part(
+        title="Quality of masks and its report, beyond the evaluation, seconds",
+        headers=["images", "rounds", *steps],
+        rows=[
+            [num_images, len(t["total"].seconds), *(t[step].median for step in steps)]
+            for num_images, t in timings.items()
+        ],
+        targets=[Target("Beyond the evaluation, 5,000 images (s)", beyond, 120)],
+        notes=[
+            "Evaluation: masks under both rankings, from results in memory. Quality of masks: true "
+            "IoUs, the ceiling, matching at ten thresholds, correlations; all that an evaluation "
+            "shows. Report: all other numbers, figures, page; without images."
+        ],
+        data={
+            f"{num_images} images": {step: timing.as_dict() for step, timing in t.items()}
+            for num_images, t in timings.items()
+        },
+    )
+
+
+def evaluate_and_report(dataset, results, watch: Stopwatch) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_gt = build_coco(dataset)
+    engine = watch("evaluation", build_engine, coco_gt, results, "segm")
+    scores = scores_of(results)
+    evaluations = {
+        ranking: watch("evaluation", engine.evaluate, scores[ranking])
+        for ranking in ("class_score", "mask_score")
+    }
+    quality = watch("quality of masks", measure_quality, coco_gt, results, engine, evaluations)
+    with tempfile.TemporaryDirectory() as folder:
+        watch("report", write_report, quality, folder)
+
+
+def measure_quality(coco_gt, results, engine: Engine, evaluations: dict) -> MaskQuality:
+    """As the evaluator does it."""
+    overlaps = MaskOverlaps(coco_gt, results)
+    evaluations = {**evaluations, "true_iou": engine.evaluate(overlaps.largest)}
+    quality = MaskQuality(coco_gt, results, evaluations, overlaps)
+    quality.headline()
+    return quality
 
 
 # ---- encoding

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import detectron2.data.transforms as T
 from detectron2 import model_zoo as detectron2_zoo
@@ -187,12 +188,18 @@ def test_training_evaluates_and_leaves_what_users_expect(kind, toy_dataset, requ
         *toy_dataset,
         f"{output}={tmp_path}",
     )
-    assert {"bbox/AP", "segm/AP", "segm_by_class_score/AP"} <= set(last_metrics(tmp_path))
+    metrics = last_metrics(tmp_path)
+    assert {"bbox/AP", "segm/AP", "segm_by_class_score/AP", "mask_quality/mae"} <= set(metrics)
     left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
     assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth"} <= left
     assert {"coco_bbox_results.json", "coco_segm_results.json"} <= left
     logged = [json.loads(x) for x in (tmp_path / "metrics.json").read_text().splitlines()]
     assert any("mask_iou/mean_target" in x and "loss_mask_iou" in x for x in logged)
+    assert "report.html" not in left  # a report for each evaluation in training would be many
+    board = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert board.Tags()["images"] == ["mask_quality/reliability"]
+    logged_mae, expected = board.Scalars("mask_quality/mae")[-1].value, metrics["mask_quality/mae"]
+    assert logged_mae == pytest.approx(expected, nan_ok=True)  # a model that knows nothing
 
 
 def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsys):
@@ -210,6 +217,10 @@ def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsy
     assert "masks by class score" in capsys.readouterr().out
     assert (again / "inference" / "coco_segm_results.json").read_text() == expected
     assert not results.exists()
+    report = json.loads((again / "report" / "report.json").read_text())
+    assert report["overall"]["ap"]["mask_score"] == last_metrics(trained)["segm/AP"]
+    page = (again / "report" / "report.html").read_text()
+    assert "Masks on toy" in page and "The images were not given" not in page
 
     # What --resume finds in the output folder
     run(*command, "--resume", f"train.output_dir={trained}")

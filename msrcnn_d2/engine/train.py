@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
@@ -17,11 +18,12 @@ from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..errors import UserError, agree_on_user_errors
-from ..evaluation import MaskScoringCOCOEvaluator
+from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
 from ..model_zoo import Published
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from .data_order import ResumableBatches, StepSeeds
+from .quality import log_reliability, write_report_of
 from .recipe import Recipe, TestSet
 
 __all__ = ["evaluate", "evaluate_checkpoint", "train"]
@@ -52,7 +54,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
 
     def evaluate_and_keep():
         results.clear()
-        results.update(evaluate(recipe, model))
+        results.update(evaluate(recipe, model, use_quality=log_reliability))
         return results
 
     trainer.register_hooks(
@@ -129,12 +131,19 @@ def _periodic_writer(recipe: Recipe) -> hooks.PeriodicWriter:
     return hooks.PeriodicWriter(writers, period=recipe.log_period)
 
 
-def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = None) -> dict:
+def evaluate(
+    recipe: Recipe,
+    model: nn.Module,
+    published: Optional[Published] = None,
+    use_quality: Callable[[MaskQuality, TestSet, Recipe], object] = lambda *_: None,
+) -> dict:
     """
     Evaluate on each test set; log the results.
 
     Args:
         published: results to show beside the measured ones, if those are on COCO val2017 too.
+        use_quality: called on the main process for each test set whose evaluator has measured the
+            quality of masks, after the results were logged.
 
     Returns:
         {task: {metric: value}}, as evaluators return it, on the main process; a level more, the
@@ -142,18 +151,28 @@ def evaluate(recipe: Recipe, model: nn.Module, published: Optional[Published] = 
     """
     all_results = OrderedDict()
     for test_set in recipe.test_sets:
-        results = _inference(recipe, model, test_set)
+        evaluator = test_set.build_evaluator()
+        results = _inference(recipe, model, test_set, evaluator)
         if comm.is_main_process():
             print_csv_format(results)
             if "bbox" in results:
                 comparable = published if test_set.names == ("coco_2017_val",) else None
                 logger.info("Results on %s:\n%s", test_set, summary_table(results, comparable))
+            quality = _mask_quality(evaluator)
+            if quality is not None:
+                use_quality(quality, test_set, recipe)
         all_results[str(test_set)] = results
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
-def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet) -> dict:
-    evaluator = test_set.build_evaluator()
+def _mask_quality(evaluator) -> Optional[MaskQuality]:
+    """What an evaluator, or the first one of several, has measured of it."""
+    evaluators = evaluator if isinstance(evaluator, list) else [evaluator]
+    found = (getattr(e, "mask_quality", None) for e in evaluators)
+    return next((q for q in found if isinstance(q, MaskQuality)), None)
+
+
+def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator) -> dict:
     tested = recipe.wrap_for_test(model)
     if isinstance(tested, DistributedDataParallel):
         tested = tested.module  # a process with more images must not wait for the others
@@ -185,7 +204,7 @@ def evaluate_checkpoint(
 ) -> dict:
     """
     Evaluate `recipe.init_checkpoint`, or with `resume` the last one in the output folder if there
-    is one; arguments and results as in :func:`evaluate`.
+    is one, and write a report for each test set; arguments and results as in :func:`evaluate`.
     """
     model = _build_model(recipe)
     checkpointer = MaskScoringCheckpointer(model, recipe.output_dir)
@@ -196,7 +215,7 @@ def evaluate_checkpoint(
                 "MODEL.WEIGHTS FILE)."
             )
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume, strict=True)
-    return _verified(evaluate(recipe, model.eval(), published), recipe)
+    return _verified(evaluate(recipe, model.eval(), published, write_report_of), recipe)
 
 
 def summary_table(results: dict, published: Optional[Published] = None) -> str:

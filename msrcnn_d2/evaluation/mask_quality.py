@@ -284,13 +284,16 @@ class MaskQuality:
         ]
         headers = ["masks ranked by", "mask AP", "correlation with true IoU", "of ranks"]
         table = tabulate(rows, headers, "github", floatfmt=("", ".2f", ".2f", ".2f"))
+        if not agreement.count:
+            return f"{table}\nNo mask is matched with an object."
         if "predicted_iou" not in self.scores:
             return table
+        closed = self.overall.gap_closed
         return (
             f"{table}\nPredicted IoU of {agreement.count} matched masks: off by "
             f"{agreement.mae:.3f} on average, mean error {agreement.bias:+.3f}, calibration error "
-            f"{agreement.ece:.3f}. {100 * self.overall.gap_closed:.0f} % of the gap to the "
-            "ceiling closed."
+            f"{agreement.ece:.3f}."
+            + ("" if math.isnan(closed) else f" {100 * closed:.0f} % of the gap closed.")
         )
 
     def to_json(self) -> dict[str, Any]:

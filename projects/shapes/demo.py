@@ -7,6 +7,7 @@ What it leaves in the output folder::
     metrics.json      mask AP by class score, by mask score and by true IoU; box AP; seconds
     predictions.png   predicted masks and their scores, beside the true outlines
     ranking.png       the same masks, ranked by class score and by mask score
+    report/           report.html, what the mask scores are worth; its figures and numbers
     data/             the dataset in COCO format, written by draw.py
     training/         log, checkpoint and detections, written by train_net.py
 """
@@ -23,16 +24,17 @@ import time
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
 import torch
 from pictures import draw_predictions, draw_ranking
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 import detectron2
 
-from msrcnn_d2.evaluation import mask_ap, true_mask_ious
+from msrcnn_d2.evaluation import MaskQuality, measure_mask_quality
+from msrcnn_d2.evaluation.coco_engine import build_engine
+from msrcnn_d2.evaluation.mask_quality import TITLES
+from msrcnn_d2.report import write_report
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -40,13 +42,6 @@ CONFIG = "ms_rcnn_shapes.py"
 # One thread trains and another process loads images. At this size a second thread brings nothing
 # (measured: README.md), and with one the results do not depend on the number of cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-# How masks can be ranked: name -> what a detection has it under
-RANKINGS = {"class_score": "score", "mask_score": "mask_score", "true_iou": "true_iou"}
-TITLES = {
-    "class_score": "class score",
-    "mask_score": "mask score",
-    "true_iou": "true IoU (ceiling)",
-}
 
 
 def main() -> None:
@@ -58,18 +53,26 @@ def main() -> None:
 
     start = time.perf_counter()
     coco_gt = silently(COCO, data / "val.json")
-    detections = load_detections(coco_gt, training)
-    metrics = {**compute_metrics(coco_gt, detections), "seed": args.seed, "seconds": seconds}
+    detections = load_detections(training)
+    if not detections:
+        sys.exit("The model found nothing, so there is nothing to show: it needs more iterations.")
+    quality = measure_mask_quality(coco_gt, detections)
+    metrics = {**compute_metrics(quality), "seed": args.seed, "seconds": seconds}
     metrics["versions"] = {"torch": torch.__version__, "detectron2": detectron2.__version__}
+    for detection, iou in zip(detections, quality.true_ious.tolist()):
+        detection["true_iou"] = iou
     pictures = [args.output / "predictions.png", args.output / "ranking.png"]
     for draw, path in zip((draw_predictions, draw_ranking), pictures):
         draw(path, coco_gt, data / "val", detections)
+    title = f"Mask Scoring R-CNN on shapes, seed {args.seed}"
+    report = write_report(quality, args.output / "report", title, str(data / "val"))
     seconds["measure and draw pictures"] = time.perf_counter() - start
 
-    report = args.output / "metrics.json"
-    report.write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\n{summary(metrics)}\n\nnumbers:  {report}")
-    print("pictures:", *pictures, flush=True)
+    numbers = args.output / "metrics.json"
+    numbers.write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"\n{summary(metrics)}\n\nnumbers:  {numbers}")
+    print("pictures:", *pictures)
+    print("report:  ", report, flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,63 +120,41 @@ def silently(function, *args):
         return function(*args)
 
 
-def load_detections(coco_gt: COCO, training: Path) -> list[dict]:
-    """The detections that train_net.py wrote, each with its "true_iou" besides."""
-    path = training / "inference" / "coco_instances_results.json"
-    detections = json.loads(path.read_text())
-    for detection, iou in zip(detections, true_mask_ious(coco_gt, detections)):
-        detection["true_iou"] = iou
-    return detections
+def load_detections(training: Path) -> list[dict]:
+    """The detections that train_net.py wrote."""
+    return json.loads((training / "inference" / "coco_instances_results.json").read_text())
 
 
-def compute_metrics(coco_gt: COCO, detections: list[dict]) -> dict:
+def compute_metrics(quality: MaskQuality) -> dict:
     """
     Returns:
-        "mask_ap": {ranking: {"AP", "AP50", "AP75"}} and "box_ap": AP, in percent;
-        "correlation_with_true_iou": {score: Pearson's coefficient over the masks whose true IoU
-        is above 0.5, since no threshold of AP can tell those below apart}.
+        "mask_ap": {ranking: {"AP", "AP50", "AP75", "AP90"}} and "box_ap": AP, in percent;
+        "correlation_with_true_iou": {score: Pearson's coefficient over the masks that are matched
+        with an object}.
     """
-    scores = {name: [d[key] for d in detections] for name, key in RANKINGS.items()}
-    found = [d for d in detections if d["true_iou"] > 0.5]
+    parts = {"AP": quality.overall}
+    parts |= {f"AP{k}": quality.by_threshold[f"0.{k}"] for k in (50, 75, 90)}
+    boxes = build_engine(quality.coco_gt, quality.results, "bbox")
     return {
-        "mask_ap": {name: mask_ap(coco_gt, detections, s) for name, s in scores.items()},
-        "box_ap": silently(box_ap, coco_gt, detections),
-        "correlation_with_true_iou": {
-            name: correlation([d[RANKINGS[name]] for d in found], [d["true_iou"] for d in found])
-            for name in ("class_score", "mask_score")
+        "mask_ap": {
+            ranking: {name: part.ap[ranking] for name, part in parts.items()}
+            for ranking in quality.overall.ap
         },
+        "box_ap": 100 * boxes.evaluate(quality.scores["class_score"]).numbers["AP"],
+        "correlation_with_true_iou": quality.overall.matched.pearson,
     }
-
-
-def box_ap(coco_gt: COCO, detections: list[dict]) -> float:
-    """Box AP by class score, in percent; NaN without any detection."""
-    if not detections:
-        return float("nan")
-    evaluation = COCOeval(coco_gt, coco_gt.loadRes(detections), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return 100 * float(evaluation.stats[0])
-
-
-def correlation(first: list[float], second: list[float]) -> float:
-    """Pearson's coefficient; NaN where one of the two does not vary."""
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def summary(metrics: dict) -> str:
     """The table that the demo ends with."""
     correlations = metrics["correlation_with_true_iou"]
     rows = [
-        [f"masks by {name.replace('_iou', ' IoU').replace('_', ' ')}", *ap.values()]
-        + [correlations.get(name)]
+        [f"masks by {TITLES[name]}", *ap.values(), correlations.get(name)]
         for name, ap in metrics["mask_ap"].items()
     ]
     rows.append(["boxes by class score", metrics["box_ap"]])
-    headers = ["ranking", "AP", "AP50", "AP75", "correlation with true IoU"]
-    return tabulate(rows, headers=headers, floatfmt=("", ".1f", ".1f", ".1f", ".2f"))
+    headers = ["ranking", "AP", "AP50", "AP75", "AP90", "correlation with true IoU"]
+    return tabulate(rows, headers=headers, floatfmt=("", ".1f", ".1f", ".1f", ".1f", ".2f"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""The figures of the report, each a Matplotlib figure that is readable on a phone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..evaluation.calibration import Bin
+from ..evaluation.mask_quality import TITLES, MaskQuality, Part
+
+__all__ = ["Chart", "charts", "reliability_figure"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; lines differ in style as well
+STYLES: dict[str, dict[str, Any]] = {
+    "class_score": {"color": "#D55E00", "linestyle": "--"},
+    "mask_score": {"color": "#0072B2", "linestyle": "-"},
+    "true_iou": {"color": "black", "linestyle": ":"},
+}
+SIZE = (4.6, 4.0)  # inches; about as many hundred pixels where the report is read
+FONT_SIZE = 11
+NUM_POINTS = 5000  # of a scatter plot, drawn by lot where there are more
+NUM_CLASSES = 80  # bars; of more classes those whose AP changes most
+PR_THRESHOLDS = ("0.50", "0.75", "0.90")
+
+
+@dataclass
+class Chart:
+    """
+    Attributes:
+        name: of its file, without ".png".
+        section: of the page that it belongs to.
+        alt: what it shows, in a sentence, for those who cannot see it.
+        figure: the drawing.
+    """
+
+    name: str
+    section: str
+    alt: str
+    figure: Figure
+
+
+def charts(quality: MaskQuality) -> Iterator[Chart]:
+    """All figures of a report, in its order; of a model without mask scores fewer."""
+    for name in quality.scores:
+        yield score_against_iou(quality, name)
+    if "predicted_iou" in quality.scores:
+        alt = "Mean true IoU of detections against their predicted IoU, in ten bins."
+        yield Chart("reliability", "reliability", alt, reliability_figure(quality.reliability()))
+    yield ap_by_threshold(quality)
+    curves = quality.precision_recall()
+    for threshold in PR_THRESHOLDS:
+        yield precision_recall(curves[threshold], threshold)
+    yield ap_by_class(quality)
+
+
+def score_against_iou(quality: MaskQuality, name: str) -> Chart:
+    """The points of the paper's first figure: true IoU and a score of each matched detection."""
+    agreement = quality.overall.matched
+    true, scores = quality.matched_ious[quality.matched], quality.scores[name][quality.matched]
+    if len(true) > NUM_POINTS:
+        shown = np.random.default_rng(0).choice(len(true), NUM_POINTS, replace=False)
+        true, scores = true[shown], scores[shown]
+    figure, axes = _figure(f"true IoU of the mask ({len(true):,} matched detections)", TITLES[name])
+    axes.plot([0.5, 1], [0.5, 1], color="0.4", linewidth=1, linestyle=":")
+    axes.scatter(true, scores, s=9, alpha=_alpha(len(true)), color="#0072B2", linewidths=0)
+    axes.set(xlim=(0.5, 1), ylim=(0, 1.01))
+    pearson, spearman = agreement.pearson[name], agreement.spearman[name]
+    axes.set_title(f"{TITLES[name]}: correlation {pearson:.2f} (ranks {spearman:.2f})")
+    alt = f"Scatter plot of {TITLES[name]} against true IoU; Pearson correlation {pearson:.2f}."
+    return Chart(f"iou_{name}", "scores", alt, figure)
+
+
+def reliability_figure(diagrams: dict[str, list[Bin]]) -> Figure:
+    """
+    Args:
+        diagrams: from :meth:`MaskQuality.reliability`.
+    """
+    figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    upper.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="as predicted")
+    looks = {
+        "matched": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+        "all": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    }
+    for k, (name, bins) in enumerate(diagrams.items()):
+        filled = [b for b in bins if b.count]
+        upper.plot(
+            [b.predicted for b in filled],
+            [b.true for b in filled],
+            label=f"{name} detections ({sum(b.count for b in bins):,})",
+            **looks[name],
+        )
+        middles = [(b.low + b.high) / 2 - 0.0175 + 0.035 * k for b in bins]
+        counts = [b.count for b in bins]
+        lower.bar(middles, counts, 0.035, color=looks[name]["color"])
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="mean true IoU")
+    upper.legend(loc="upper left", frameon=False, fontsize=FONT_SIZE - 1)
+    lower.set(xlabel="predicted IoU", ylabel="number")
+    for axes in (upper, lower):
+        _tidy(axes)
+    return figure
+
+
+def ap_by_threshold(quality: MaskQuality) -> Chart:
+    figure, axes = _figure("IoU threshold", "mask AP (%)")
+    parts = quality.by_threshold
+    for name in quality.evaluations:
+        axes.plot(
+            [float(threshold) for threshold in parts],
+            [part.ap[name] for part in parts.values()],
+            label=f"ranked by {TITLES[name]}",
+            **STYLES[name],
+        )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=FONT_SIZE - 1)
+    axes.set_title("AP at each IoU threshold")
+    alt = "Mask AP against the IoU threshold, for each ranking of the same masks."
+    return Chart("ap_by_threshold", "ap", alt, figure)
+
+
+def precision_recall(curves: dict[str, list[float]], threshold: str) -> Chart:
+    """
+    Args:
+        curves: {ranking: 101 precisions}, from :meth:`MaskQuality.precision_recall`.
+    """
+    figure, axes = _figure("recall", "precision")
+    for name in (n for n in curves if n != "true_iou"):
+        recalls = np.linspace(0, 1, len(curves[name]))
+        axes.plot(recalls, curves[name], label=f"by {TITLES[name]}", **STYLES[name])
+    axes.set(xlim=(0, 1), ylim=(0, 1.01))
+    axes.legend(frameon=False, fontsize=FONT_SIZE - 1, loc="best")
+    axes.set_title(f"precision and recall at IoU {threshold}")
+    alt = f"Precision against recall at an IoU threshold of {threshold}, for each ranking."
+    return Chart(f"precision_recall_{threshold.replace('.', '')}", "ap", alt, figure)
+
+
+def ap_by_class(quality: MaskQuality) -> Chart:
+    """Bars, the class that gains most at the top, with a mark at the ceiling."""
+    parts = {name: p for name, p in quality.by_class.items() if p.ap["class_score"] >= 0}
+    names = sorted(parts, key=lambda name: _gain(parts[name]))
+    if len(names) > NUM_CLASSES:
+        names = names[: NUM_CLASSES // 2] + names[-NUM_CLASSES // 2 :]
+    figure, axes = _figure("mask AP (%)", "", height=1.3 + 0.4 * max(len(names), 2))
+    rankings = [name for name in ("mask_score", "class_score") if name in quality.evaluations]
+    for k, ranking in enumerate(rankings):
+        axes.barh(
+            np.arange(len(names)) - 0.2 + 0.4 * k if len(rankings) > 1 else np.arange(len(names)),
+            [parts[name].ap[ranking] for name in names],
+            0.4,
+            color=STYLES[ranking]["color"],
+            label=f"by {TITLES[ranking]}",
+            hatch="//" if ranking == "class_score" else None,
+            edgecolor="white",
+        )
+    ceilings = [parts[name].ap["true_iou"] for name in names]
+    axes.plot(ceilings, range(len(names)), "k|", markersize=15, label="ceiling")
+    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    axes.set_xlim(0, 1.02 * max([*ceilings, 1]))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles[::-1],
+        labels[::-1],
+        loc="outside upper center",
+        ncols=len(labels),
+        frameon=False,
+        fontsize=FONT_SIZE - 1,
+        columnspacing=1,
+        handlelength=1.2,
+    )
+    alt = "Bars of mask AP for each class under each ranking, with the ceiling as a mark."
+    return Chart("ap_by_class", "classes", alt, figure)
+
+
+def _gain(part: Part) -> float:
+    return part.ap.get("mask_score", part.ap["class_score"]) - part.ap["class_score"]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _alpha(num_points: int) -> float:
+    return float(np.clip(300 / max(num_points, 1), 0.15, 0.6))
+
+
+def _figure(x_label: str, y_label: str, height: Optional[float] = None) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(SIZE[0], height or SIZE[1]), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=FONT_SIZE - 1)
+    axes.xaxis.label.set_fontsize(FONT_SIZE)
+    axes.yaxis.label.set_fontsize(FONT_SIZE)
+    axes.title.set_fontsize(FONT_SIZE)

@@ -1,0 +1,362 @@
+"""The report: what is written, what it shows, and what it refuses."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detectron2.utils.events import EventStorage
+
+from msrcnn_d2.evaluation import measure_mask_quality
+from msrcnn_d2.report import __main__ as command
+from msrcnn_d2.report import write_report
+from msrcnn_d2.report.figures import NUM_CLASSES, charts
+from msrcnn_d2.report.gallery import draw_move, largest_moves, object_mask
+
+HEIGHT, WIDTH = 60, 80
+CATEGORIES = [{"id": 3, "name": "a"}, {"id": 7, "name": "b <i>"}]
+CHARTS = [
+    "iou_class_score",
+    "iou_predicted_iou",
+    "iou_mask_score",
+    "reliability",
+    "ap_by_threshold",
+    "precision_recall_050",
+    "precision_recall_075",
+    "precision_recall_090",
+    "ap_by_class",
+]
+
+
+def box_mask(x, y, width, height):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    mask[y : y + height, x : x + width] = 1
+    rle = mask_util.encode(mask)
+    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
+
+
+def truth(boxes_per_image, category_id=3):
+    """Objects of one class, one image for each list of boxes (x, y, width, height)."""
+    annotations = [
+        {
+            "image_id": image,
+            "category_id": category_id,
+            "segmentation": box_mask(*box),
+            "area": box[2] * box[3],
+            "bbox": list(box),
+            "iscrowd": 0,
+        }
+        for image, boxes in enumerate(boxes_per_image, start=1)
+        for box in boxes
+    ]
+    return {
+        "images": [
+            {"id": k, "file_name": f"{k}.png", "height": HEIGHT, "width": WIDTH}
+            for k in range(1, len(boxes_per_image) + 1)
+        ],
+        "annotations": [{"id": k, **a} for k, a in enumerate(annotations, start=1)],
+        "categories": CATEGORIES,
+    }
+
+
+def found(image, box, score, iou=None, category_id=3):
+    result = {
+        "image_id": image,
+        "category_id": category_id,
+        "segmentation": box_mask(*box),
+        "score": score,
+    }
+    return result if iou is None else {**result, "pred_mask_iou": iou, "mask_score": score * iou}
+
+
+def quality_of(dataset, results):
+    coco_gt = COCO()
+    coco_gt.dataset = dataset
+    coco_gt.createIndex()
+    return measure_mask_quality(coco_gt, results)
+
+
+OBJECT = (10, 10, 20, 20)
+DATASET = truth([[OBJECT], [OBJECT], [OBJECT], [OBJECT]])
+RESULTS = [
+    found(1, (10, 10, 20, 20), 0.6, 0.9),  # right, and predicted to be so: it moves up
+    found(2, (10, 10, 20, 12), 0.9, 0.5),  # IoU 0.6, and predicted to be bad: it moves down
+    found(3, (10, 10, 20, 15), 0.8, 0.7),
+    found(4, (50, 10, 20, 20), 0.7, 0.2),  # no object there
+]
+
+
+@pytest.fixture(scope="module")
+def quality():
+    return quality_of(DATASET, RESULTS)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for k in range(1, 5):
+        pixels = np.full((HEIGHT, WIDTH, 3), (200, 40 * k, 0), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(quality, images, tmp_path_factory):
+    """The path of a page."""
+    folder = tmp_path_factory.mktemp("report") / "new"
+    return write_report(quality, folder, "Mine & yours", str(images))
+
+
+class Page(HTMLParser):
+    """Text, sources of images and whatever else a page refers to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.images, self.links, self.tags = "", [], [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        elif {"src", "href"} & attributes.keys():
+            self.links.append(attributes)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def pixels_of(image):
+    data = image["src"].removeprefix("data:image/png;base64,")
+    return base64.b64decode(data)
+
+
+# ---- the page
+
+
+def test_the_page_needs_no_other_file_and_no_network(report):
+    page = Page(report)
+    assert not page.links and "script" not in page.tags and "link" not in page.tags
+    assert "url(" not in report.read_text() and "http" not in report.read_text()
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.images)
+    assert all(image["alt"] for image in page.images)
+
+
+def test_figures_are_there_as_png_too(report):
+    written = {p.stem: p.read_bytes() for p in report.parent.glob("*.png")}
+    assert set(written) == set(CHARTS)
+    shown = [pixels_of(image) for image in Page(report).images]
+    assert shown[: len(CHARTS)] == [written[name] for name in CHARTS]
+    for name in CHARTS:
+        with Image.open(report.parent / f"{name}.png") as image:
+            assert image.width == 690  # what a phone can show, at double density
+
+
+def test_numbers_are_those_of_the_evaluation(quality, report):
+    text = (report.parent / "report.json").read_text()
+    numbers = json.loads(text, parse_constant=pytest.fail)
+    assert numbers == {"title": "Mine & yours", **quality.to_json()}
+
+
+def test_the_page_shows_the_numbers(quality, report):
+    page, overall = Page(report), quality.overall
+    assert "Mine & yours" in page.text
+    assert "4 images, 4 objects, 4 detections, of which 3 are matched" in page.text
+    for value in overall.ap.values():
+        assert f"{value:.1f}" in page.text
+    assert f"{overall.matched.mae:.2f}" in page.text
+    assert f"{overall.matched.pearson['class_score']:.2f} → " in page.text
+
+
+def test_names_of_classes_are_text(tmp_path):
+    dataset = truth([[OBJECT]], category_id=7)
+    page = Page(
+        write_report(quality_of(dataset, [found(1, OBJECT, 0.9, 0.9, category_id=7)]), tmp_path)
+    )
+    assert "b <i>" in page.text and "i" not in page.tags
+
+
+def test_the_same_numbers_give_the_same_page(quality, images, report, tmp_path):
+    again = write_report(quality, tmp_path, "Mine & yours", str(images))
+    assert again.read_bytes() == report.read_bytes()
+
+
+def test_a_model_without_mask_scores(tmp_path):
+    plain = [{k: r[k] for k in r if k not in ("pred_mask_iou", "mask_score")} for r in RESULTS]
+
+    page = Page(write_report(quality_of(DATASET, plain), tmp_path))
+
+    names = {p.stem for p in tmp_path.glob("*.png")}
+    assert names == set(CHARTS) - {"iou_predicted_iou", "iou_mask_score", "reliability"}
+    assert "mask score" not in page.text and "What moved most" not in page.text
+    assert "ceiling" in page.text
+
+
+def test_results_of_which_none_is_right(tmp_path):
+    page = Page(write_report(quality_of(DATASET, [found(1, (50, 30, 9, 9), 0.9, 0.4)]), tmp_path))
+    assert "of which 0 are matched" in page.text and "nan" not in page.text
+
+
+def test_of_many_classes_those_that_change_most_have_a_bar():
+    count = NUM_CLASSES + 20
+    dataset = truth([[OBJECT]])
+    dataset["categories"] = [{"id": k, "name": f"class {k}"} for k in range(count)]
+    dataset["annotations"] = [
+        {**dataset["annotations"][0], "id": k + 1, "category_id": k} for k in range(count)
+    ]
+    # Of the first and the last class a second mask, wrong, that mask scores put last and first
+    results = [found(1, OBJECT, 0.5, 0.5, k) for k in range(count)]
+    results.append(found(1, (50, 30, 9, 9), 0.9, 0.1, 0))
+    results.append(found(1, (50, 30, 9, 9), 0.4, 0.9, count - 1))
+    *_, bars = charts(quality_of(dataset, results))
+    labels = [text.get_text() for text in bars.figure.axes[0].get_yticklabels()]
+    assert len(labels) == NUM_CLASSES
+    assert (labels[-1], labels[0]) == ("class 0", f"class {count - 1}")
+
+
+def test_a_folder_that_cannot_be_written_is_named(quality, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(command.UserError, match="file/report"):
+        write_report(quality, tmp_path / "file" / "report")
+
+
+# ---- the gallery
+
+
+def test_what_moves_most_is_shown(quality):
+    # By class score: images 2, 3, 4, 1. By mask score, 0.54, 0.45, 0.56, 0.14: images 3, 1, 2, 4
+    up, down = largest_moves(quality, 8)
+
+    def moves(chosen):
+        return [(RESULTS[m.index]["image_id"], m.before, m.after) for m in chosen]
+
+    assert moves(up) == [(1, 4, 2), (3, 2, 1)]
+    assert moves(down) == [(2, 1, 3), (4, 3, 4)]
+    assert {(m.num_ranked, m.num_objects) for m in up + down} == {(4, 4)}
+    assert moves(largest_moves(quality, 1)[0]) == [(1, 4, 2)]
+
+
+def test_only_the_first_ranks_count_and_of_an_image_one_detection():
+    # One object, so only the first rank of each ranking is of interest
+    results = [
+        found(1, OBJECT, 0.9, 0.1),
+        found(1, (11, 10, 20, 20), 0.8, 0.9),
+        found(1, (12, 10, 20, 20), 0.7, 0.5),
+        found(1, (50, 10, 20, 20), 0.6, 0.9),
+    ]
+    up, down = largest_moves(quality_of(truth([[OBJECT]]), results), 8)
+    assert [(m.index, m.before, m.after) for m in up] == [(1, 2, 1)]
+    assert [(m.index, m.before, m.after) for m in down] == [(0, 1, 4)]
+
+
+def test_the_object_that_a_mask_overlaps_most(quality):
+    expected = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    expected[10:30, 10:30] = True
+    assert (object_mask(quality, 1) == expected).all()
+    assert object_mask(quality, 3) is None
+
+
+def test_a_thumbnail_has_image_mask_and_outline(quality, images):
+    (move,) = (m for m in largest_moves(quality, 8)[1] if m.index == 1)
+    figure = draw_move(quality, move, str(images))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    image, overlay = (shown.get_array() for shown in axes.images)
+    assert tuple(image[0, 0]) == (200, 80, 0)
+    assert (overlay[..., 3] > 0).sum() == 20 * 12
+    assert axes.get_xlim()[0] < 10 and axes.get_xlim()[1] > 29  # the whole object is seen
+    assert axes.get_ylim()[0] > 29 and axes.get_ylim()[1] < 10
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_an_image_that_cannot_be_read_leaves_the_mask(quality, tmp_path, caplog, damage):
+    if damage == "broken":
+        (tmp_path / "1.png").write_bytes(b"no image")
+    (move,) = (m for m in largest_moves(quality, 8)[0] if m.index == 0)
+    image, overlay = draw_move(quality, move, str(tmp_path)).axes[0].images
+    assert len(np.unique(image.get_array())) == 1
+    assert overlay.get_array()[..., 3].any()
+    assert "without its image" in caplog.text and "1.png" in caplog.text
+
+
+# ---- TensorBoard
+
+
+def test_training_logs_the_reliability_diagram(quality):
+    from msrcnn_d2.engine.quality import log_reliability
+    from msrcnn_d2.engine.recipe import TestSet as Set
+
+    class Recipe:
+        test_sets = [Set(("one",), None, None)]
+
+    with EventStorage(12) as storage:
+        log_reliability(quality, Recipe.test_sets[0], Recipe)
+        ((name, image, iteration),) = storage._vis_data
+    assert (name, iteration) == ("mask_quality/reliability", 12)
+    assert image.shape[0] == 3 and image.dtype == np.uint8 and len(np.unique(image)) > 50
+
+
+# ---- the command
+
+
+def write(folder, dataset, results):
+    paths = folder / "annotations.json", folder / "results.json"
+    for path, content in zip(paths, (dataset, results)):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def test_the_command(images, tmp_path):
+    annotations, results = write(tmp_path, DATASET, RESULTS)
+
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "msrcnn_d2.report", results, annotations]
+        + ["--images", images, "--output", tmp_path / "out", "--title", "Title"],
+        capture_output=True,
+        text=True,
+    )
+
+    assert ran.returncode == 0, ran.stderr
+    assert str(tmp_path / "out" / "report.html") in ran.stdout
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert numbers == {"title": "Title", **quality_of(DATASET, RESULTS).to_json()}
+    expected = quality_of(DATASET, RESULTS).overall.ap
+    for name in ("class score", "mask score", r"true IoU \(ceiling\)"):
+        key = name.split(r" \(")[0].lower().replace(" ", "_")
+        assert re.search(rf"{name} +\| +{expected[key]:.2f}", ran.stdout)
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as error:
+        command.main()
+    return error.value.code
+
+
+def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
+    annotations, results = write(tmp_path, DATASET, RESULTS)
+
+    assert run_command(monkeypatch, tmp_path / "none.json", annotations) == 2
+    assert "none.json' does not exist" in capsys.readouterr().err
+    assert run_command(monkeypatch, results, annotations, "--images", tmp_path / "none") == 2
+    assert "There is no folder" in capsys.readouterr().err
+    assert run_command(monkeypatch, annotations, annotations) == 2
+    assert "not a list of predictions" in capsys.readouterr().err
+    assert run_command(monkeypatch, results, annotations, "--max-dets", "0") == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_more_detections_than_count_are_mentioned(capsys):
+    command.warn_of_more_than(2, [found(1, OBJECT, 0.5)] * 3 + [found(2, OBJECT, 0.5)])
+    assert "3 predictions of one class" in capsys.readouterr().out
+    command.warn_of_more_than(3, [found(1, OBJECT, 0.5)] * 3)
+    assert not capsys.readouterr().out
