@@ -8,10 +8,8 @@ import sys
 from html.parser import HTMLParser
 
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
-from pycocotools.coco import COCO
 
 from detectron2.utils.events import EventStorage
 
@@ -21,8 +19,9 @@ from msrcnn_d2.report import write_report
 from msrcnn_d2.report.figures import NUM_CLASSES, charts
 from msrcnn_d2.report.gallery import draw_move, largest_moves, object_mask
 
-HEIGHT, WIDTH = 60, 80
-CATEGORIES = [{"id": 3, "name": "a"}, {"id": 7, "name": "b <i>"}]
+from filled_boxes import HEIGHT, WIDTH, build_coco, dataset_of, found, thing
+
+CLASSES = ((3, "a"), (7, "b <i>"))
 CHARTS = [
     "iou_class_score",
     "iou_predicted_iou",
@@ -36,61 +35,30 @@ CHARTS = [
 ]
 
 
-def box_mask(x, y, width, height):
-    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
-    mask[y : y + height, x : x + width] = 1
-    rle = mask_util.encode(mask)
-    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
+def truth(*boxes, category_id=3):
+    """One object of a class in each image."""
+    return dataset_of(
+        [thing(box, image, category_id) for image, box in enumerate(boxes, start=1)],
+        image_ids=range(1, len(boxes) + 1),
+        categories=CLASSES,
+    )
 
 
-def truth(boxes_per_image, category_id=3):
-    """Objects of one class, one image for each list of boxes (x, y, width, height)."""
-    annotations = [
-        {
-            "image_id": image,
-            "category_id": category_id,
-            "segmentation": box_mask(*box),
-            "area": box[2] * box[3],
-            "bbox": list(box),
-            "iscrowd": 0,
-        }
-        for image, boxes in enumerate(boxes_per_image, start=1)
-        for box in boxes
-    ]
-    return {
-        "images": [
-            {"id": k, "file_name": f"{k}.png", "height": HEIGHT, "width": WIDTH}
-            for k in range(1, len(boxes_per_image) + 1)
-        ],
-        "annotations": [{"id": k, **a} for k, a in enumerate(annotations, start=1)],
-        "categories": CATEGORIES,
-    }
-
-
-def found(image, box, score, iou=None, category_id=3):
-    result = {
-        "image_id": image,
-        "category_id": category_id,
-        "segmentation": box_mask(*box),
-        "score": score,
-    }
-    return result if iou is None else {**result, "pred_mask_iou": iou, "mask_score": score * iou}
+def detected(image, box, score, iou, category_id=3):
+    return found(box, score, iou, image, category_id)
 
 
 def quality_of(dataset, results):
-    coco_gt = COCO()
-    coco_gt.dataset = dataset
-    coco_gt.createIndex()
-    return measure_mask_quality(coco_gt, results)
+    return measure_mask_quality(build_coco(dataset), results)
 
 
 OBJECT = (10, 10, 20, 20)
-DATASET = truth([[OBJECT], [OBJECT], [OBJECT], [OBJECT]])
+DATASET = truth(OBJECT, OBJECT, OBJECT, OBJECT)
 RESULTS = [
-    found(1, (10, 10, 20, 20), 0.6, 0.9),  # right, and predicted to be so: it moves up
-    found(2, (10, 10, 20, 12), 0.9, 0.5),  # IoU 0.6, and predicted to be bad: it moves down
-    found(3, (10, 10, 20, 15), 0.8, 0.7),
-    found(4, (50, 10, 20, 20), 0.7, 0.2),  # no object there
+    detected(1, (10, 10, 20, 20), 0.6, 0.9),  # right, and predicted to be so: it moves up
+    detected(2, (10, 10, 20, 12), 0.9, 0.5),  # IoU 0.6, and predicted to be bad: it moves down
+    detected(3, (10, 10, 20, 15), 0.8, 0.7),
+    detected(4, (50, 10, 20, 20), 0.7, 0.2),  # no object there
 ]
 
 
@@ -178,9 +146,9 @@ def test_the_page_shows_the_numbers(quality, report):
 
 
 def test_names_of_classes_are_text(tmp_path):
-    dataset = truth([[OBJECT]], category_id=7)
+    dataset = truth(OBJECT, category_id=7)
     page = Page(
-        write_report(quality_of(dataset, [found(1, OBJECT, 0.9, 0.9, category_id=7)]), tmp_path)
+        write_report(quality_of(dataset, [detected(1, OBJECT, 0.9, 0.9, category_id=7)]), tmp_path)
     )
     assert "b <i>" in page.text and "i" not in page.tags
 
@@ -202,21 +170,23 @@ def test_a_model_without_mask_scores(tmp_path):
 
 
 def test_results_of_which_none_is_right(tmp_path):
-    page = Page(write_report(quality_of(DATASET, [found(1, (50, 30, 9, 9), 0.9, 0.4)]), tmp_path))
+    page = Page(
+        write_report(quality_of(DATASET, [detected(1, (50, 30, 9, 9), 0.9, 0.4)]), tmp_path)
+    )
     assert "of which 0 are matched" in page.text and "nan" not in page.text
 
 
 def test_of_many_classes_those_that_change_most_have_a_bar():
     count = NUM_CLASSES + 20
-    dataset = truth([[OBJECT]])
+    dataset = truth(OBJECT)
     dataset["categories"] = [{"id": k, "name": f"class {k}"} for k in range(count)]
     dataset["annotations"] = [
         {**dataset["annotations"][0], "id": k + 1, "category_id": k} for k in range(count)
     ]
     # Of the first and the last class a second mask, wrong, that mask scores put last and first
-    results = [found(1, OBJECT, 0.5, 0.5, k) for k in range(count)]
-    results.append(found(1, (50, 30, 9, 9), 0.9, 0.1, 0))
-    results.append(found(1, (50, 30, 9, 9), 0.4, 0.9, count - 1))
+    results = [detected(1, OBJECT, 0.5, 0.5, k) for k in range(count)]
+    results.append(detected(1, (50, 30, 9, 9), 0.9, 0.1, 0))
+    results.append(detected(1, (50, 30, 9, 9), 0.4, 0.9, count - 1))
     *_, bars = charts(quality_of(dataset, results))
     labels = [text.get_text() for text in bars.figure.axes[0].get_yticklabels()]
     assert len(labels) == NUM_CLASSES
@@ -248,12 +218,12 @@ def test_what_moves_most_is_shown(quality):
 def test_only_the_first_ranks_count_and_of_an_image_one_detection():
     # One object, so only the first rank of each ranking is of interest
     results = [
-        found(1, OBJECT, 0.9, 0.1),
-        found(1, (11, 10, 20, 20), 0.8, 0.9),
-        found(1, (12, 10, 20, 20), 0.7, 0.5),
-        found(1, (50, 10, 20, 20), 0.6, 0.9),
+        detected(1, OBJECT, 0.9, 0.1),
+        detected(1, (11, 10, 20, 20), 0.8, 0.9),
+        detected(1, (12, 10, 20, 20), 0.7, 0.5),
+        detected(1, (50, 10, 20, 20), 0.6, 0.9),
     ]
-    up, down = largest_moves(quality_of(truth([[OBJECT]]), results), 8)
+    up, down = largest_moves(quality_of(truth(OBJECT), results), 8)
     assert [(m.index, m.before, m.after) for m in up] == [(1, 2, 1)]
     assert [(m.index, m.before, m.after) for m in down] == [(0, 1, 4)]
 
@@ -356,7 +326,9 @@ def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
 
 
 def test_more_detections_than_count_are_mentioned(capsys):
-    command.warn_of_more_than(2, [found(1, OBJECT, 0.5)] * 3 + [found(2, OBJECT, 0.5)])
+    command.warn_of_more_than(
+        2, [detected(1, OBJECT, 0.5, 0.5)] * 3 + [detected(2, OBJECT, 0.5, 0.5)]
+    )
     assert "3 predictions of one class" in capsys.readouterr().out
-    command.warn_of_more_than(3, [found(1, OBJECT, 0.5)] * 3)
+    command.warn_of_more_than(3, [detected(1, OBJECT, 0.5, 0.5)] * 3)
     assert not capsys.readouterr().out

@@ -88,18 +88,19 @@ class MaskQuality:
     least the threshold, 0.5 if nothing else is said (details: :meth:`MaskOverlaps.match`). Such
     detections are *matched*; from 0.5 on a mask has no second object to choose, unless objects
     overlap. *All* detections are these, duplicates and mistakes: their true IoU is the largest
-    with any object of their class in the image, or 0. Detections that fall to a crowd, and those
-    beyond the number that counts for each class and image, are in neither.
+    with any object of their class in the image (or share in a crowd), or 0. Detections that fall to
+    a crowd, and those beyond the number that counts for each class and image, are in neither.
 
     The chosen threshold cuts off low IoUs, so among matched detections low predictions look more
     pessimistic than they are, and among all detections any prediction looks more optimistic, since
     the MaskIoU head learns from masks that found their object. One should see both.
 
     The ceiling ranks by true IoU over all detections. It needs more than a perfect MaskIoU head:
-    it also puts last what has the wrong class.
+    it also puts last what has the wrong class. It is not quite the best ranking, as it leaves
+    duplicates of good masks among the first.
 
     Attributes:
-        coco_gt, results: what the numbers are about.
+        coco_gt, results, max_dets: what the numbers are about.
         evaluations: {ranking: COCO's evaluation}; without "mask_score" for a model that has none.
         scores: {score: N values}, of those that the model has.
         true_ious: N, the largest IoU with an object.
@@ -129,7 +130,7 @@ class MaskQuality:
             max_dets: number of detections of each image and class that count.
             img_ids: images to look at, by default all.
         """
-        self.coco_gt, self.results = coco_gt, results
+        self.coco_gt, self.results, self.max_dets = coco_gt, results, max_dets
         self.evaluations = dict(evaluations)
         self.scores = scores_of(results)
         self.true_ious = overlaps.largest
@@ -137,15 +138,18 @@ class MaskQuality:
         categories = sorted(coco_gt.getCatIds())
         images = set(coco_gt.getImgIds() if img_ids is None else img_ids)
         known = [r["image_id"] in images and r["category_id"] in categories for r in results]
-        self.counted = np.array(known, dtype=bool) & ~self.matches.beyond & ~self.matches.ignored[0]
+        self._counting = np.array(known, dtype=bool) & ~self.matches.beyond
+        self.counted = self._counting & ~self.matches.ignored[0]
         self.classes = _class_names(coco_gt, categories)
         index = {category: k for k, category in enumerate(categories)}
         self.class_indices = np.array([index.get(r["category_id"], -1) for r in results], int)
         self.num_images = len(images)
         self.num_objects = [0] * len(categories)
         for annotation in coco_gt.dataset["annotations"]:
-            if annotation["image_id"] in images and not annotation.get("iscrowd", 0):
-                self.num_objects[index[annotation["category_id"]]] += 1
+            k = index.get(annotation["category_id"])  # COCO, too, passes over unknown ones
+            is_object = annotation["image_id"] in images and not annotation.get("iscrowd", 0)
+            if k is not None and is_object:
+                self.num_objects[k] += 1
 
     @property
     def matched(self) -> np.ndarray:
@@ -158,7 +162,7 @@ class MaskQuality:
         return self.matches.ious[0]
 
     def _matched(self, threshold: int) -> np.ndarray:
-        return self.counted & ~np.isnan(self.matches.ious[threshold])
+        return self._counting & ~np.isnan(self.matches.ious[threshold])
 
     @cached_property
     def overall(self) -> Part:
@@ -194,7 +198,7 @@ class MaskQuality:
         """A part for each of COCO's IoU thresholds, "0.50" to "0.95", with what it matches."""
         return {
             f"{threshold:.2f}": self._part(
-                (k, slice(None), slice(None), 0), self.counted, threshold=k, with_all=False
+                (k, slice(None), slice(None), 0), self._counting, threshold=k, with_all=False
             )
             for k, threshold in enumerate(IOU_THRESHOLDS)
         }
@@ -302,6 +306,7 @@ class MaskQuality:
             "images": self.num_images,
             "objects": sum(self.num_objects),
             "detections": int(self.counted.sum()),
+            "max_dets": self.max_dets,
             "overall": asdict(self.overall),
             "by_class": {k: asdict(v) for k, v in self.by_class.items()},
             "by_size": {k: asdict(v) for k, v in self.by_size.items()},
