@@ -42,7 +42,7 @@ demo: setup
 	$(BIN)/python projects/shapes/demo.py --output output/shapes
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # BENCH="inference training" measures these parts only; --help tells more
 bench: setup

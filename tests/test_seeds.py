@@ -110,6 +110,18 @@ def test_better_heads(seeds):
     assert aps["the true one where that is less"] == aps["the true one everywhere"] == "100.0"
 
 
+def test_images_of_different_sizes_are_told_apart(seeds, monkeypatch):
+    monkeypatch.setattr(seeds["tables"], "MIN_IMAGES", 1)
+    run = run_of(seeds, "ms_rcnn", 0)
+    coco_gt = run.quality["val"].coco_gt
+    coco_gt.dataset["images"][1]["width"] = 500  # the image without objects
+    text, numbers = seeds["tables"].tables([run], 100)
+    sizes = numbers["ms_rcnn-0"]["image_sizes"]["val"]
+    assert sizes["160 x 120"] == pytest.approx({"images": 1, "0": 200 / 3, "1": 100, "4": 100})
+    assert rows_of(text, "Mask AP by size")["val, 160 x 120"][:2] == ["1", "66.7"]
+    assert "held out, 160 x 120" not in rows_of(text, "Mask AP by size")  # all of one size
+
+
 def test_some_images_are_cut_out_of_a_dataset(seeds, tmp_path, monkeypatch):
     monkeypatch.setattr(seeds["compare"], "NUM_TRAIN_IMAGES", 1)
     path = tmp_path / "train.json"

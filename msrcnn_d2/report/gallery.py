@@ -132,9 +132,9 @@ def object_mask(quality: MaskQuality, index: int) -> Optional[np.ndarray]:
 
 def _image(quality: MaskQuality, index: int, image_root: Optional[str], shape) -> np.ndarray:
     blank = np.full((*shape, 3), GRAY, dtype=np.uint8)
-    if image_root is None:
+    name = quality.coco_gt.imgs[quality.results[index]["image_id"]].get("file_name")
+    if image_root is None or name is None:
         return blank
-    name = quality.coco_gt.imgs[quality.results[index]["image_id"]]["file_name"]
     try:
         return read_image(os.path.join(image_root, name), format="RGB")
     except OSError as error:

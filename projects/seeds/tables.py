@@ -1,16 +1,18 @@
 """What several seeds of Mask R-CNN and Mask Scoring R-CNN say together, as tables."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from tabulate import tabulate
 
 from msrcnn_d2.evaluation import MaskQuality, mask_ap
 from msrcnn_d2.evaluation.coco_engine import build_engine
+from msrcnn_d2.evaluation.mask_quality import scores_of
 from msrcnn_d2.fit_exponent import fit_exponent
 
 __all__ = ["Run", "tables"]
@@ -23,6 +25,8 @@ COLUMNS = [
     ("ceiling, by true IoU", "ms_rcnn", "true_iou"),
 ]
 THRESHOLDS = (50, 75, 90)
+EXPONENTS = (0, 1, 4)  # of the table by size of image
+MIN_IMAGES = 5  # of a size
 
 
 @dataclass
@@ -58,6 +62,9 @@ def tables(runs: Sequence[Run], max_dets: int) -> tuple[str, dict[str, Any]]:
         ("What better predictions of the IoU would bring", _better_heads(scoring)),
         ("The exponent, fitted to held-out training images", _exponents(scoring)),
     ]
+    by_size = _image_sizes(scoring)
+    if by_size:
+        parts.append(("Mask AP by size of image, with other exponents", by_size))
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n", numbers
 
 
@@ -78,6 +85,9 @@ def _numbers(run: Run, max_dets: int) -> dict[str, Any]:
     if run.model == "ms_rcnn":
         numbers["better_heads"] = _better_head_aps(quality, max_dets)
         numbers["exponent"] = _exponent(run, max_dets)
+        numbers["image_sizes"] = {
+            part: _by_image_size(run.quality[part], max_dets) for part in ("holdout", "val")
+        }
     return numbers
 
 
@@ -133,6 +143,44 @@ def _exponent(run: Run, max_dets: int) -> dict[str, Any]:
     }
 
 
+def _by_image_size(quality: MaskQuality, max_dets: int) -> dict[str, dict[str, float]]:
+    """
+    For each size of image that is not rare, which often tells where images come from, their number
+    and the mask AP with each of EXPONENTS. Empty if all are of one size.
+    """
+    images = defaultdict(list)
+    for image in quality.coco_gt.dataset["images"]:
+        images[f"{image['width']} x {image['height']}"].append(image["id"])
+    if len(images) == 1:
+        return {}
+    found = {}
+    for size, ids in sorted(images.items()):
+        results = [r for r in quality.results if r["image_id"] in set(ids)]
+        if len(ids) < MIN_IMAGES or not results:
+            continue
+        engine = build_engine(quality.coco_gt, results, "segm", None, [max_dets], ids)
+        scores = scores_of(results)
+        aps = {
+            f"{e:g}": 100
+            * engine.evaluate(scores["class_score"] * scores["predicted_iou"] ** e).numbers["AP"]
+            for e in EXPONENTS
+        }
+        found[size] = {"images": len(ids), **aps}
+    return found
+
+
+def _image_sizes(scoring: list[dict]) -> str:
+    titles = {"holdout": "held out", "val": "val"}
+    rows = []
+    for part, title in titles.items():
+        for size, numbers in scoring[0]["image_sizes"][part].items():
+            runs = [n["image_sizes"][part][size] for n in scoring if size in n["image_sizes"][part]]
+            aps = [_spread([r[f"{e:g}"] for r in runs], 1) for e in EXPONENTS]
+            rows.append([f"{title}, {size}", str(numbers["images"]), *aps])
+    headers = ["part, pixels", "images", *(f"exponent {e:g}" for e in EXPONENTS)]
+    return tabulate(rows, headers, "github", disable_numparse=True) if rows else ""
+
+
 def _main_table(plain: list[dict], scoring: list[dict]) -> str:
     by_model = {"mask_rcnn": plain, "ms_rcnn": scoring}
     rows: list[tuple[str, Callable[[dict, str], Any], int]] = [
@@ -141,12 +189,19 @@ def _main_table(plain: list[dict], scoring: list[dict]) -> str:
         *((f"AP{k}", lambda n, ranking, k=k: n[f"ap{k}"][ranking], 1) for k in THRESHOLDS),
         ("correlation with true IoU", lambda n, ranking: n["pearson"].get(ranking), 2),
         ("of ranks", lambda n, ranking: n["spearman"].get(ranking), 2),
+        # The predicted IoU has its place with the mask score that it is a part of
+        ("predicted IoU: calibration error", lambda n, r: _of_head(n, r, "ece"), 3),
+        ("predicted IoU: mean absolute error", lambda n, r: _of_head(n, r, "mae"), 3),
     ]
     table = [
         [title, *(_spread([get(n, ranking) for n in by_model[m]], d) for _, m, ranking in COLUMNS)]
         for title, get, d in rows
     ]
     return tabulate(table, ["", *(title for title, *_ in COLUMNS)], "github", disable_numparse=True)
+
+
+def _of_head(numbers: dict, ranking: str, which: str) -> Optional[float]:
+    return numbers["head"]["val"][which] if ranking == "mask_score" else None
 
 
 def _claims(plain: list[dict], scoring: list[dict]) -> str:
