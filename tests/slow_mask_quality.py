@@ -183,9 +183,9 @@ def _iou(mask: np.ndarray, object_mask: np.ndarray, is_crowd: bool) -> float:
 
 
 def _true_ious(places: list[Place], results: list[dict]) -> list[float]:
-    """The largest IoU of each detection with any object of its class."""
+    """The largest IoU of each detection with any object of its class, crowds being none."""
     largest = {
-        i: max(ious.values(), default=0.0)
+        i: max((x for g, x in ious.items() if not _is_crowd(place.objects[g])), default=0.0)
         for place in places
         for i, ious in zip(place.detections, place.ious)
     }

@@ -168,3 +168,21 @@ def test_annotations_that_are_none(case, tmp_path):
 def test_results_of_other_images(wrong, message, truth):
     found = error_of(check_fits, [result(), result(**wrong)], truth)
     assert re.search(message, found), found
+
+
+@pytest.mark.parametrize("key", ["pred_mask_iou", "mask_score"])
+def test_scores_of_masks_are_numbers_that_all_have_or_none(key, tmp_path):
+    wrong = written([result(**{key: float("nan")})], tmp_path)
+    assert f"has the '{key}' nan, which is not a finite number" in error_of(read_results, wrong)
+    wrong = written([result(**{key: "x"})], tmp_path)
+    assert f"has the '{key}' x" in error_of(read_results, wrong)
+    mixed = written([result(**{key: 0.5}), result()], tmp_path)
+    assert f"Of 2 predictions in '{mixed}' 1 have a '{key}'" in error_of(read_results, mixed)
+
+
+def test_masks_of_annotations_have_the_size_of_their_image(tmp_path):
+    path = write_coco_json(tmp_path / "truth.json")
+    dataset = json.loads((tmp_path / "truth.json").read_text())
+    dataset["annotations"][0]["segmentation"] = {"size": [WIDTH, 1], "counts": [WIDTH]}
+    (tmp_path / "truth.json").write_text(json.dumps(dataset))
+    assert "has the size" in error_of(read_annotations, path)

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils.events import EventStorage
 
+from msrcnn_d2.engine import recipe as engine_recipe
+from msrcnn_d2.engine.quality import log_reliability
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.report import __main__ as command
 from msrcnn_d2.report import write_report
@@ -142,7 +145,7 @@ def test_the_page_shows_the_numbers(quality, report):
     for value in overall.ap.values():
         assert f"{value:.1f}" in page.text
     assert f"{overall.matched.mae:.2f}" in page.text
-    assert f"{overall.matched.pearson['class_score']:.2f} → " in page.text
+    assert f"{overall.matched.pearson['class_score']:.2f} → ".replace("-", "−") in page.text
 
 
 def test_names_of_classes_are_text(tmp_path):
@@ -258,18 +261,76 @@ def test_an_image_that_cannot_be_read_leaves_the_mask(quality, tmp_path, caplog,
     assert "without its image" in caplog.text and "1.png" in caplog.text
 
 
+def test_an_image_of_another_size_is_not_shown(quality, tmp_path, caplog):
+    Image.new("RGB", (WIDTH // 2, HEIGHT)).save(tmp_path / "1.png")
+    (move,) = (m for m in largest_moves(quality, 8)[0] if m.index == 0)
+    image, _ = draw_move(quality, move, str(tmp_path)).axes[0].images
+    assert len(np.unique(image.get_array())) == 1 and image.get_array().max() > 0
+    assert "1.png' has 120 x 80 pixels, its annotation says 120 x 160" in caplog.text
+
+
+def test_of_a_large_image_only_a_part_is_drawn(quality):
+    (move,) = (m for m in largest_moves(quality, 8)[0] if m.index == 0)
+    image, overlay = draw_move(quality, move, None).axes[0].images
+    assert max(image.get_array().shape[:2]) < 50 and max(overlay.get_array().shape[:2]) < 50
+
+
+def test_ids_of_images_can_be_names():
+    dataset = dataset_of([thing(OBJECT, "im-a")], image_ids=["im-a"])
+    quality = quality_of(dataset, [found(OBJECT, 0.9, 0.9, "im-a")])
+    assert object_mask(quality, 0).sum() == 400
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    dataset = truth(OBJECT)
+    dataset["categories"] = [{"id": 3, "name": "$\\foo$ a_b"}]
+    page = Page(write_report(quality_of(dataset, [detected(1, OBJECT, 0.9, 0.9)]), tmp_path))
+    assert "$\\foo$ a_b" in page.text
+
+
+# ---- what train_net.py does with it
+
+
+class Trained:
+    """A recipe of two test sets whose evaluators have measured something."""
+
+    def __init__(self, quality, wrap=lambda evaluator: evaluator):
+        class Evaluator(DatasetEvaluator):
+            mask_quality = quality
+
+        self.test_sets = [
+            engine_recipe.TestSet((name,), None, lambda: wrap(Evaluator())) for name in "ab"
+        ]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda e: e, lambda e: [e], lambda e: DatasetEvaluators([e])],
+    ids=["one", "list", "several"],
+)
+def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap):
+    train = sys.modules["msrcnn_d2.engine.train"]
+    monkeypatch.setattr(train, "_inference", lambda *args: {"segm": {"AP": 1.0}})
+    shown = []
+
+    def fail(quality, test_set, recipe):
+        shown.append(str(test_set))
+        raise ZeroDivisionError
+
+    results = train.evaluate(Trained(quality, wrap), None, use_quality=fail)
+
+    assert shown == ["a", "b"] and list(results) == ["a", "b"]
+    assert "python -m msrcnn_d2.report" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
 # ---- TensorBoard
 
 
 def test_training_logs_the_reliability_diagram(quality):
-    from msrcnn_d2.engine.quality import log_reliability
-    from msrcnn_d2.engine.recipe import TestSet as Set
-
-    class Recipe:
-        test_sets = [Set(("one",), None, None)]
-
+    recipe = Trained(quality)
+    del recipe.test_sets[1:]
     with EventStorage(12) as storage:
-        log_reliability(quality, Recipe.test_sets[0], Recipe)
+        log_reliability(quality, recipe.test_sets[0], recipe)
         ((name, image, iteration),) = storage._vis_data
     assert (name, iteration) == ("mask_quality/reliability", 12)
     assert image.shape[0] == 3 and image.dtype == np.uint8 and len(np.unique(image)) > 50

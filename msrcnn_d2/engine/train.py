@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
@@ -158,15 +158,28 @@ def evaluate(
             if "bbox" in results:
                 comparable = published if test_set.names == ("coco_2017_val",) else None
                 logger.info("Results on %s:\n%s", test_set, summary_table(results, comparable))
-            quality = _mask_quality(evaluator)
-            if quality is not None:
-                use_quality(quality, test_set, recipe)
+            _use(use_quality, _mask_quality(evaluator), test_set, recipe)
         all_results[str(test_set)] = results
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
+def _use(use_quality: Callable, quality: Optional[MaskQuality], *args) -> None:
+    """A report or a figure that fails must not cost a training, or the other test sets."""
+    if quality is None:
+        return
+    try:
+        use_quality(quality, *args)
+    except Exception:
+        logger.exception(
+            "The quality of masks was measured, but cannot be shown; the results are complete. "
+            "`python -m msrcnn_d2.report` makes the report from them."
+        )
+
+
 def _mask_quality(evaluator) -> Optional[MaskQuality]:
     """What an evaluator, or the first one of several, has measured of it."""
+    if isinstance(evaluator, DatasetEvaluators):
+        evaluator = evaluator._evaluators
     evaluators = evaluator if isinstance(evaluator, list) else [evaluator]
     found = (getattr(e, "mask_quality", None) for e in evaluators)
     return next((q for q in found if isinstance(q, MaskQuality)), None)

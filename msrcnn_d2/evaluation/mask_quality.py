@@ -30,7 +30,6 @@ TITLES = {
 }
 # As COCO has it: areas in pixels, and an area at the limit belongs to both sides
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
-RECALLS = np.linspace(0, 1, 101)
 
 
 @dataclass
@@ -88,8 +87,8 @@ class MaskQuality:
     least the threshold, 0.5 if nothing else is said (details: :meth:`MaskOverlaps.match`). Such
     detections are *matched*; from 0.5 on a mask has no second object to choose, unless objects
     overlap. *All* detections are these, duplicates and mistakes: their true IoU is the largest
-    with any object of their class in the image (or share in a crowd), or 0. Detections that fall to
-    a crowd, and those beyond the number that counts for each class and image, are in neither.
+    with any object of their class in the image, or 0. Detections that fall to a crowd, and those
+    beyond the number that counts for each class and image, are in neither.
 
     The chosen threshold cuts off low IoUs, so among matched detections low predictions look more
     pessimistic than they are, and among all detections any prediction looks more optimistic, since
@@ -137,11 +136,11 @@ class MaskQuality:
         self.matches = overlaps.match(self.scores["class_score"], max_dets=max_dets)
         categories = sorted(coco_gt.getCatIds())
         images = set(coco_gt.getImgIds() if img_ids is None else img_ids)
-        known = [r["image_id"] in images and r["category_id"] in categories for r in results]
+        index = {category: k for k, category in enumerate(categories)}
+        known = [r["image_id"] in images and r["category_id"] in index for r in results]
         self._counting = np.array(known, dtype=bool) & ~self.matches.beyond
         self.counted = self._counting & ~self.matches.ignored[0]
         self.classes = _class_names(coco_gt, categories)
-        index = {category: k for k, category in enumerate(categories)}
         self.class_indices = np.array([index.get(r["category_id"], -1) for r in results], int)
         self.num_images = len(images)
         self.num_objects = [0] * len(categories)

@@ -64,13 +64,13 @@ class MaskOverlaps:
     def largest(self) -> np.ndarray:
         """
         N values in [0, 1]: the largest IoU of each mask with an object of its class in its image;
-        0 without such an object. With a crowd it is, as everywhere in COCO, the share of the mask
-        that lies in the crowd.
+        0 without such an object. Crowds are none: of their masks there is no IoU.
         """
         largest = np.zeros(self._num_results)
         for place in self._places:
-            if place.objects:
-                largest[place.indices] = place.ious.max(axis=1)
+            num_objects = sum(not _is_crowd(a) for a in place.objects)  # crowds come last
+            if num_objects:
+                largest[place.indices] = place.ious[:, :num_objects].max(axis=1)
         return largest
 
     def match(

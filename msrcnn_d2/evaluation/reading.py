@@ -52,6 +52,13 @@ def read_results(path: str) -> list[dict]:
         problem = _problem_of_result(result)
         if problem:
             raise UserError(f"Prediction {number} in '{path}' {problem}: {RESULTS_ADVICE}.")
+    for key in ("pred_mask_iou", "mask_score"):
+        count = sum(key in r for r in results)
+        if 0 < count < len(results):
+            raise UserError(
+                f"Of {len(results)} predictions in '{path}' {count} have a '{key}': give those of "
+                "one model."
+            )
     return [_compressed(r) for r in results]
 
 
@@ -78,8 +85,16 @@ def read_annotations(path: str) -> COCO:
         if not data.get(kind):
             raise UserError(f"'{path}' has no {kind}: {ANNOTATIONS_ADVICE}.")
         _check_entries(path, kind, data[kind], keys)
+    sizes = {image["id"]: [image["height"], image["width"]] for image in data["images"]}
     for annotation in data["annotations"]:
-        annotation.setdefault("iscrowd", 0)
+        annotation["iscrowd"] = annotation.get("iscrowd") or 0
+        size = sizes.get(annotation["image_id"])
+        mask = annotation["segmentation"]
+        if isinstance(mask, dict) and size is not None and list(mask.get("size", [])) != size:
+            raise UserError(
+                f"The mask of annotation '{annotation['id']}' in '{path}' has the size "
+                f"{mask.get('size')}, but its image has {size}: {ANNOTATIONS_ADVICE}."
+            )
     coco = COCO()
     coco.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):
@@ -129,6 +144,9 @@ def _problem_of_result(result: dict) -> str:
             return f"has a '{key}' that is neither a number nor a name"
     if not _is_finite(result["score"]):
         return f"has the score {result['score']}, which is not a finite number"
+    for key in ("pred_mask_iou", "mask_score"):
+        if key in result and not _is_finite(result[key]):
+            return f"has the '{key}' {result[key]}, which is not a finite number"
     mask = result["segmentation"]
     if isinstance(mask, list):
         return "" if _are_polygons(mask) else "has a mask that is no list of polygons"

@@ -60,13 +60,15 @@ def score_against_iou(quality: MaskQuality, name: str) -> Chart:
     """The points of the paper's first figure: true IoU and a score of each matched detection."""
     agreement = quality.overall.matched
     true, scores = quality.matched_ious[quality.matched], quality.scores[name][quality.matched]
+    which = f"{len(true):,}"
     if len(true) > NUM_POINTS:
+        which = f"{NUM_POINTS:,} of {which}"
         shown = np.random.default_rng(0).choice(len(true), NUM_POINTS, replace=False)
         true, scores = true[shown], scores[shown]
-    figure, axes = _figure(f"true IoU of the mask ({len(true):,} matched detections)", TITLES[name])
+    figure, axes = _figure(f"true IoU of the mask ({which} matched detections)", TITLES[name])
     axes.plot([0.5, 1], [0.5, 1], color="0.4", linewidth=1, linestyle=":")
     axes.scatter(true, scores, s=9, alpha=_alpha(len(true)), color="#0072B2", linewidths=0)
-    axes.set(xlim=(0.5, 1), ylim=(0, 1.01))
+    axes.set(xlim=(0.5, 1), ylim=(0, max([1.01, *scores])))
     pearson, spearman = agreement.pearson[name], agreement.spearman[name]
     axes.set_title(f"{TITLES[name]}: correlation {pearson:.2f} (ranks {spearman:.2f})")
     alt = f"Scatter plot of {TITLES[name]} against true IoU; Pearson correlation {pearson:.2f}."
@@ -141,9 +143,11 @@ def ap_by_class(quality: MaskQuality) -> Chart:
     """Bars, the class that gains most at the top, with a mark at the ceiling."""
     parts = {name: p for name, p in quality.by_class.items() if p.ap["class_score"] >= 0}
     names = sorted(parts, key=lambda name: _gain(parts[name]))
+    which = "each class"
     if len(names) > NUM_CLASSES:
+        which = f"the {NUM_CLASSES} classes whose AP changes most"
         names = names[: NUM_CLASSES // 2] + names[-NUM_CLASSES // 2 :]
-    figure, axes = _figure("mask AP (%)", "", height=1.3 + 0.4 * max(len(names), 2))
+    figure, axes = _figure(f"mask AP (%) of {which}", "", height=1.3 + 0.4 * max(len(names), 2))
     rankings = [name for name in ("mask_score", "class_score") if name in quality.evaluations]
     for k, ranking in enumerate(rankings):
         axes.barh(
@@ -157,7 +161,9 @@ def ap_by_class(quality: MaskQuality) -> Chart:
         )
     ceilings = [parts[name].ap["true_iou"] for name in names]
     axes.plot(ceilings, range(len(names)), "k|", markersize=15, label="ceiling")
-    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    # Names are text, also with a dollar sign
+    axes.set_yticks(range(len(names)), [_shortened(name) for name in names], parse_math=False)
+    axes.set_ylim(-0.6, max(len(names), 2) - 0.4)
     axes.set_xlim(0, 1.02 * max([*ceilings, 1]))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
@@ -170,7 +176,7 @@ def ap_by_class(quality: MaskQuality) -> Chart:
         columnspacing=1,
         handlelength=1.2,
     )
-    alt = "Bars of mask AP for each class under each ranking, with the ceiling as a mark."
+    alt = f"Bars of mask AP for {which} under each ranking, with the ceiling as a mark."
     return Chart("ap_by_class", "classes", alt, figure)
 
 

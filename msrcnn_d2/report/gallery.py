@@ -9,6 +9,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from detectron2.data.detection_utils import read_image
 
@@ -103,15 +104,20 @@ def draw_move(quality: MaskQuality, move: Move, image_root: Optional[str]) -> Fi
     """
     mask = mask_util.decode(quality.results[move.index]["segmentation"]).astype(bool)
     truth = object_mask(quality, move.index)
+    image = _image(quality, move.index, image_root, mask.shape)
+    window = _window(mask if truth is None else mask | truth)
+    # Cut out first: to draw the whole of a large image takes minutes and gigabytes
+    mask, image = _cut(mask, window), _cut(image, window)
     figure = Figure(figsize=(2.6, 2.6), facecolor="0.85")  # beyond the image
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(_image(quality, move.index, image_root, mask.shape), interpolation="bilinear")
+    axes.imshow(image, interpolation="bilinear")
     axes.imshow(np.dstack([np.full((*mask.shape, 3), MASK_COLOR), 0.45 * mask]))
     _outline(axes, mask, MASK_COLOR, "solid", 1.6)
     if truth is not None:
+        truth = _cut(truth, window)
         _outline(axes, truth, "white", "solid", 2.2)
         _outline(axes, truth, "black", "dashed", 1.4)
-    _zoom(axes, mask if truth is None else mask | truth)
+    _show_only(axes, window)
     axes.set_axis_off()
     return figure
 
@@ -119,7 +125,7 @@ def draw_move(quality: MaskQuality, move: Move, image_root: Optional[str]) -> Fi
 def object_mask(quality: MaskQuality, index: int) -> Optional[np.ndarray]:
     """The H x W mask of the object of its class that a detection overlaps most, None without."""
     result, coco_gt = quality.results[index], quality.coco_gt
-    ids = coco_gt.getAnnIds(imgIds=result["image_id"], catIds=result["category_id"], iscrowd=False)
+    ids = coco_gt.getAnnIds([result["image_id"]], [result["category_id"]], iscrowd=False)
     objects = coco_gt.loadAnns(ids)
     if not objects:
         return None
@@ -131,27 +137,54 @@ def object_mask(quality: MaskQuality, index: int) -> Optional[np.ndarray]:
 
 
 def _image(quality: MaskQuality, index: int, image_root: Optional[str], shape) -> np.ndarray:
-    blank = np.full((*shape, 3), GRAY, dtype=np.uint8)
+    """H x W x 3, uint8; gray where there is no image that fits."""
+    blank = np.broadcast_to(np.uint8(GRAY), (*shape, 3))
     name = quality.coco_gt.imgs[quality.results[index]["image_id"]].get("file_name")
     if image_root is None or name is None:
         return blank
+    path = os.path.join(image_root, name)
     try:
-        return read_image(os.path.join(image_root, name), format="RGB")
-    except OSError as error:
+        image = read_image(path, format="RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         logger.warning("The report shows a mask without its image: %s", error)
         return blank
+    if image.shape[:2] != shape:
+        size, expected = (" x ".join(map(str, s[:2])) for s in (image.shape, shape))
+        logger.warning(
+            "The report shows a mask without its image: '%s' has %s pixels, its annotation says %s",
+            *(path, size, expected),
+        )
+        return blank
+    return image
 
 
-def _zoom(axes: Axes, shown: np.ndarray) -> None:
-    """Limit what is seen to a square around the pixels that are to be shown."""
+def _window(shown: np.ndarray) -> tuple[float, float, float]:
+    """Centre (x, y) and half of the side of a square around the pixels that are to be shown."""
     rows, columns = np.nonzero(shown)
     if not len(rows):
-        return
+        return shown.shape[1] / 2, shown.shape[0] / 2, max(shown.shape) / 2
     side = max(int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1, MIN_SIDE)
-    half = side * (0.5 + MARGIN)
-    x, y = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
-    axes.set_xlim(x - half, x + half)
-    axes.set_ylim(y + half, y - half)
+    center = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
+    return *center, side * (0.5 + MARGIN)
+
+
+def _cut(pixels: np.ndarray, window: tuple[float, float, float]) -> np.ndarray:
+    """The part of an image or a mask that the window has, and a pixel more on each side."""
+    top, left = _origin(window)
+    x, y, half = window
+    return pixels[top : int(y + half) + 3, left : int(x + half) + 3]
+
+
+def _origin(window: tuple[float, float, float]) -> tuple[int, int]:
+    """Row and column of the first pixel that is cut out."""
+    x, y, half = window
+    return max(int(y - half) - 1, 0), max(int(x - half) - 1, 0)
+
+
+def _show_only(axes: Axes, window: tuple[float, float, float]) -> None:
+    (top, left), (x, y, half) = _origin(window), window
+    axes.set_xlim(x - half - left, x + half - left)
+    axes.set_ylim(y + half - top, y - half - top)
 
 
 def _outline(axes: Axes, mask: np.ndarray, color, style: str, width: float) -> None:

@@ -39,7 +39,7 @@ def write_report(
     Write what :class:`MaskQuality` knows for people to look at.
 
     The folder then has "report.html", which holds its figures and opens from disk without a
-    network, each of its figures as PNG, and "report.json": the title and what
+    network, each of its figures (not the gallery) as PNG, and "report.json": the title and what
     :meth:`MaskQuality.to_json` returns.
 
     Args:
@@ -155,12 +155,12 @@ def _template():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, signed=_signed, percent=_percent)
+    environment.filters.update(number=_number, signed=_signed, percent=_percent, tail=_tail)
     return environment.get_template("report.html.jinja")
 
 
 def _number(value: float, digits: int = 2) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+    return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _signed(value: float, digits: int = 1) -> str:
@@ -168,6 +168,11 @@ def _signed(value: float, digits: int = 1) -> str:
         return "–"
     value = round(value, digits) + 0.0  # there is no negative zero
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _tail(text: str, length: int) -> str:
+    """The end of a path says more than its beginning."""
+    return text if len(text) <= length else "…" + text[-length:]
 
 
 def _percent(value: float) -> str:

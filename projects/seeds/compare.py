@@ -85,7 +85,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default 2)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "ms_rcnn" not in args.models:
+        parser.error("--models needs ms_rcnn, which all tables are about")
+    args.seeds = sorted(set(args.seeds))
+    return args
 
 
 def prepare_nuclei(args: argparse.Namespace) -> Study:
