@@ -30,12 +30,15 @@ def main() -> None:
     with exit_on_user_error():
         if args.images and not args.images.is_dir():
             raise UserError(f"There is no folder '{args.images}': give that of the images.")
+        try:
+            engine = choose_engine(args.engine)
+        except ValueError as error:  # it is not installed
+            raise UserError(str(error)) from error
         print(f"Reading {args.results} and {args.annotations} ...", flush=True)
         coco_gt = read_annotations(args.annotations)
         results = check_fits(read_results(args.results), coco_gt)
         warn_of_more_than(args.max_dets, results)
         print(f"Evaluating {len(results):,} predictions ...", flush=True)
-        engine = choose_engine(args.engine)
         quality = measure_mask_quality(coco_gt, results, engine, args.max_dets)
         print(f"\n{quality.table()}\n\nDrawing ...", flush=True)
         title = args.title or f"Masks of {Path(args.results).name}"
