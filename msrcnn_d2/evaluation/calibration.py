@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Bin", "pearson", "reliability", "spearman", "expected_calibration_error"]
+__all__ = ["Bin", "expected_calibration_error", "mean", "pearson", "reliability", "spearman"]
 
 NUM_BINS = 10
 
@@ -62,7 +62,7 @@ def reliability(predicted: np.ndarray, true: np.ndarray, num_bins: int = NUM_BIN
     edges = np.arange(num_bins + 1) / num_bins
     bins = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, num_bins - 1)
     return [
-        Bin(low, high, int(inside.sum()), _mean(predicted[inside]), _mean(true[inside]))
+        Bin(low, high, int(inside.sum()), mean(predicted[inside]), mean(true[inside]))
         for low, high, inside in zip(
             edges[:-1].tolist(), edges[1:].tolist(), (bins == k for k in range(num_bins))
         )
@@ -82,5 +82,6 @@ def expected_calibration_error(bins: list[Bin]) -> float:
     return sum(b.count * abs(b.predicted - b.true) for b in bins if b.count) / count
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
+    """NaN without values."""
     return float(values.mean()) if len(values) else float("nan")

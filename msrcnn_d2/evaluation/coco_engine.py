@@ -167,7 +167,7 @@ class _FasterCocoEval:
         annotations = coco_gt.dataset["annotations"]
         objects = self._by_place(annotations)
         self._detections = self._by_place(results)
-        areas = _areas(results, task)
+        areas = areas_of(results, task)
         self._coco_gt = self._coco(
             _entry(place, a["id"], a["area"], a.get("iscrowd", 0))
             for place, indices in objects.items()
@@ -230,7 +230,8 @@ def _entry(place: Place, id_: int, area: float, iscrowd: int) -> dict:
     return dict(image_id=place[0], category_id=place[1], id=id_, area=area, iscrowd=iscrowd)
 
 
-def _areas(results: Sequence[dict], task: str) -> list[float]:
+def areas_of(results: Sequence[dict], task: str) -> list[float]:
+    """Of boxes ("bbox") or masks ("segm"), in pixels."""
     if task == "bbox":
         return [r["bbox"][2] * r["bbox"][3] for r in results]
     rles = [r["segmentation"] for r in results]
@@ -276,10 +277,11 @@ def coco_numbers(
     parts |= {f"AP{size}": ap[..., k] for k, size in enumerate("sml", start=1)}
     parts |= {f"AR@{limit}": recall[..., 0, m] for m, limit in enumerate(max_dets)}
     parts |= {f"AR{size}": ar[..., k] for k, size in enumerate("sml", start=1)}
-    return {name: _mean_of_defined(part) for name, part in parts.items()}
+    return {name: mean_of_defined(part) for name, part in parts.items()}
 
 
-def _mean_of_defined(values: np.ndarray) -> float:
+def mean_of_defined(values: np.ndarray) -> float:
+    """NaN if all are -1, which stands where there are no objects."""
     defined = values[values > -1]
     return float(defined.mean()) if len(defined) else float("nan")
 

@@ -7,12 +7,11 @@ from functools import cached_property
 from typing import Any, Optional
 
 import numpy as np
-import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-from .calibration import Bin, expected_calibration_error, pearson, reliability, spearman
-from .coco_engine import Evaluation, build_engine
+from .calibration import Bin, expected_calibration_error, mean, pearson, reliability, spearman
+from .coco_engine import Evaluation, areas_of, build_engine, mean_of_defined
 from .matching import IOU_THRESHOLDS, MaskOverlaps
 
 __all__ = ["Agreement", "MaskQuality", "Part", "mask_ap", "measure_mask_quality"]
@@ -183,7 +182,7 @@ class MaskQuality:
         A part for objects of each of COCO's sizes ("small" up to 32 x 32 pixels, "large" from
         96 x 96 on). A detection is where its object is, an unmatched one where its mask is.
         """
-        areas = np.where(self.matched, self.matches.areas[0], _areas(self.results))
+        areas = np.where(self.matched, self.matches.areas[0], areas_of(self.results, "segm"))
         return {
             name: self._part(
                 (slice(None), slice(None), slice(None), k),
@@ -235,7 +234,7 @@ class MaskQuality:
             chosen: N, whether a detection belongs to it.
         """
         ap = {
-            name: 100 * _mean_of_defined(self.evaluations[name].eval["precision"][..., -1][place])
+            name: 100 * mean_of_defined(self.evaluations[name].eval["precision"][..., -1][place])
             for name in RANKINGS
             if name in self.evaluations
         }
@@ -254,11 +253,11 @@ class MaskQuality:
         errors = predicted - true if len(predicted) else np.zeros(0)
         return Agreement(
             count=len(true),
-            true_iou=_mean(true),
+            true_iou=mean(true),
             pearson={name: pearson(x, true) for name, x in scores.items()},
             spearman={name: spearman(x, true) for name, x in scores.items()},
-            mae=_mean(np.abs(errors)),
-            bias=_mean(errors),
+            mae=mean(np.abs(errors)),
+            bias=mean(errors),
             ece=expected_calibration_error(reliability(predicted, true)) if len(errors) else np.nan,
         )
 
@@ -384,25 +383,11 @@ def _class_names(coco_gt: COCO, categories: list) -> list[str]:
     return [f"{n} ({k})" if names.count(n) > 1 else n for n, k in zip(names, categories)]
 
 
-def _areas(results: Sequence[dict]) -> np.ndarray:
-    return np.array([float(mask_util.area(r["segmentation"])) for r in results])
-
-
 def _gap_closed(ap: dict[str, float]) -> float:
     gap = ap["true_iou"] - ap["class_score"]
     if "mask_score" not in ap or not gap > 0:
         return float("nan")
     return (ap["mask_score"] - ap["class_score"]) / gap
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _mean_of_defined(precisions: np.ndarray) -> float:
-    """-1 stands where there are no objects."""
-    defined = precisions[precisions > -1]
-    return float(defined.mean()) if len(defined) else float("nan")
 
 
 def _without_nan(value: Any) -> Any:
