@@ -10,7 +10,7 @@ from typing import Any, Optional
 import numpy as np
 from tabulate import tabulate
 
-from msrcnn_d2.evaluation import MaskQuality, mask_ap
+from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.coco_engine import build_engine
 from msrcnn_d2.evaluation.mask_quality import scores_of
 from msrcnn_d2.fit_exponent import fit_exponent
@@ -113,9 +113,9 @@ def _better_head_aps(quality: MaskQuality, max_dets: int) -> dict[str, float]:
         "the true one where that is less": np.where(found, predicted, quality.true_ious),
         "the true one everywhere": quality.true_ious,
     }
+    engine = build_engine(quality.coco_gt, quality.results, "segm", max_dets=[max_dets])
     return {
-        name: mask_ap(quality.coco_gt, quality.results, scores * ious, max_dets)["AP"]
-        for name, ious in rankings.items()
+        name: 100 * engine.evaluate(scores * ious).numbers["AP"] for name, ious in rankings.items()
     }
 
 
