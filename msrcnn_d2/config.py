@@ -72,12 +72,18 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = 1.0
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
+    # Training images that may be left out since they cannot be read; 0 stops at the first
+    cfg.DATALOADER.MAX_BAD_IMAGES = 10
+    # Whether to look for missing, truncated and wrong-sized images before training
+    cfg.DATALOADER.CHECK_IMAGES = True
     # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the first if it is installed
     cfg.TEST.COCO_ENGINE = ""
     # Whether evaluation on a GPU is in mixed precision; SOLVER.AMP is for training
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Whether torch.compile compiles backbone and heads, for training and evaluation
     cfg.SOLVER.COMPILE = False
+    # Steps that may be left out since a loss, or its gradient, is not finite; 0 stops at the first
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 0
 
 
 def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:

@@ -61,6 +61,8 @@ def test_overrides_of_a_yacs_config(overrides):
         (LAZY, "model.roi_heads.mask_iou_head.loss_wieght=1", "did you mean loss_weight?"),
         (LAZY, "model.roi_heads.batch_size_per_imag=1", "did you mean batch_size_per_image?"),
         (LAZY, "train.max_iter", "not of the form key=value"),
+        (LAZY, "--resume", "Option '--resume' comes too late: give options before key=value."),
+        (YACS, "--resume", "Option '--resume' comes too late"),
         (LAZY, "model.pixel_mean=[1,2", "Cannot override"),
         (YACS, "SOLVER.MAX_ITR=1", "SOLVER.MAX_ITR"),
         (YACS, "SOLVER.MAX_ITER", "odd length"),
@@ -404,7 +406,7 @@ def test_loading_leaves_the_callers_random_numbers_alone():
 
     seeds = StepSeeds(1)
     batches = ResumableBatches(
-        lambda seed, first_iter: build_resumable_loader(
+        lambda seed, first_iter, on_bad_images: build_resumable_loader(
             dicts(), mapper=mapper, seed=seed, first_iter=first_iter, total_batch_size=3
         ),
         seeds,

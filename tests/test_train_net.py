@@ -1,7 +1,6 @@
 """train_net.py as users run it: both kinds of config, resuming, many processes, real images."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -10,73 +9,30 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import detectron2.data.transforms as T
-from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import SimpleTrainer
-from detectron2.utils.logger import setup_logger
 
 import train_net
-from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 
-from toy import (
-    NUM_CLASSES,
-    OBJECTS,
-    tiny_mask_scoring_rcnn,
-    tiny_yacs_config,
-    write_coco_json,
-    write_images,
-)
+from toy import NUM_CLASSES, tiny_yacs_config
+from toy_training import run, write_dataset, write_lazy_config
 
 ROOT = Path(train_net.__file__).parent
 COCO_CONFIG = "configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x"
 
 
-@pytest.fixture(autouse=True)
-def leave_no_traces():
-    """Forget datasets and log files: a process of its own would."""
-    known = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "msrcnn_d2"):
-        for handler in logging.getLogger(name).handlers[:]:
-            logging.getLogger(name).removeHandler(handler)
-            handler.close()
+pytestmark = pytest.mark.usefixtures("leave_no_traces")
 
 
 @pytest.fixture(scope="module")
 def toy_dataset(tmp_path_factory):
     """Options that register 9 images as "toy"."""
-    folder = tmp_path_factory.mktemp("toy")
-    objects = (OBJECTS * 5)[:9]
-    write_images(folder, objects)
-    annotations = write_coco_json(folder / "annotations.json", objects)
-    return ["--dataset", "toy", annotations, str(folder)]
+    return write_dataset(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
 def lazy_config(tmp_path_factory):
     """A file with a LazyConfig that trains a tiny model on the toy images."""
-    cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
-    cfg.model = tiny_mask_scoring_rcnn().model
-    cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = "toy"
-    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name="toy")
-    cfg.dataloader.train.total_batch_size = 2
-    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
-    resize = L(T.ResizeShortestEdge)(short_edge_length=(48, 64), sample_style="choice")
-    cfg.dataloader.train.mapper.augmentations[0] = resize
-    cfg.dataloader.test.mapper.augmentations = []
-    cfg.train.update(init_checkpoint="", max_iter=6, device="cpu", seed=1, log_period=1)
-    cfg.train.checkpointer.period = 3
-    cfg.optimizer.lr = 1e-3
-    path = str(tmp_path_factory.mktemp("config") / "lazy.yaml")
-    LazyConfig.save(cfg, path)
-    return path
+    return write_lazy_config(tmp_path_factory.mktemp("config") / "lazy.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +48,6 @@ def yacs_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "yacs.yaml"
     path.write_text(cfg.dump())
     return str(path)
-
-
-def run(*args):
-    """Run train_net.py in this process."""
-    train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
 
 
 def run_alone(*args, launcher=(), env=None):

@@ -1,6 +1,9 @@
 """The checkpointer: loads weights from anywhere into a model, and tells what does not fit."""
 
+import glob
+import os
 import re
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -8,20 +11,24 @@ from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 
 from ..errors import UserError
+from ..whole_file import INCOMPLETE, write_whole
 from .conversion import Pixels, Weights, read_weights
 from .fetching import find_file
 from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
-from .reading import reason
+from .reading import NotWeightsError, check_whole, reason
+from .writing import why_not_written
 
-__all__ = ["MaskScoringCheckpointer"]
+__all__ = ["MaskScoringCheckpointer", "numbered_checkpoints"]
 
 RGB_ADVICE = (
     " The images are RGB: set model.input_format and image_format of the mappers to RGB (yaml: "
     "INPUT.FORMAT). Such models mostly have strides in the 3x3 convolutions: set stride_in_1x1 to "
     "False (yaml: MODEL.RESNETS.STRIDE_IN_1X1)."
 )
+NUMBERED = re.compile(r"_(\d+)\.pth$")  # a checkpoint by its iteration
 MATCHING = re.compile(r"\?matching_heuristics=\w*$")
 
 
@@ -32,8 +39,10 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
     It recognises by the names of the parameters: checkpoints of this package, of Detectron2 and
     of its model zoo; Mask R-CNN and Mask Scoring R-CNN of MMDetection and of the paper's release;
-    torchvision's Mask R-CNN; ImageNet weights of all of them. What it saves is what
-    :class:`DetectionCheckpointer` saves.
+    torchvision's Mask R-CNN; ImageNet weights of all of them.
+
+    What it saves is what :class:`DetectionCheckpointer` saves; but a file appears under its name,
+    and in "last_checkpoint", when it is complete and on the disk, and not before.
     """
 
     def load(
@@ -84,12 +93,94 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         self, path: str, *, resume: bool = True, strict: bool = False
     ) -> dict[str, Any]:
         """
-        With `resume`, load the last checkpoint in `save_dir` with all its checkpointables if there
-        is one; it has to be complete. Else load the model only; arguments as in :meth:`load`.
+        With `resume`, load :meth:`last_complete_checkpoint` with all its checkpointables if there
+        is one. Else load the model only; arguments as in :meth:`load`.
         """
-        if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file(), strict=True)
-        return self.load(path, checkpointables=[], strict=strict)
+        last = self.last_complete_checkpoint() if resume else None
+        if last is None:
+            return self.load(path, checkpointables=[], strict=strict)
+        if not (os.path.isfile(last) or _is_remote(last)):
+            raise UserError(
+                f"Checkpoint '{last}' is on the first machine only: use an output folder that all "
+                "machines share, or copy the checkpoint to each of them."
+            )
+        return self.load(last, strict=True)
+
+    def last_complete_checkpoint(self) -> Optional[str]:
+        """
+        The checkpoint to go on from: the one that "last_checkpoint" names, or if that one is
+        damaged the newest before it that is not. All processes get what the first one finds, and
+        have to call this together.
+
+        Returns:
+            the path of a file whose checksums are right; None if there is no checkpoint.
+
+        Raises:
+            UserError: there are checkpoints, but all of them are damaged.
+        """
+        return _found_by_first_process(self._find_complete)
+
+    def _find_complete(self) -> Optional[str]:
+        if _is_remote(self.save_dir):
+            return self.get_checkpoint_file() if self.has_checkpoint() else None
+        candidates = self._candidates()
+        for path in candidates:
+            try:
+                check_whole(path)
+            except NotWeightsError as error:
+                self.logger.warning("'%s' %s: looking for the checkpoint before.", path, error.what)
+            else:
+                return path
+        if candidates:
+            raise UserError(
+                f"No checkpoint in '{self.save_dir}' can be read, of {', '.join(candidates)}: "
+                "choose another output folder, or train without --resume."
+            )
+        return None
+
+    def _candidates(self) -> list[str]:
+        """The file that "last_checkpoint" names, then those of earlier iterations."""
+        numbered = numbered_checkpoints(self.save_dir)
+        if not self.has_checkpoint():
+            return [path for _, path in reversed(numbered)]
+        tagged = self.get_checkpoint_file()
+        number = NUMBERED.search(tagged)
+        earlier = [path for k, path in numbered if not number or k < int(number[1])]
+        return [tagged, *reversed(earlier)]
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """
+        As in :class:`DetectionCheckpointer`.
+
+        Raises:
+            UserError: the disk is full, or refuses to write for another reason; older checkpoints
+                are as they were.
+        """
+        if _is_remote(self.save_dir) or not (self.save_dir and self.save_to_disk):
+            super().save(name, **kwargs)
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        states = {key: x.state_dict() for key, x in self.checkpointables.items()}
+        contents = {"model": self.model.state_dict(), **states, **kwargs}
+        try:
+            with write_whole(path) as f:
+                torch.save(contents, f)
+            self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as error:  # the latter from PyTorch
+            raise UserError(
+                f"Cannot write checkpoint '{path}' ({why_not_written(error)}). Older checkpoints "
+                "are as they were: make room, and go on with --resume."
+            ) from error
+        for left_behind in glob.glob(f"{glob.escape(self.save_dir)}/*.pth{INCOMPLETE}"):
+            os.remove(left_behind)  # of a process that was killed
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if _is_remote(self.save_dir):
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        with write_whole(os.path.join(self.save_dir, "last_checkpoint"), "w") as f:
+            f.write(last_filename_basename)
 
     def _load_weights(self, weights: Weights, file: str, strict: bool) -> None:
         state_dict = weights.state_dict
@@ -122,6 +213,32 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible) -> None:
         """Said already, in one line."""
+
+
+def numbered_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """Iteration and path of the checkpoints that were saved in the course of a training, sorted."""
+    paths = glob.glob(f"{glob.escape(folder)}/*.pth")
+    numbers = ((NUMBERED.search(path), path) for path in paths)
+    return sorted((int(number[1]), path) for number, path in numbers if number)
+
+
+def _is_remote(path: str) -> bool:
+    """Whether it is one of those that only a handler of iopath can open."""
+    return "://" in path
+
+
+def _found_by_first_process(find: Callable[[], Optional[str]]) -> Optional[str]:
+    """What `find` returns, or raises, in the main process, in all processes."""
+    found = message = None
+    if comm.is_main_process():
+        try:
+            found = find()
+        except UserError as error:
+            message = str(error)
+    found, message = comm.all_gather((found, message))[0]
+    if message:
+        raise UserError(message)
+    return found
 
 
 def _matched(model: nn.Module, weights: Weights, file: str) -> dict[str, torch.Tensor]:

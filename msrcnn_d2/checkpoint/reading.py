@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import zipfile
 from typing import Any
 
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from torch.serialization import MAGIC_NUMBER
 from ..errors import UserError
 from .pickles import RefusedError, SafeUnpickler, load_torch
 
-__all__ = ["NotWeightsError", "read_file", "reason"]
+__all__ = ["NotWeightsError", "check_whole", "read_file", "reason"]
 
 ZIP = b"PK\x03\x04"
 # What PyTorch wrote before its files were zip archives
@@ -77,6 +78,34 @@ def read_file(path: str) -> Any:
             path, f"is truncated or damaged ({reason(error)})", "get the file again"
         ) from error
     raise NotWeightsError(path, *_what_instead(head))
+
+
+def check_whole(path: str) -> None:
+    """
+    Read a file of PyTorch once, to see whether each byte is as it was written: PyTorch itself
+    compares no checksums.
+
+    Raises:
+        NotWeightsError: it is cut off, damaged, or something else.
+    """
+    try:
+        with open(path, "rb") as f:
+            is_zip = f.read(HEAD_SIZE).startswith(ZIP)
+        if not is_zip:
+            read_file(path)  # what has no checksums
+            return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except NotWeightsError:
+        raise
+    except Exception as error:  # damaged files raise anything
+        raise NotWeightsError(
+            path, f"is truncated or damaged ({reason(error)})", "get the file again"
+        ) from error
+    if damaged:
+        raise NotWeightsError(
+            path, f"is damaged (the checksum of '{damaged}' is wrong)", "get the file again"
+        )
 
 
 def _what_instead(head: bytes) -> tuple[str, str]:

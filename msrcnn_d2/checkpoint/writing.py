@@ -2,21 +2,22 @@
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save
 
 from ..errors import UserError
+from ..whole_file import os_error_of, write_whole
 from .conversion import SCORE_EXPONENT
 from .reading import reason
 
-__all__ = ["WRITERS", "check_target", "write_weights"]
+__all__ = ["WRITERS", "check_target", "why_not_written", "write_weights"]
 
-WRITERS: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
-    ".pth": lambda state_dict, path: torch.save({"model": state_dict}, path),
+WRITERS: dict[str, Callable[[dict[str, torch.Tensor], IO[bytes]], object]] = {
+    ".pth": lambda state_dict, f: torch.save({"model": state_dict}, f),
     # Not save_file, whose files only their owner may read
-    ".safetensors": lambda state_dict, path: Path(path).write_bytes(save(state_dict)),
+    ".safetensors": lambda state_dict, f: f.write(save(state_dict)),
 }
 
 
@@ -49,15 +50,17 @@ def write_weights(state_dict: Mapping[str, torch.Tensor], target: str, half: boo
         name: (_halved(name, value) if half else value).clone(memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
     }
-    incomplete = f"{target}.incomplete"
     try:
-        WRITERS[os.path.splitext(target)[1]](contents, incomplete)
-        os.replace(incomplete, target)
+        with write_whole(target) as f:
+            WRITERS[os.path.splitext(target)[1]](contents, f)
     except (OSError, RuntimeError) as error:  # the latter from PyTorch
-        raise UserError(f"Cannot write '{target}' ({reason(error)}).") from error
-    finally:
-        if os.path.exists(incomplete):
-            os.remove(incomplete)
+        raise UserError(f"Cannot write '{target}' ({why_not_written(error)}).") from error
+
+
+def why_not_written(error: Exception) -> str:
+    """What the system says, where it has refused something: a disk may be full."""
+    refused = os_error_of(error)
+    return refused.strerror if refused and refused.strerror else reason(error)
 
 
 def _halved(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detectron2.data import DatasetFromList
-from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+
+from .bad_images import BadImage, Read, ReadingLoader, map_or_tell, refuse
 
 __all__ = ["ResumableBatches", "StepSeeds", "build_resumable_loader"]
 
@@ -32,7 +33,11 @@ class StepSeeds(HookBase):
         self.seed = seed
 
     def before_step(self):
-        seed_all_rng(_derived_seed(self.seed, self.trainer.iter))
+        seed_all_rng(self.seed_of_step())
+
+    def seed_of_step(self) -> int:
+        """Of this process in the current iteration."""
+        return _derived_seed(self.seed, self.trainer.iter)
 
     def state_dict(self):
         return {"seed": self.seed}
@@ -47,24 +52,38 @@ class ResumableBatches:
 
     The loader is built when iteration starts: a resumed run knows its seed and its iteration only
     after the checkpoint was read.
+
+    Attributes:
+        current: the batch given last.
     """
 
-    def __init__(self, build_loader: Callable[[int, int], Iterable], seeds: StepSeeds):
+    def __init__(
+        self,
+        build_loader: Callable[[int, int, Callable], Iterable],
+        seeds: StepSeeds,
+        on_bad_images: Callable[[list[BadImage]], object] = refuse,
+    ):
         """
         Args:
-            build_loader: called with (seed, first iteration).
+            build_loader: called with (seed, first iteration, on_bad_images).
             seeds: owner of the run's seed.
+            on_bad_images: called with images that cannot be used, if there are any in a batch.
         """
         self.build_loader = build_loader
         self.seeds = seeds
+        self.on_bad_images = on_bad_images
         self.first_iter = 0
+        self.current: list[dict] = []
 
     def __iter__(self):
         # Samplers draw their own seed when they are built, and loaders when they start. It happens
         # in the first step of a run, resumed or not, whose numbers it must not change.
         with _temporary_seed(self.seeds.seed):
-            batches = iter(self.build_loader(self.seeds.seed, self.first_iter))
-        yield from batches
+            loader = self.build_loader(self.seeds.seed, self.first_iter, self.on_bad_images)
+            batches = iter(loader)
+        for batch in batches:
+            self.current = batch
+            yield batch
 
 
 def build_resumable_loader(
@@ -78,6 +97,7 @@ def build_resumable_loader(
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     collate_fn: "Callable | None" = None,
+    on_bad_images: Callable[[list[BadImage]], object] = refuse,
 ) -> DataLoader:
     """
     :func:`build_detection_train_loader` of a list of dataset dicts, from a given iteration on.
@@ -87,6 +107,8 @@ def build_resumable_loader(
         first_iter: number of batches to leave out at the beginning; their images are not read.
         dataset, mapper, total_batch_size, ...: as in Detectron2; `sampler`, if given, yields the
             same indices in each run.
+        on_bad_images: called with the images of a batch that cannot be used, maybe none; by
+            default they are an error. In the batch others at random take their place.
 
     Returns:
         loader of `total_batch_size / number of processes` mapped dataset dicts, forever.
@@ -97,11 +119,12 @@ def build_resumable_loader(
         sampler, len(dataset), total_batch_size // comm.get_world_size(), groups, first_iter
     )
     samples = _SeededSamples(DatasetFromList(dataset, copy=False), mapper, seed)
-    return DataLoader(
+    return ReadingLoader(
         samples,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=collate_fn or trivial_batch_collator,
+        collate_fn=collate_fn,
+        on_bad_images=on_bad_images,
     )
 
 
@@ -144,7 +167,8 @@ class _SeededSamples(Dataset):
     """
     Mapped samples by the codes of :class:`_BatchSampler`; a code fixes the augmentation.
 
-    A sample that the mapper refuses, by returning None, is replaced by another one at random.
+    A sample that cannot be read, or that the mapper refuses by returning None, is replaced by
+    another one at random.
     """
 
     MAX_TRIES = 100
@@ -158,14 +182,19 @@ class _SeededSamples(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, code: int):
+    def __getitem__(self, code: int) -> Read:
         position, index = divmod(code, len(self.dataset))
+        bad_images: list[BadImage] = []
         with _temporary_seed(_derived_seed(self.seed, position, self.rank)):
             for _ in range(self.MAX_TRIES):
-                sample = self.mapper(self.dataset[index])
-                if sample is not None:
-                    return sample
+                sample = map_or_tell(self.mapper, self.dataset[index])
+                if isinstance(sample, BadImage):
+                    bad_images.append(sample)
+                elif sample is not None:
+                    return Read(sample, bad_images)
                 index = random.randrange(len(self.dataset))
+        if bad_images:
+            return Read(None, bad_images)
         raise RuntimeError(f"The mapper refused {self.MAX_TRIES} samples one after another.")
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from torch.utils.data import DataLoader, IterableDataset
 
 from detectron2.data import DatasetFromList, MapDataset
-from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
+
+from .bad_images import BadImage, Read, ReadingLoader, map_or_tell, refuse
 
 __all__ = ["build_test_loader"]
 
@@ -34,22 +35,36 @@ def build_test_loader(
 
     Returns:
         loader of lists of mapped dataset dicts, each of which comes once in all processes together.
+        An image that cannot be read is a :class:`BadImageError`: without it, AP would be wrong.
     """
     if isinstance(dataset, list):
         if batch_size > 1 and sampler is None:
             dataset = sorted(dataset, key=_aspect_ratio)
         dataset = DatasetFromList(dataset, copy=False)
-    if mapper is not None:
-        dataset = MapDataset(dataset, mapper)
+    dataset = MapDataset(dataset, _Reader(mapper))
     if sampler is None and not isinstance(dataset, IterableDataset):
         sampler = InferenceSampler(len(dataset))
-    return DataLoader(
+    return ReadingLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate_fn or trivial_batch_collator,
+        collate_fn=collate_fn,
+        on_bad_images=refuse,
     )
+
+
+class _Reader:
+    """A class, since worker processes may have to be sent it."""
+
+    def __init__(self, mapper: "Callable | None"):
+        self.mapper = mapper
+
+    def __call__(self, element) -> "Read | None":
+        mapped = element if self.mapper is None else map_or_tell(self.mapper, element)
+        if isinstance(mapped, BadImage):
+            return Read(None, [mapped])
+        return None if mapped is None else Read(mapped, [])
 
 
 def _aspect_ratio(image: dict) -> float:

@@ -13,6 +13,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from ..errors import UserError
+from .stopping import stop_signals_handled
 
 __all__ = ["launch"]
 
@@ -74,14 +75,28 @@ def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, ar
             raise UserError("--dist-url auto works on one machine; give tcp://HOST:PORT for more.")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     worker_args = (main, num_processes, num_machines, machine_rank, dist_url, device, args)
+    processes = mp.spawn(_spawned, nprocs=num_processes, args=worker_args, join=False)
+    received: list[int] = []
+
+    def forward(number, frame):
+        received.append(number)
+        for process in processes.processes:
+            if process.is_alive():
+                # Not SIGINT, which Ctrl-C sends them besides: a second one ends them at once
+                process.terminate()
+
     try:
-        mp.spawn(_spawned, nprocs=num_processes, args=worker_args)
+        # They save what they have to; this process leaves after them
+        with stop_signals_handled(forward):
+            while not processes.join():  # one that fails ends the others
+                pass
     except mp.ProcessExitedException as error:
-        if error.signal_name:
+        if error.signal_name and not received:
             raise UserError(
                 f"A process was ended by {error.signal_name}; if nobody ended it, memory ran out."
             ) from error
-        sys.exit(error.exit_code)  # the process has said why
+        # The process has said why
+        sys.exit(128 + received[-1] if error.signal_name else error.exit_code)
 
 
 def _check_devices(device, local_size):

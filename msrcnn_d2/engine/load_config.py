@@ -29,6 +29,9 @@ OPTIONAL_TRAIN_KEYS = {
     "float32_precision": "",
     "compile": False,
     "amp.test": False,
+    "max_bad_images": 10,
+    "max_nonfinite_steps": 0,
+    "check_images": True,
 }
 
 
@@ -107,6 +110,8 @@ def load_config(
         UserError: the file or an override cannot be read, a key does not exist, or there is no
             trained model to retrofit.
     """
+    for late in (x for x in overrides if str(x).startswith("--")):
+        raise UserError(f"Option '{late}' comes too late: give options before key=value.")
     load = _load_lazy if _is_lazy(path) else _load_yacs
     try:
         cfg = load(path, overrides, retrofitted)

@@ -1,6 +1,7 @@
 """One description of a run for both kinds of config, so that there is one training loop."""
 
 import copy
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from ..evaluation.coco_engine import choose_engine
 from ..modeling import MaskScoringRCNNWithTTA
 from .data_order import build_resumable_loader
 from .inference_loader import build_test_loader
+from .mask_format import fit_mask_format
 
 __all__ = ["Recipe", "TestSet", "build_recipe"]
 
@@ -59,7 +61,8 @@ class Recipe:
     Attributes:
         build_optimizer: called with the model.
         build_lr_scheduler: called with the optimizer; returns what `hooks.LRScheduler` takes.
-        build_train_loader: called with (seed, first iteration).
+        build_train_loader: called with (seed, first iteration, on_bad_images); see
+            :class:`ResumableBatches`.
         wrap_for_test: called with the model; returns what is evaluated.
         train_names, num_classes: names of the training datasets, number of foreground classes;
             empty and None where the config does not say. For checks only.
@@ -68,6 +71,9 @@ class Recipe:
         eval_period, checkpoint_period, log_period, max_iter: in iterations.
         amp, test_amp: whether training and evaluation are in mixed precision.
         compile: whether `torch.compile` compiles what consists of layers only.
+        max_bad_images: images that may be left out in training since they cannot be used.
+        max_nonfinite_steps: steps that may be left out since their loss is not finite.
+        check_images: whether to look at all images before training.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
         verify_results: called with the results at the end of a run.
@@ -76,7 +82,7 @@ class Recipe:
     build_model: Callable[[], nn.Module]
     build_optimizer: Callable[[nn.Module], Any]
     build_lr_scheduler: Callable[[Any], Any]
-    build_train_loader: Callable[[int, int], Any]
+    build_train_loader: Callable[[int, int, Callable], Any]
     test_sets: list[TestSet]
     train_names: tuple[str, ...]
     num_classes: Optional[int]
@@ -93,6 +99,9 @@ class Recipe:
     test_amp: bool = False
     compile: bool = False
     ddp: dict = field(default_factory=dict)
+    max_bad_images: int = 10
+    max_nonfinite_steps: int = 0
+    check_images: bool = True
     precise_bn_iters: int = 0
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
@@ -120,9 +129,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_model=lambda: instantiate(cfg.model),
         build_optimizer=build_lazy_optimizer,
         build_lr_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
-        build_train_loader=lambda seed, first: _lazy_train_loader(
-            cfg.dataloader.train, seed, first
-        ),
+        build_train_loader=functools.partial(_lazy_train_loader, cfg.dataloader.train),
         test_sets=_lazy_test_sets(cfg),
         train_names=_names(OmegaConf.select(cfg, "dataloader.train.dataset.names")),
         num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
@@ -139,26 +146,33 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         test_amp=train.amp.get("test", False),
         compile=train.get("compile", False),
         ddp=dict(train.ddp),
+        max_bad_images=train.get("max_bad_images", 10),
+        max_nonfinite_steps=train.get("max_nonfinite_steps", 0),
+        check_images=train.get("check_images", True),
     )
 
 
-def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int):
+def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int, on_bad_images: Callable):
     arguments = _arguments_of(loader)
     if target_of(loader) is not build_detection_train_loader:
         return target_of(loader)(**arguments)  # a loader of the user's own keeps its own order
-    return _train_loader(arguments, seed, first_iter)
+    return _train_loader(arguments, seed, first_iter, on_bad_images)
 
 
 def _arguments_of(loader: DictConfig) -> dict[str, Any]:
     return {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
 
 
-def _train_loader(arguments: dict[str, Any], seed: int, first_iter: int):
+def _train_loader(arguments: dict[str, Any], seed: int, first_iter: int, on_bad_images: Callable):
     """Our loader for the arguments of Detectron2's; that one where ours cannot replace it."""
+    dataset = arguments["dataset"]
     supported = set(inspect.signature(build_resumable_loader).parameters)
-    if isinstance(arguments["dataset"], list) and set(arguments) <= supported:
-        return build_resumable_loader(seed=seed, first_iter=first_iter, **arguments)
-    return build_detection_train_loader(**arguments)
+    if not (isinstance(dataset, list) and set(arguments) <= supported):
+        return build_detection_train_loader(**arguments)
+    fit_mask_format(arguments["mapper"], dataset)
+    return build_resumable_loader(
+        seed=seed, first_iter=first_iter, on_bad_images=on_bad_images, **arguments
+    )
 
 
 def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
@@ -197,7 +211,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         build_model=lambda: build_model(cfg),
         build_optimizer=lambda model: build_optimizer(cfg, model),
         build_lr_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
-        build_train_loader=lambda seed, first: _yacs_train_loader(cfg, seed, first),
+        build_train_loader=functools.partial(_yacs_train_loader, cfg),
         test_sets=[_yacs_test_set(cfg, name) for name in cfg.DATASETS.TEST],
         train_names=tuple(cfg.DATASETS.TRAIN),
         num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
@@ -214,15 +228,18 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         test_amp=cfg.TEST.AMP.ENABLED,
         compile=cfg.SOLVER.COMPILE,
         ddp={"broadcast_buffers": False},
+        max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
+        max_nonfinite_steps=cfg.SOLVER.MAX_NONFINITE_STEPS,
+        check_images=cfg.DATALOADER.CHECK_IMAGES,
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
         verify_results=lambda results: verify_results(cfg, results),
     )
 
 
-def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int):
+def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int, on_bad_images: Callable):
     arguments = build_detection_train_loader.from_config(cfg)
-    return _train_loader(arguments, seed, first_iter)
+    return _train_loader(arguments, seed, first_iter, on_bad_images)
 
 
 def _check_engine(name: Optional[str]) -> Optional[str]:

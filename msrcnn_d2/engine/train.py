@@ -1,9 +1,10 @@
 """Train and evaluate a recipe."""
 
+import errno
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Optional
 
 import torch
@@ -12,7 +13,13 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.engine import (
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_writers,
+    hooks,
+)
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
@@ -22,9 +29,14 @@ from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
 from ..model_zoo import Published
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
+from .bad_images import BadImages
+from .checkpoints import PeriodicCheckpoints
 from .data_order import ResumableBatches, StepSeeds
+from .nonfinite import StepKeeper
 from .quality import log_reliability, write_report_of
 from .recipe import Recipe, TestSet
+from .stopping import StopOnSignal
+from .trainer import FiniteAMPTrainer, FiniteTrainer
 
 __all__ = ["evaluate", "evaluate_checkpoint", "train"]
 
@@ -35,8 +47,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     """
     Args:
         recipe: what to train and how.
-        resume: go on from the last checkpoint in the output folder, if there is one. The run then
-            has the losses of one that was never interrupted.
+        resume: go on from the last complete checkpoint in the output folder, if there is one. The
+            run then has the losses of one that was never interrupted.
 
     Returns:
         results of the evaluation at the end, as :func:`evaluate` returns them.
@@ -45,35 +57,77 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     logger.info("Model:\n%s", model)
     optimizer = recipe.build_optimizer(model)
     seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())
-    batches = ResumableBatches(recipe.build_train_loader, seeds)
+    bad_images = BadImages(recipe.max_bad_images)
+    batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     model = _distributed(model, recipe)
-    trainer = _build_trainer(model, batches, optimizer, recipe)
+    keeper = StepKeeper(recipe, model, batches, seeds)
+    trainer = _build_trainer(model, batches, optimizer, recipe, keeper)
     checkpointer = MaskScoringCheckpointer(model, recipe.output_dir, trainer=trainer)
+    checkpoints = PeriodicCheckpoints(checkpointer, **recipe.checkpointer)
+    stop = StopOnSignal(checkpoints.save_now)
 
     results: dict = {}
 
     def evaluate_and_keep():
         results.clear()
-        results.update(evaluate(recipe, model, use_quality=log_reliability))
+        with stop.leaving_at_once():
+            results.update(evaluate(recipe, model, use_quality=log_reliability))
         return results
 
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             seeds,
+            bad_images,
             hooks.LRScheduler(scheduler=recipe.build_lr_scheduler(optimizer)),
             _precise_bn(recipe, model, seeds),
-            _on_main_process(hooks.PeriodicCheckpointer, checkpointer, **recipe.checkpointer),
+            checkpoints,
+            stop,
             hooks.EvalHook(recipe.eval_period, evaluate_and_keep),
             _on_main_process(_periodic_writer, recipe),
         ]
     )
+    trainer.iter = -1  # what a checkpoint replaces
     with agree_on_user_errors():
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
-    if resume and checkpointer.has_checkpoint():
-        batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
-    trainer.train(batches.first_iter, recipe.max_iter)
+    batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
+    with stop.listening(), _told_once(), _full_disk_is_a_user_error(recipe.output_dir):
+        trainer.train(batches.first_iter, recipe.max_iter)
     return _verified(results, recipe)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Detectron2 logs all errors of a training with a traceback; ours are shown by the program."""
+
+    def is_new(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, UserError) or _is_full_disk(error))
+
+    of_trainer = logging.getLogger(TrainerBase.__module__)
+    of_trainer.addFilter(is_new)
+    try:
+        yield
+    finally:
+        of_trainer.removeFilter(is_new)
+
+
+@contextmanager
+def _full_disk_is_a_user_error(output_dir: str) -> Iterator[None]:
+    """Checkpoints say it themselves; this is for logs, metrics and results."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"Cannot write to '{output_dir}' ({error.strerror}). The checkpoints are complete: "
+            "make room, and go on with --resume."
+        ) from error
+
+
+def _is_full_disk(error: Optional[BaseException]) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _build_model(recipe: Recipe) -> nn.Module:
@@ -95,13 +149,17 @@ def _distributed(model: nn.Module, recipe: Recipe) -> nn.Module:
     return create_ddp_model(model, **recipe.ddp, **({"device_ids": None} if on_cpu else {}))
 
 
-def _build_trainer(model, batches, optimizer, recipe: Recipe) -> SimpleTrainer:
-    if recipe.amp and recipe.device.startswith("cuda"):
-        return AMPTrainer(model, batches, optimizer)
-    if recipe.amp:
+def _build_trainer(model, batches, optimizer, recipe: Recipe, keeper: StepKeeper) -> SimpleTrainer:
+    scaled = recipe.amp and recipe.device.startswith("cuda")
+    if recipe.amp and not scaled:
         logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")
         _autocast_in_training(model)
-    return SimpleTrainer(model, batches, optimizer)
+    return (FiniteAMPTrainer if scaled else FiniteTrainer)(
+        *(model, batches, optimizer),
+        max_nonfinite_steps=recipe.max_nonfinite_steps,
+        describe=keeper.describe,
+        stop=keeper.stop,
+    )
 
 
 def _autocast_in_training(model: nn.Module) -> None:

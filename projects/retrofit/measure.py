@@ -34,6 +34,7 @@ from detectron2.utils.events import EventStorage
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import build_recipe, find_config_file, load_config, register_dataset
+from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds
 from msrcnn_d2.evaluation import mask_ap, true_mask_ious
 
 OUTPUTS = ("pred_boxes", "pred_classes", "pred_masks", "scores")  # of a Mask R-CNN
@@ -171,7 +172,7 @@ class Training:
         self.recipe = recipe
 
     def batches(self, count: int) -> list:
-        batches = iter(self.recipe.build_train_loader(0, 0))
+        batches = iter(ResumableBatches(self.recipe.build_train_loader, StepSeeds(0)))
         return [next(batches) for _ in range(count)]
 
     def step(self, batch) -> None:

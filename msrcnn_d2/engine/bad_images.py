@@ -1,0 +1,170 @@
+"""Images that cannot be read: named, counted, left out in training up to a limit."""
+
+import logging
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from detectron2.data.build import trivial_batch_collator
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..errors import UserError
+from .agreement import any_process
+from .stopping import outlive_stop_signals
+
+__all__ = ["BadImage", "BadImageError", "BadImages", "ReadingLoader", "map_or_tell", "refuse"]
+
+logger = logging.getLogger(__name__)
+
+# What reading an image, or masks that do not fit it, raises; mistakes in the code of a mapper
+# raise others
+DATA_ERRORS = (
+    AssertionError,
+    EOFError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,  # Pillow, for a broken PNG
+    ValueError,  # also what Detectron2 raises for an image of another size than it should have
+    struct.error,
+    zlib.error,
+)
+
+
+class BadImage(NamedTuple):
+    """An image of a dataset that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+class BadImageError(UserError):
+    """There are images that cannot be used, and more of them than may be left out."""
+
+
+class Read(NamedTuple):
+    """What a loader's process has made of an element: None if there is nothing but bad images."""
+
+    sample: Any
+    bad_images: list[BadImage]
+
+
+def map_or_tell(mapper: Callable, dataset_dict: dict) -> "dict | BadImage | None":
+    """The mapped dataset dict, or which image cannot be read; None if the mapper refuses it."""
+    try:
+        return mapper(dataset_dict)
+    except DATA_ERRORS as error:
+        name = dataset_dict.get("file_name", f"image {dataset_dict.get('image_id')}")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return BadImage(name, reason.rstrip("."))
+
+
+def refuse(images: list[BadImage]) -> None:
+    """
+    Raises:
+        BadImageError: if there are any.
+    """
+    if images:
+        raise BadImageError(
+            f"Image '{images[0].name}' cannot be used ({images[0].reason}): mend it, or take it "
+            "out of the annotations. `python -m msrcnn_d2.data.check ANNOTATIONS IMAGES` finds all "
+            "such images, and with --fix writes annotations without them."
+        )
+
+
+class ReadingLoader(DataLoader):
+    """
+    `DataLoader` of a dataset of :class:`Read`: gives batches of their samples, and what cannot be
+    read to a function in this process. An error in a worker would come with its whole traceback.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        collate_fn: Optional[Callable],
+        on_bad_images: Callable[[list[BadImage]], object],
+        **kwargs,
+    ):
+        super().__init__(
+            dataset,
+            collate_fn=_Collate(collate_fn or trivial_batch_collator),
+            worker_init_fn=outlive_stop_signals,
+            **kwargs,
+        )
+        self._on_bad_images = on_bad_images
+
+    def __iter__(self):
+        # Started now, not with the first batch: it draws a seed from the caller's generator
+        return self._read(super().__iter__())
+
+    def _read(self, batches):
+        for batch, bad_images in batches:
+            self._on_bad_images(bad_images)
+            if batch is None:
+                refuse(bad_images)
+            yield batch
+
+
+class _Collate:
+    """A class, since worker processes may have to be sent it."""
+
+    def __init__(self, collate_fn: Callable):
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: list[Read]) -> tuple[Any, list[BadImage]]:
+        bad_images = [image for item in items for image in item.bad_images]
+        if any(item.sample is None for item in items):
+            return None, bad_images
+        return self.collate_fn([item.sample for item in items]), bad_images
+
+
+class BadImages(HookBase):
+    """
+    Counts the images that a training has left out. All processes stop after the step in which
+    there are too many.
+    """
+
+    def __init__(self, limit: int):
+        """
+        Args:
+            limit: how many may be left out.
+        """
+        self.limit = limit
+        self._known: dict[str, str] = {}
+        self._new: dict[str, str] = {}
+
+    def found(self, images: list[BadImage]) -> None:
+        """Called where they are met, with each of them as often as it is met."""
+        self._new.update((i.name, i.reason) for i in images if i.name not in self._known)
+
+    def after_step(self):
+        if not any_process(bool(self._new)):
+            return
+        new = {k: v for found in comm.all_gather(self._new) for k, v in found.items()}
+        self._new = {}
+        for name, reason in new.items():
+            self._known[name] = reason
+            logger.warning(
+                "Image '%s' is left out (%s). That makes %d of at most %d.",
+                *(name, reason, len(self._known), self.limit),
+            )
+        if len(self._known) > self.limit:
+            error = BadImageError(
+                f"Iteration {self.trainer.iter}: {counted(len(self._known))} cannot be used, the "
+                f"last one '{name}' ({reason}), and at most {self.limit} may be left out: mend "
+                "them, or raise train.max_bad_images (yaml: DATALOADER.MAX_BAD_IMAGES). "
+                "`python -m msrcnn_d2.data.check ANNOTATIONS IMAGES` finds all of them, and with "
+                "--fix writes annotations without them."
+            )
+            error.on_all_processes = True
+            raise error
+
+
+def counted(number: int) -> str:
+    """ "1 image", "2 images" """
+    return f"{number} image" + "s" * (number != 1)

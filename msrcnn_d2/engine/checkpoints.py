@@ -1,0 +1,52 @@
+"""When checkpoints are saved in a training, and which of them are kept."""
+
+from typing import Optional
+
+from detectron2.engine import hooks
+from detectron2.utils import comm
+
+from ..checkpoint import MaskScoringCheckpointer
+from ..checkpoint.checkpointer import numbered_checkpoints
+from ..errors import agree_on_user_errors
+
+__all__ = ["PeriodicCheckpoints"]
+
+
+class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
+    """
+    `PeriodicCheckpointer` for all processes: the main process writes, and a disk that is full ends
+    all of them. After a resumption `max_to_keep` counts the checkpoints of before, too.
+    """
+
+    def __init__(
+        self, checkpointer: MaskScoringCheckpointer, period: int, max_to_keep: Optional[int] = None
+    ):
+        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
+        self._saved_iter = -1
+
+    def before_train(self):
+        super().before_train()
+        earlier = numbered_checkpoints(self.checkpointer.save_dir)
+        self.recent_checkpoints = [path for k, path in earlier if k < self.trainer.iter]
+
+    def after_step(self):
+        iteration = self.trainer.iter
+        if (iteration + 1) % self.period and iteration < self.max_iter - 1:
+            return
+        with agree_on_user_errors():
+            if comm.is_main_process():
+                self.step(iteration)
+        self._saved_iter = iteration
+
+    def save_now(self) -> int:
+        """
+        Save the iteration that was done last, unless it has been saved; on the main process.
+
+        Returns:
+            its number.
+        """
+        iteration = min(self.trainer.iter, self.max_iter - 1)  # the first is more at the end
+        if self._saved_iter != iteration:
+            self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
+            self._saved_iter = iteration
+        return iteration

@@ -1,0 +1,133 @@
+"""Save before leaving, when a machine is taken away or somebody presses Ctrl-C."""
+
+import logging
+import mmap
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..errors import agree_on_user_errors
+from .agreement import any_process
+
+__all__ = ["STOP_SIGNALS", "StopOnSignal", "outlive_stop_signals", "stop_signals_handled"]
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+logger = logging.getLogger(__name__)
+
+
+class StopOnSignal(HookBase):
+    """
+    At SIGTERM or SIGINT finish the step, save, and exit with 128 + the number of the signal.
+
+    All processes leave after the same step, whichever of them got the signal. A second SIGINT ends
+    the process at once.
+
+    It has to come after the hooks whose state is saved, and before those that may take long.
+    """
+
+    def __init__(self, save: Callable[[], int]):
+        """
+        Args:
+            save: writes a checkpoint of the iteration done last, and returns its number; called on
+                the main process.
+        """
+        self._save = save
+        self._signal = 0
+        self._leaves_at_once = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside of the block, as the main thread of a program can."""
+        with stop_signals_handled(self._receive):
+            _listening[0] = 1
+            try:
+                yield
+            finally:
+                _listening[0] = 0
+
+    def _receive(self, number, frame):
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        if self._leaves_at_once:
+            raise _LeftEvaluation
+        if comm.is_main_process():
+            name = signal.Signals(number).name
+            logger.warning("%s: this iteration is finished and saved before leaving.", name)
+
+    def after_step(self):
+        if any_process(bool(self._signal)):
+            # A process that got no signal itself leaves with those that did
+            self._signal = self._signal or signal.SIGTERM
+            with agree_on_user_errors():
+                self._save_on_main_process()
+            self._exit()
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """
+        Around an evaluation, which may take longer than a machine that is taken away gives: leave
+        it as it is. Processes do not wait for each other here.
+        """
+        try:
+            self._leaves_at_once = True
+            if self._signal:
+                raise _LeftEvaluation
+            yield
+        except _LeftEvaluation:
+            self._save_on_main_process()
+            self._exit()
+        finally:
+            self._leaves_at_once = False
+
+    def _save_on_main_process(self) -> None:
+        self._leaves_at_once = False  # nothing interrupts it
+        if comm.is_main_process():
+            name = signal.Signals(self._signal).name
+            logger.warning("%s: iteration %d is saved. Go on with --resume.", name, self._save())
+
+    def _exit(self):
+        sys.exit(128 + self._signal)
+
+
+class _LeftEvaluation(BaseException):
+    """Not an Exception, which somebody could catch on its way out."""
+
+
+@contextmanager
+def stop_signals_handled(handle: Callable) -> Iterator[None]:
+    """Call `handle(number, frame)` at signals to stop, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# One byte that worker processes share, since they are forked: whether a step is to be finished
+_listening = mmap.mmap(-1, 1)
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """
+    For the worker processes of a loader: Ctrl-C and `scancel` reach them, too, and one that dies
+    would take the step with it. They end with their loader.
+    """
+
+    def handle(number, frame):
+        if not _listening[0]:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)

@@ -1,0 +1,220 @@
+"""Images that cannot be read: in training left out and counted, in evaluation refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectron2.data import DatasetMapper
+
+from msrcnn_d2.engine.bad_images import BadImage, BadImageError, BadImages
+from msrcnn_d2.engine.data_order import build_resumable_loader
+from msrcnn_d2.engine.inference_loader import build_test_loader
+from msrcnn_d2.engine.mask_format import fit_mask_format
+
+from toy import IMAGE_SIZE
+from toy_training import NUM_IMAGES, run, write_dataset, write_lazy_config
+
+pytestmark = pytest.mark.usefixtures("leave_no_traces")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Options of a dataset that may be spoilt."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return write_dataset(folder)
+
+
+@pytest.fixture
+def base(dataset, tmp_path):
+    config = write_lazy_config(tmp_path / "lazy.yaml")
+    # The check before training would find them at once
+    return ["--config-file", config, *dataset, "train.check_images=False", "train.eval_period=0"]
+
+
+def spoil(folder, *numbers, how="truncate"):
+    for number in numbers:
+        image = folder / f"{number}.png"
+        if how == "truncate":
+            image.write_bytes(image.read_bytes()[:-30])
+        elif how == "remove":
+            image.unlink()
+        elif how == "resize":
+            Image.open(image).resize((48, 32)).save(image)
+        else:
+            image.write_text("not an image")
+
+
+def dicts(folder):
+    height, width = IMAGE_SIZE
+    return [
+        {"file_name": f"{folder}/{k}.png", "image_id": k, "height": height, "width": width}
+        for k in range(1, NUM_IMAGES + 1)
+    ]
+
+
+def mapper(is_train):
+    return DatasetMapper(is_train, augmentations=[], image_format="BGR")
+
+
+@pytest.mark.parametrize("how", ["truncate", "remove", "resize", "overwrite"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_image_takes_the_place_of_a_bad_one(how, num_workers, tmp_path):
+    write_dataset(tmp_path)
+    spoil(tmp_path, 3, 7, how=how)
+    found = []
+    loader = build_resumable_loader(
+        dicts(tmp_path),
+        mapper=mapper(True),
+        seed=0,
+        first_iter=0,
+        total_batch_size=3,
+        num_workers=num_workers,
+        on_bad_images=found.extend,
+    )
+    batches = [batch for batch, _ in zip(loader, range(6))]
+    ids = [x["image_id"] for batch in batches for x in batch]
+    assert len(ids) == 18 and not {3, 7} & set(ids)
+    assert {image.name for image in found} == {f"{tmp_path}/3.png", f"{tmp_path}/7.png"}
+    # Nothing but the others' place changes
+    repeated = build_resumable_loader(
+        dicts(tmp_path),
+        mapper=mapper(True),
+        seed=0,
+        first_iter=4,
+        total_batch_size=3,
+        on_bad_images=found.extend,
+    )
+    resumed = [[x["image_id"] for x in batch] for batch, _ in zip(repeated, range(2))]
+    assert resumed == [[x["image_id"] for x in batch] for batch in batches[4:]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_of_bad_images_is_one_sentence(num_workers, tmp_path):
+    loader = build_resumable_loader(
+        dicts(tmp_path / "nosuch"),
+        mapper=mapper(True),
+        seed=0,
+        first_iter=0,
+        total_batch_size=2,
+        num_workers=num_workers,
+        on_bad_images=lambda images: None,
+    )
+    with pytest.raises(BadImageError) as error:
+        next(iter(loader))
+    assert "nosuch/" in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_mistakes_of_a_mapper_are_not_bad_images(tmp_path):
+    def wrong(dataset_dict):
+        return dataset_dict["a key that is not there"]
+
+    loader = build_resumable_loader(
+        dicts(tmp_path), mapper=wrong, seed=0, first_iter=0, total_batch_size=2
+    )
+    with pytest.raises(KeyError):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_evaluation_refuses_a_bad_image_by_name(num_workers, batch_size, tmp_path):
+    write_dataset(tmp_path)
+    spoil(tmp_path, 5)
+    loader = build_test_loader(
+        dicts(tmp_path), mapper=mapper(False), batch_size=batch_size, num_workers=num_workers
+    )
+    with pytest.raises(BadImageError) as error:
+        list(loader)
+    message = str(error.value)
+    assert f"Image '{tmp_path}/5.png' cannot be used (image file is truncated" in message
+    assert "Traceback" not in message
+
+
+class Trainer:
+    iter = 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_images_are_counted_once_and_up_to_the_limit(limit, caplog):
+    counter = BadImages(limit)
+    counter.trainer = Trainer()
+    names = ["a.png", "a.png", "b.png", "a.png", "c.png"]
+    for known, name in enumerate(names):
+        counter.found([BadImage(name, "it is broken")])
+        if len(set(names[: known + 1])) > limit:
+            with pytest.raises(BadImageError) as error:
+                counter.after_step()
+            assert f"at most {limit} may be left out" in str(error.value)
+            return
+        counter.after_step()
+    pytest.fail("there are more than the limit")
+
+
+def test_training_goes_on_past_bad_images_with_a_warning_and_a_count(base, dataset, tmp_path):
+    folder = tmp_path / "data"
+    spoil(folder, 2)
+    spoil(folder, 6, how="remove")
+    options = ["dataloader.train.num_workers=1", f"train.output_dir={tmp_path}/output"]
+    with pytest.raises(SystemExit):  # of the evaluation at the end, on the same images
+        run(*base, *options)
+    log = (tmp_path / "output" / "log.txt").read_text()
+    assert f"Image '{folder}/2.png' is left out (image file is truncated" in log
+    assert "That makes 1 of at most 10." in log and "That makes 2 of at most 10." in log
+    assert (tmp_path / "output" / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_more_bad_images_than_the_limit_stop_a_training(limit, base, tmp_path, capsys):
+    spoil(tmp_path / "data", *range(1, 5))
+    with pytest.raises(SystemExit) as left:
+        run(*base, f"train.max_bad_images={limit}", f"train.output_dir={tmp_path}/output")
+    assert left.value.code == 2
+    captured = capsys.readouterr()
+    assert f"at most {limit} may be left out" in captured.err
+    assert "train.max_bad_images (yaml: DATALOADER.MAX_BAD_IMAGES)" in captured.err
+    assert captured.err.count("error: ") == 1
+    assert "Traceback" not in captured.out + captured.err
+    assert not (tmp_path / "output" / "model_final.pth").exists()
+
+
+# Masks as RLE
+
+
+def rle_annotations(path, crowds_only):
+    """Let the first object of each image be RLE."""
+    import pycocotools.mask as mask_util
+
+    data = json.loads(path.read_text())
+    seen = set()
+    for annotation in data["annotations"]:
+        if annotation["image_id"] in seen:
+            continue
+        seen.add(annotation["image_id"])
+        mask = np.zeros(IMAGE_SIZE, dtype=np.uint8, order="F")
+        mask[10:30, 20:50] = 1
+        rle = mask_util.encode(mask)
+        annotation["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        annotation.update(bbox=[20, 10, 30, 20], area=600, iscrowd=int(crowds_only))
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("crowds_only", [True, False])
+def test_masks_that_are_rle_need_no_option(crowds_only, base, tmp_path):
+    rle_annotations(tmp_path / "data" / "annotations.json", crowds_only)
+    run(*base, f"train.output_dir={tmp_path}/output")
+    log = (tmp_path / "output" / "log.txt").read_text()
+    assert ("There are masks in run-length encoding" in log) == (not crowds_only)
+    assert "loss_mask_iou" in (tmp_path / "output" / "metrics.json").read_text()
+
+
+def test_a_mapper_of_ones_own_keeps_its_masks():
+    rle = [{"annotations": [{"segmentation": {"size": [1, 1], "counts": "1"}}]}]
+    fit_mask_format(print, rle)
+    bitmask = DatasetMapper(True, augmentations=[], image_format="RGB", use_instance_mask=True)
+    fit_mask_format(bitmask, [])
+    assert bitmask.instance_mask_format == "polygon"
+    fit_mask_format(bitmask, rle)
+    assert bitmask.instance_mask_format == "bitmask"

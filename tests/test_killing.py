@@ -1,0 +1,235 @@
+"""Trainings that are killed, stopped, or run out of disk, and go on."""
+
+import io
+import os
+import random
+import signal
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from msrcnn_d2.checkpoint.reading import check_whole
+
+from killable import Training
+from toy_training import write_dataset, write_lazy_config
+
+NUM_KILLS = 20
+MAX_ITER = 80
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """Options of a training that saves after each second iteration."""
+    folder = tmp_path_factory.mktemp("base")
+    config, dataset = write_lazy_config(folder / "lazy.yaml"), write_dataset(folder)
+    options = [f"train.max_iter={MAX_ITER}", "train.checkpointer.period=2", "train.eval_period=0"]
+    return ["--resume", "--config-file", config, *dataset, *options]
+
+
+@pytest.fixture(scope="module")
+def base(long):
+    """The same in ten iterations, which makes another learning rate of each."""
+    return [*long, "train.max_iter=10"]
+
+
+def losses_of(options, folder):
+    """The losses of each iteration of a training that nobody disturbs."""
+    training = Training([*options, f"train.output_dir={folder}/output"], folder)
+    assert training.exit_code() == 0, training.printed()[-3000:]
+    return dict(training.losses())
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    losses = losses_of(base, tmp_path_factory.mktemp("whole"))
+    assert list(losses) == list(range(10))
+    return losses
+
+
+def tagged(output: Path) -> "Path | None":
+    """The file that "last_checkpoint" names; it has to be complete."""
+    tag = output / "last_checkpoint"
+    if not tag.exists():
+        return None
+    checkpoint = output / tag.read_text()
+    check_whole(str(checkpoint))
+    return checkpoint
+
+
+def iteration_of(checkpoint: "Path | None") -> int:
+    return torch.load(checkpoint)["iteration"] if checkpoint else -1
+
+
+def test_a_training_that_is_killed_20_times_has_the_losses_of_one_that_is_not(long, tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = losses_of(long, tmp_path / "whole")
+    seed = random.randrange(10**6)
+    print("seed of the moments:", seed)
+    moments = random.Random(seed)
+    output = tmp_path / "output"
+    options = [*long, f"train.output_dir={output}"]
+    kills = 0
+    while kills < NUM_KILLS:
+        training = Training(options, tmp_path)
+        iterations = moments.randint(0, 4)
+        training.wait_for(lambda t, n=iterations: len(t.losses()) >= n)
+        # Somewhere in the start or, after iterations, in the next one or in a checkpoint
+        training.process.join(moments.uniform(0, 0.1) if iterations else moments.uniform(0, 1.5))
+        training.process.kill()
+        assert training.exit_code() in (0, -signal.SIGKILL), training.printed()[-3000:]
+        kills += training.exit_code() == -signal.SIGKILL
+        first = iteration_of(tagged(output)) + 1
+        assert dict(training.losses()) == {k: whole[k] for k, _ in training.losses()}
+        assert first < MAX_ITER, "there are too few iterations for so many kills"
+    last = Training(options, tmp_path)
+    assert last.exit_code() == 0, last.printed()[-3000:]
+    assert dict(last.losses()) == {k: whole[k] for k in range(first, MAX_ITER)}
+    assert tagged(output).name == "model_final.pth"
+    assert not list(output.glob("*.incomplete"))
+
+
+@pytest.mark.parametrize(
+    "moment, count, expected",
+    # The second checkpoint, of iteration 3; each has a file of its own and one for its name
+    [("half", 2, 1), ("synced", 5, 1), ("named", 3, 1), ("renamed", 3, 1), ("named", 4, 1)]
+    + [("renamed", 4, 3)],
+)
+def test_a_training_killed_in_a_checkpoint_goes_on_from_the_last_complete_one(
+    moment, count, expected, base, whole, tmp_path
+):
+    output = tmp_path / "output"
+    base = [*base, f"train.output_dir={output}"]
+    killed = Training(base, tmp_path, prepare=("die_while_saving", moment, count))
+    assert killed.exit_code() == -signal.SIGKILL
+    assert iteration_of(tagged(output)) == expected
+    resumed = Training(base, tmp_path)
+    assert resumed.exit_code() == 0, resumed.printed()[-3000:]
+    assert [k for k, _ in resumed.losses()] == list(range(expected + 1, 10))
+    assert dict(resumed.losses()) == {k: whole[k] for k in range(expected + 1, 10)}
+    assert not list(output.glob("*.incomplete"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_stop_saves_the_step(number, base, whole, tmp_path):
+    output = tmp_path / "output"
+    base = [*base, f"train.output_dir={output}", "train.checkpointer.period=1000"]
+    stopped = Training(base, tmp_path)
+    stopped.wait_for(lambda t: len(t.losses()) >= 5)
+    os.kill(stopped.process.pid, number)
+    assert stopped.exit_code() == 128 + number
+    last = stopped.losses()[-1][0]
+    assert iteration_of(tagged(output)) == last
+    printed = stopped.printed()
+    assert f"{number.name}: iteration {last} is saved. Go on with --resume." in printed
+    assert "Traceback" not in printed
+    resumed = Training(base, tmp_path)
+    assert resumed.exit_code() == 0
+    assert dict(resumed.losses()) == {k: whole[k] for k in range(last + 1, 10)}
+
+
+def test_a_signal_to_stop_does_not_wait_for_an_evaluation(base, tmp_path):
+    output = tmp_path / "output"
+    options = ["train.eval_period=3", "train.checkpointer.period=1000"]
+    stopped = Training(
+        [*base, f"train.output_dir={output}", *options], tmp_path, prepare=("evaluate_slowly", 20)
+    )
+    stopped.wait_for(lambda t: "Start inference" in t.printed())
+    os.kill(stopped.process.pid, signal.SIGTERM)
+    assert stopped.exit_code(timeout=15) == 128 + signal.SIGTERM
+    assert iteration_of(tagged(output)) == 2
+    assert "Traceback" not in stopped.printed()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: content[:1000] + bytes(1000) + content[2000:],
+        lambda content: _flipped(content),
+    ],
+    ids=["cut off", "empty", "zeros", "one bit"],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, base, whole, tmp_path):
+    output = tmp_path / "output"
+    base = [*base, f"train.output_dir={output}"]
+    assert Training(base, tmp_path).exit_code() == 0
+    for name in ("model_final.pth", "model_0000009.pth", "model_0000007.pth"):
+        (output / name).write_bytes(damage((output / name).read_bytes()))
+    resumed = Training(base, tmp_path)
+    assert resumed.exit_code() == 0
+    assert dict(resumed.losses()) == {k: whole[k] for k in range(6, 10)}
+    printed = resumed.printed()
+    assert "model_final.pth' is " in printed and "looking for the checkpoint before" in printed
+
+
+def _flipped(content: bytes) -> bytes:
+    """A checkpoint with one bit of one tensor another way, which PyTorch would load."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    position = largest.header_offset + 200 + largest.file_size // 2
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def test_checkpoints_that_are_all_damaged_are_not_a_new_start(base, tmp_path):
+    output = tmp_path / "output"
+    base = [*base, f"train.output_dir={output}", "train.max_iter=2"]
+    assert Training(base, tmp_path).exit_code() == 0
+    for checkpoint in output.glob("*.pth"):
+        checkpoint.write_bytes(b"PK\x03\x04 and no more")
+    resumed = Training(base, tmp_path)
+    assert resumed.exit_code() == 2
+    printed = resumed.printed()
+    assert "error: No checkpoint in" in printed and "Traceback" not in printed
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, with room for two checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6500k", "tmpfs", folder]).returncode:
+        pytest.skip("only root can mount a disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_one_error_and_harms_no_older_checkpoint(base, whole, small_disk, tmp_path):
+    base = [*base, f"train.output_dir={small_disk}"]
+    full = Training(base, tmp_path)
+    assert full.exit_code() == 2
+    printed = full.printed()
+    assert printed.count("No space left on device") == 1 and "Traceback" not in printed
+    assert "Older checkpoints are as they were: make room, and go on with --resume." in printed
+    kept = sorted(small_disk.glob("*.pth"))
+    assert kept and not list(small_disk.glob("*.incomplete"))
+    for checkpoint in kept:
+        check_whole(str(checkpoint))
+    assert tagged(small_disk) == kept[-1]
+
+    remount = ["mount", "-o", "remount,size=100m", str(small_disk)]
+    subprocess.run(remount, check=True)
+    resumed = Training(base, tmp_path)
+    assert resumed.exit_code() == 0
+    first = iteration_of(kept[-1]) + 1
+    assert dict(resumed.losses()) == {k: whole[k] for k in range(first, 10)}
+
+
+def test_old_checkpoints_go_when_new_ones_are_complete_also_after_a_resumption(base, tmp_path):
+    output = tmp_path / "output"
+    base = [*base, f"train.output_dir={output}", "train.checkpointer.max_to_keep=2"]
+    assert Training([*base, "train.max_iter=6"], tmp_path).exit_code() == 0
+
+    def numbered():
+        return [p.name for p in sorted(output.glob("model_0*.pth"))]
+
+    assert numbered() == ["model_0000003.pth", "model_0000005.pth"]
+    # Killed when the third is half written: both are still there
+    killed = Training([*base, "train.max_iter=8"], tmp_path, ("die_while_saving", "half", 1))
+    assert killed.exit_code() == -signal.SIGKILL
+    assert numbered() == ["model_0000003.pth", "model_0000005.pth"]
+    assert Training([*base, "train.max_iter=8"], tmp_path).exit_code() == 0
+    assert numbered() == ["model_0000005.pth", "model_0000007.pth"]

@@ -1,0 +1,46 @@
+"""A training of a tiny model on nine small images, by train_net.py."""
+
+from pathlib import Path
+
+import detectron2.data.transforms as T
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+
+import train_net
+from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
+
+from toy import OBJECTS, tiny_mask_scoring_rcnn, write_coco_json, write_images
+
+NUM_IMAGES = 9
+
+
+def write_dataset(folder: Path, name: str = "toy") -> list[str]:
+    """The images and their annotations; returns the options of train_net.py that register them."""
+    objects = (OBJECTS * NUM_IMAGES)[:NUM_IMAGES]
+    write_images(folder, objects)
+    annotations = write_coco_json(Path(folder) / "annotations.json", objects)
+    return ["--dataset", name, annotations, str(folder)]
+
+
+def write_lazy_config(path: Path, dataset: str = "toy") -> str:
+    """A file with a LazyConfig of six iterations, with a checkpoint after each third."""
+    cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    cfg.model = tiny_mask_scoring_rcnn().model
+    cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = dataset
+    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name=dataset)
+    cfg.dataloader.train.total_batch_size = 2
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    resize = L(T.ResizeShortestEdge)(short_edge_length=(48, 64), sample_style="choice")
+    cfg.dataloader.train.mapper.augmentations[0] = resize
+    cfg.dataloader.test.mapper.augmentations = []
+    cfg.train.update(init_checkpoint="", max_iter=6, device="cpu", seed=1, log_period=1)
+    cfg.train.checkpointer.period = 3
+    cfg.optimizer.lr = 1e-3
+    LazyConfig.save(cfg, str(path))
+    return str(path)
+
+
+def run(*args) -> None:
+    """Run train_net.py in this process."""
+    train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
