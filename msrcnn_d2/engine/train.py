@@ -36,7 +36,7 @@ from .nonfinite import StepKeeper
 from .quality import log_reliability, write_report_of
 from .recipe import Recipe, TestSet
 from .stopping import StopOnSignal
-from .trainer import FiniteAMPTrainer, FiniteTrainer
+from .trainer import FiniteAMPTrainer, FiniteTrainer, losses_instead_of_errors
 
 __all__ = ["evaluate", "evaluate_checkpoint", "train"]
 
@@ -54,6 +54,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         results of the evaluation at the end, as :func:`evaluate` returns them.
     """
     model = _build_model(recipe)
+    losses_instead_of_errors(model)
     logger.info("Model:\n%s", model)
     optimizer = recipe.build_optimizer(model)
     seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())

@@ -12,7 +12,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 
 from .agreement import any_process
 
-__all__ = ["FiniteAMPTrainer", "FiniteTrainer"]
+__all__ = ["FiniteAMPTrainer", "FiniteTrainer", "losses_instead_of_errors", "nonfinite_gradients"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ class _FiniteSteps(SimpleTrainer):
         # What Detectron2 calls between the backward pass and the optimizer's step, whatever its
         # version and trainer
         losses = _nonfinite_losses(loss_dict)
-        gradients = [] if isinstance(self, AMPTrainer) else nonfinite_gradients(self.model)
+        looks = not (losses or isinstance(self, AMPTrainer))
+        gradients = nonfinite_gradients(self.model) if looks else []
         if any_process(bool(losses or gradients)):
             self._leave_step(losses, gradients)
         super()._write_metrics(loss_dict, *args, **kwargs)
@@ -92,6 +93,27 @@ class FiniteTrainer(_FiniteSteps):
 
 class FiniteAMPTrainer(_FiniteSteps, AMPTrainer):
     """:class:`AMPTrainer` that stops at losses that are not finite."""
+
+
+def losses_instead_of_errors(model: nn.Module) -> None:
+    """
+    Let a model in training have a loss that is NaN where Detectron2 refuses predictions that are
+    not finite. In many processes only one has such an error, while the others wait for its
+    gradients; a loss reaches all of them.
+    """
+    forward = model.forward
+
+    def forward_or_nan(inputs):
+        try:
+            return forward(inputs)
+        except FloatingPointError:
+            if not model.training:
+                raise
+            # Of all parameters, since processes wait for the gradient of each
+            parts = (p.sum() * math.nan for p in model.parameters() if p.requires_grad)
+            return {"a prediction": sum(parts)}
+
+    model.forward = forward_or_nan  # type: ignore[method-assign]
 
 
 def _nonfinite_losses(loss_dict: Mapping[str, torch.Tensor]) -> list[str]:
