@@ -1,6 +1,7 @@
 # Mask Scoring R-CNN for Detectron2. Each target does the set-up that it needs; nothing is done twice.
 #   make demo    draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
 #   make test    check style and types, run all tests
+#   make fuzz    try the properties of tests/properties on 15,000 random cases, others each time (minutes)
 #   make bench   measure speed and memory against Detectron2 and pycocotools (minutes; see benchmarks/)
 #   make setup   only install, into .venv
 VENV ?= .venv
@@ -22,7 +23,7 @@ UV := $(or $(SYSTEM_UV),$(BIN)/uv)
 # keep what it has compiled (PYTHONDONTWRITEBYTECODE)
 INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test fuzz bench lint clean
 
 setup: $(READY)
 
@@ -43,6 +44,9 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+fuzz: setup
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/properties --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # BENCH="inference training" measures these parts only; --help tells more
 bench: setup

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.checkpoint.conversion import read_weights
 from msrcnn_d2.checkpoint.reading import read_file
+from msrcnn_d2.errors import UserError
 
 from weights import (
     BODY,
@@ -424,3 +425,9 @@ def test_pycls_backbone(plain, tmp_path):
     lines = load(plain, saved({"model_state": bare}, tmp_path / "x.pyth"), strict=False)
     assert "(pycls)" in lines[-1]
     assert_has(plain, expected, but=[k for k in expected if not k.startswith(BODY)])
+
+
+def test_a_name_with_the_end_of_a_line_is_quoted_on_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"a value of type NoneType as '\\n'\.$") as caught:
+        read_weights(str(saved({"\n": None}, tmp_path / "x.pth")))
+    assert "\n" not in str(caught.value)

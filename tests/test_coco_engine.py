@@ -369,3 +369,26 @@ def test_a_missing_engine_is_an_error_that_says_what_to_do(without_faster_coco_e
 def test_an_unknown_engine_is_an_error_that_names_the_others():
     with pytest.raises(ValueError, match="'matlab'; choose one of faster-coco-eval, pycocotools"):
         mask_ap(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5)], [0.5], engine="matlab")
+
+
+# ---- ids of objects
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize("ids", [(-1, -2), (2**63, 2**70), (7, 7), ("a", "b"), (1.5, True)])
+def test_ids_of_objects_may_be_anything(ids, task, engine):
+    # Of different images, so that objects of the same id are not neighbours
+    coco_gt = build_coco([thing(OBJECT, 5, id=ids[0]), thing(ELSEWHERE, 40, id=ids[1])])
+    results = [found(OBJECT, 0.5, 5), found(ELSEWHERE, 0.5, 40)]
+
+    assert evaluate(coco_gt, results, task, engine).numbers["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_results_may_have_more_than_coco_knows(engine):
+    results = [{**found(OBJECT, 0.5), "caption": "x", "keypoints": [], "id": "x"}]
+
+    numbers = evaluate(build_coco([thing(OBJECT)]), results, engine=engine).numbers
+
+    assert numbers["AP"] == pytest.approx(1)

@@ -478,3 +478,12 @@ def test_another_registered_head_is_built_by_its_name():
 
     assert type(head) is HeadOfAUser
     assert head.input_shape == shape
+
+
+def test_a_box_that_is_not_finite_is_refused(event_storage):
+    head = MaskIoUHead(ShapeSpec(channels=2, height=14, width=14), num_classes=1, conv_dim=2)
+    boxes = torch.tensor([[0.0, 0, 28, float("inf")]])
+    instances = Instances((28, 28), proposal_boxes=Boxes(boxes), gt_classes=torch.zeros(1).long())
+    instances.gt_masks = CroppedMasks(torch.ones(1, 28, 28, dtype=torch.bool), torch.ones(1))
+    with pytest.raises(FloatingPointError, match="box of a proposal is not finite"):
+        head(torch.rand(1, 2, 14, 14), torch.rand(1, 1, 28, 28), [instances])

@@ -335,3 +335,27 @@ def test_images_without_proposals_are_passed_on():
     empty.proposal_boxes = Boxes(torch.zeros(0, 4))
 
     assert crop_gt_masks([empty], S) == [empty]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_box_that_is_not_finite_has_no_iou(value):
+    crops, areas = columns(0, 28).expand(2, -1, -1), torch.tensor([784.0, 784])
+    for place in range(4):
+        boxes = torch.tensor([[0.0, 0, 28, 28], [0, 0, 28, 28]])
+        boxes[0, place] = value
+        ious = mask_iou_targets(columns(0, 28).expand(2, -1, -1), crops, areas, boxes)
+        assert ious[0].isnan() and ious[1] == 1, place
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e9])
+def test_polygons_without_an_end_are_refused(value):
+    # pycocotools walks along them cell by cell
+    polygon = rectangle(0, 0, 14, 28)
+    polygon[0][2] = value
+    with pytest.raises(FloatingPointError, match="not finite, or far outside of any image"):
+        cropped(PolygonMasks([polygon]), torch.tensor([[0.0, 0, 28, 28]]))
+
+
+def test_polygons_may_be_as_far_from_a_tiny_box_as_images_are_wide():
+    masks = PolygonMasks([rectangle(-9000, -9000, 9000, 9000)])
+    assert cropped(masks, torch.tensor([[0.0, 0, 0.1, 0.1]])).crops.all()

@@ -103,3 +103,10 @@ def test_a_model_with_outputs_of_its_own_keeps_them(target):
     cfg.model._target_ = target
     assert not UnpastedMasks.supports(instantiate(cfg.model))
     assert not UnpastedMasks.supports(nn.Identity())
+
+
+def test_rescaling_leaves_the_given_detections_as_they_are():
+    found = detections([[5, 5, 20, 30]], pred_keypoints=torch.ones(1, 2, 3))
+    rescale_unpasted(found, 80, 120)
+    assert found.pred_boxes.tensor.tolist() == [[5, 5, 20, 30]]
+    assert (found.pred_keypoints == 1).all()

@@ -186,3 +186,59 @@ def test_masks_of_annotations_have_the_size_of_their_image(tmp_path):
     dataset["annotations"][0]["segmentation"] = {"size": [WIDTH, 1], "counts": [WIDTH]}
     (tmp_path / "truth.json").write_text(json.dumps(dataset))
     assert "has the size" in error_of(read_annotations, path)
+
+
+SHORT = {
+    "size": [HEIGHT, WIDTH],
+    "counts": mask_util.frPyObjects({"size": [HEIGHT, WIDTH], "counts": [0, 10]}, HEIGHT, WIDTH)[
+        "counts"
+    ].decode(),
+}
+BAD_VALUES = {
+    "area of text": ("annotations", {"area": "48"}, "has the area 48, which is not a finite"),
+    "area without end": ("annotations", {"area": float("inf")}, "has the area inf"),
+    "polygon of 4 numbers": ("annotations", {"segmentation": [[1, 2, 3, 4]]}, "list of polygons"),
+    "polygon far away": ("annotations", {"segmentation": [[0, 0, 9, 0, 9, 1e9]]}, "of polygons"),
+    "mask of text": ("annotations", {"segmentation": "x"}, "run-length encoding"),
+    "counts of less": ("annotations", {"segmentation": {**RLE, "counts": [1, 2]}}, "run-length"),
+    "short counts": ("annotations", {"segmentation": SHORT}, "run-length encoding"),
+    "crowd of text": ("annotations", {"iscrowd": "yes"}, "iscrowd yes, which is neither 0 nor 1"),
+    "list as id": ("annotations", {"id": [1]}, "'id' that is neither a number nor a name"),
+    "list as image": ("annotations", {"image_id": [1]}, "'image_id' that is neither a number"),
+    "height of text": ("images", {"height": "64"}, "a height and a width of 64 and 96, which no"),
+    "no height": ("images", {"height": 0}, "a height and a width of 0 and 96, which no image has"),
+    "mixed ids": ("images", {"id": "a"}, "The ids of the images .* are numbers and text"),
+    "mixed classes": ("categories", {"id": "a"}, "ids of the categories .* are numbers and text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_annotations_with_wrong_values(case, tmp_path):
+    kind, wrong, message = BAD_VALUES[case]
+    write_coco_json(tmp_path / "truth.json")
+    found = error_of(read_annotations, changed(lambda x: x[kind][1].update(wrong), tmp_path))
+    assert re.search(message, found) and "changed.json" in found, found
+
+
+@pytest.mark.parametrize("counts", [SHORT["counts"], RLE["counts"] + "1", "1" * 20, "Q" * 6])
+def test_compressed_masks_have_as_many_pixels_as_the_image(counts, tmp_path):
+    # pycocotools never comes back from comparing shorter ones
+    path = written([result(segmentation={**RLE, "counts": counts})], tmp_path)
+    assert "run-length encoding" in error_of(read_results, path)
+
+
+def test_integers_that_are_too_large_for_a_float_are_no_scores(tmp_path):
+    path = written([result(score=10**400)], tmp_path)
+    assert "is not a finite number" in error_of(read_results, path)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999, 1])
+def test_compressed_masks_of_any_runs_are_taken(share, truth, tmp_path):
+    mask = np.random.default_rng(0).random(IMAGE_SIZE) < share
+    given = [result(segmentation=encode_bitmasks(mask[None])[0])]
+    assert check_fits(read_results(written(given, tmp_path)), truth) == given
+
+
+def test_messages_quote_the_beginning_of_a_value_on_one_line(tmp_path):
+    found = error_of(read_results, written([result(score="a\n " + 100 * "b")], tmp_path))
+    assert f"has the score a {48 * 'b'}..., which is not" in found

@@ -172,7 +172,8 @@ def read_weights(file: str) -> Weights:
 
 def _check(found: Mapping[str, Any], file: str) -> None:
     """Whether all are tensors of numbers, which a model can copy."""
-    wrong = [f"{_kind(value)} as '{name}'" for name, value in found.items() if _kind(value)]
+    # A name that is damaged can hold the end of a line
+    wrong = [f"{_kind(value)} as {name!r}" for name, value in found.items() if _kind(value)]
     if wrong or not found:
         what = wrong[0] if wrong else "none"
         raise UserError(

@@ -126,12 +126,13 @@ class _Pycocotools:
     """The official implementation, run from the beginning for each ranking."""
 
     def __init__(self, coco_gt, results, task, max_dets, img_ids):
-        # With a bbox, COCO would take the area of the box for that of the mask
-        unused = "bbox" if task == "segm" else None
-        self._results = [{k: v for k, v in r.items() if k != unused} for r in results]
+        # With a bbox, COCO would take the area of the box for that of the mask, and with a caption
+        # all results for captions
+        used = "image_id", "category_id", "segmentation" if task == "segm" else "bbox"
+        self._results = [{k: r[k] for k in used} for r in results]
         self._truth = copy.copy(coco_gt)
         # pycocotools writes into annotations, but only their own keys
-        annotations = [dict(a) for a in coco_gt.dataset["annotations"]]
+        annotations = _numbered(coco_gt.dataset["annotations"])
         self._truth.dataset = {**coco_gt.dataset, "annotations": annotations}
         with _silence():
             self._truth.createIndex()
@@ -164,7 +165,7 @@ class _FasterCocoEval:
         self._images = {i: k for k, i in enumerate(sorted(set(images)))}
         self._classes = {i: k for k, i in enumerate(sorted(coco_gt.getCatIds()))}
         self._max_dets = sorted(max_dets)
-        annotations = coco_gt.dataset["annotations"]
+        annotations = _numbered(coco_gt.dataset["annotations"])
         objects = self._by_place(annotations)
         self._detections = self._by_place(results)
         areas = areas_of(results, task)
@@ -224,6 +225,17 @@ class _FasterCocoEval:
             return []
         ranks = np.argsort([-scores[k] for k in self._detections[place]], kind="stable")
         return self._ious[place][ranks[: self._max_dets[-1]]]
+
+
+def _numbered(annotations: Sequence[dict]) -> list[dict]:
+    """
+    Copies with ids of their own. COCO takes objects with the same id for one, and of an id that is
+    negative or text the two libraries make different things.
+
+    An id of 0 stays, once: with it COCO takes an object for missed, whatever was found.
+    """
+    zero = next((k for k, a in enumerate(annotations) if a["id"] == 0), None)
+    return [{**a, "id": 0 if k == zero else k + 1} for k, a in enumerate(annotations)]
 
 
 def _entry(place: Place, id_: int, area: float, iscrowd: int) -> dict:

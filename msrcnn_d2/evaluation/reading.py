@@ -6,9 +6,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
@@ -22,9 +24,13 @@ RESULTS_ADVICE = (
 )
 ANNOTATIONS_ADVICE = "give a file of COCO's format with masks, as for training"
 
-# Six bits a character. One of the upper half says that its number goes on, so none ends with it:
-# pycocotools would read on in memory that is not its own.
-COMPRESSED_COUNTS = re.compile("[0-o]*[0-O]")
+# Six bits a character, of which one says that the number goes on, so none ends with it:
+# pycocotools would read on in memory that is not its own. Seven hold any count of 32 bits.
+COMPRESSED_COUNTS = re.compile("([P-o]{0,6}[0-O])+")
+# pycocotools walks along a polygon pixel by pixel, in vain or for hours where one is farther away
+# than any image is wide
+MAX_COORDINATE = 1e6
+MAX_PIXELS = 2**32  # of an image; pycocotools counts with 32 bits
 
 
 def read_results(path: str) -> list[dict]:
@@ -40,7 +46,7 @@ def read_results(path: str) -> list[dict]:
     Raises:
         UserError: the file cannot be read, or it is something else.
     """
-    results = _read_json(path, RESULTS_ADVICE)
+    results = read_json(path, RESULTS_ADVICE)
     if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
         raise UserError(f"'{path}' is not a list of predictions: {RESULTS_ADVICE}.")
     if not results:
@@ -73,7 +79,7 @@ def read_annotations(path: str) -> COCO:
     Raises:
         UserError: the file cannot be read, or it is something else.
     """
-    data = _read_json(path, ANNOTATIONS_ADVICE)
+    data = read_json(path, ANNOTATIONS_ADVICE)
     if not isinstance(data, dict) or not isinstance(data.get("annotations"), list):
         raise UserError(f"'{path}' has no annotations of objects: {ANNOTATIONS_ADVICE}.")
     kinds = {
@@ -85,6 +91,7 @@ def read_annotations(path: str) -> COCO:
         if not data.get(kind):
             raise UserError(f"'{path}' has no {kind}: {ANNOTATIONS_ADVICE}.")
         _check_entries(path, kind, data[kind], keys)
+        _check_values(path, kind, data[kind])
     sizes = {image["id"]: [image["height"], image["width"]] for image in data["images"]}
     for annotation in data["annotations"]:
         annotation["iscrowd"] = annotation.get("iscrowd") or 0
@@ -92,7 +99,7 @@ def read_annotations(path: str) -> COCO:
         mask = annotation["segmentation"]
         if isinstance(mask, dict) and size is not None and list(mask.get("size", [])) != size:
             raise UserError(
-                f"The mask of annotation '{annotation['id']}' in '{path}' has the size "
+                f"The mask of annotation '{_shown(annotation['id'])}' in '{path}' has the size "
                 f"{mask.get('size')}, but its image has {size}: {ANNOTATIONS_ADVICE}."
             )
     coco = COCO()
@@ -120,7 +127,7 @@ def check_fits(results: Sequence[dict], coco_gt: COCO) -> list[dict]:
     return [_sized(r, coco_gt.imgs[r["image_id"]]) for r in results]
 
 
-def _read_json(path: str, advice: str) -> Any:
+def read_json(path: str, advice: str) -> Any:
     if os.path.isdir(path):
         raise UserError(f"'{path}' is a folder: {advice}.")
     try:
@@ -143,18 +150,28 @@ def _problem_of_result(result: dict) -> str:
         if not isinstance(result[key], (int, str)):
             return f"has a '{key}' that is neither a number nor a name"
     if not _is_finite(result["score"]):
-        return f"has the score {result['score']}, which is not a finite number"
+        return f"has the score {_shown(result['score'])}, which is not a finite number"
     for key in ("pred_mask_iou", "mask_score"):
         if key in result and not _is_finite(result[key]):
-            return f"has the '{key}' {result[key]}, which is not a finite number"
-    mask = result["segmentation"]
+            return f"has the '{key}' {_shown(result[key])}, which is not a finite number"
+    return _problem_of_mask(result["segmentation"])
+
+
+def _problem_of_mask(mask: Any) -> str:
     if isinstance(mask, list):
         return "" if _are_polygons(mask) else "has a mask that is no list of polygons"
-    return "" if _is_rle(mask) else "has a mask that is not in COCO's run-length encoding"
+    return "" if is_rle(mask) else "has a mask that is not in COCO's run-length encoding"
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _shown(value: Any) -> str:
+    """A value of a file as a message quotes it: on one line, and no more than its beginning."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 50 else f"{text[:50]}..."
+
+
+def _is_finite(value: Any, most: float = sys.float_info.max) -> bool:
+    # Compared, as `math.isfinite` takes no integer that is too large for a float
+    return isinstance(value, (int, float)) and abs(value) <= most
 
 
 def _are_polygons(mask: list) -> bool:
@@ -162,20 +179,34 @@ def _are_polygons(mask: list) -> bool:
         isinstance(polygon, list)
         and len(polygon) >= 6
         and len(polygon) % 2 == 0
-        and all(map(_is_finite, polygon))
+        and all(_is_finite(x, MAX_COORDINATE) for x in polygon)
         for polygon in mask
     )
 
 
-def _is_rle(mask: Any) -> bool:
+def is_rle(mask: Any) -> bool:
     if not isinstance(mask, dict) or not _are_counts(mask.get("size"), 2):
         return False
     counts = mask.get("counts")
-    if isinstance(counts, str):
-        return COMPRESSED_COUNTS.fullmatch(counts) is not None
+    if isinstance(counts, str) and COMPRESSED_COUNTS.fullmatch(counts):
+        counts = _decoded(counts)
+    # If they do not add up, pycocotools compares masks for ever, or reads memory of others
     return (
         isinstance(counts, list) and _are_counts(counts) and sum(counts) == math.prod(mask["size"])
     )
+
+
+def _decoded(counts: str) -> list[int]:
+    """The lengths of the runs in COCO's compressed form, as `rleFrString` in pycocotools reads."""
+    codes = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes < 32)  # of each number, whose last five bits come first
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(len(codes)) - starts.repeat(ends - starts + 1))
+    values = np.add.reduceat((codes & 31) << shifts, starts)
+    values -= (codes[ends] & 16) << (shifts[ends] + 1)  # the sign
+    # From the fourth on they are differences to the last but one
+    values[1::2], values[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
+    return values.tolist()
 
 
 def _are_counts(values: Any, length: "int | None" = None) -> bool:
@@ -210,12 +241,59 @@ def _check_entries(path: str, kind: str, entries: Any, keys: Sequence[str]) -> N
                 )
 
 
+def _check_values(path: str, kind: str, entries: Sequence[dict]) -> None:
+    for number, entry in enumerate(entries, start=1):
+        problem = _PROBLEMS[kind](entry)
+        if problem:
+            raise UserError(
+                f"Entry {number} of the {kind} in '{path}' {problem}: {ANNOTATIONS_ADVICE}."
+            )
+    if kind != "annotations" and len({isinstance(x["id"], str) for x in entries}) > 1:
+        raise UserError(  # COCO sorts them
+            f"The ids of the {kind} in '{path}' are numbers and text: {ANNOTATIONS_ADVICE}, with "
+            "ids of one kind."
+        )
+
+
+def _problem_of_id(entry: dict, keys: Sequence[str] = ("id",)) -> str:
+    for key in keys:
+        if not (isinstance(entry[key], str) or _is_finite(entry[key])):
+            return f"has a '{key}' that is neither a number nor a name"
+    return ""
+
+
+def _problem_of_image(image: dict) -> str:
+    size = [image["height"], image["width"]]
+    if not _are_counts(size, 2) or not 0 < math.prod(size) < MAX_PIXELS:
+        height, width = map(_shown, size)
+        return f"has a height and a width of {height} and {width}, which no image has"
+    return _problem_of_id(image)
+
+
+def _problem_of_annotation(annotation: dict) -> str:
+    if not _is_finite(annotation["area"]):
+        return f"has the area {_shown(annotation['area'])}, which is not a finite number"
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return f"has the iscrowd {_shown(annotation['iscrowd'])}, which is neither 0 nor 1"
+    return _problem_of_id(annotation, ("id", "image_id", "category_id")) or _problem_of_mask(
+        annotation["segmentation"]
+    )
+
+
+# What an entry of each kind has wrong; empty if nothing
+_PROBLEMS: dict[str, Callable[[dict], str]] = {
+    "images": _problem_of_image,
+    "categories": _problem_of_id,
+    "annotations": _problem_of_annotation,
+}
+
+
 def _check_known(what: str, found: set, known: Collection) -> None:
     unknown = sorted(found - set(known), key=str)
     if unknown:
         raise UserError(
             f"There are predictions for {len(unknown)} {what} that the annotations do not have, "
-            f"one of them '{unknown[0]}': give the annotations of the images that were "
+            f"one of them '{_shown(unknown[0])}': give the annotations of the images that were "
             "predicted on."
         )
 
@@ -231,8 +309,8 @@ def _sized(result: dict, image: dict) -> dict:
         return {**result, "segmentation": _as_text(rle)}
     if mask["size"] != size:
         raise UserError(
-            f"A mask of image '{result['image_id']}' has {mask['size'][0]} x {mask['size'][1]} "
-            f"pixels, but its annotation says {size[0]} x {size[1]}: give the annotations of the "
-            "images that were predicted on."
+            f"A mask of image '{_shown(result['image_id'])}' has {mask['size'][0]} x "
+            f"{mask['size'][1]} pixels, but its annotation says {size[0]} x {size[1]}: give the "
+            "annotations of the images that were predicted on."
         )
     return result

@@ -287,11 +287,21 @@ def _is_exponent(value: float) -> bool:
 
 
 def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:
-    """Log the mean true IoU and the mean absolute error over the masks that count in the loss."""
+    """
+    Log the mean true IoU and the mean absolute error over the masks that count in the loss.
+
+    Raises:
+        FloatingPointError: a target is NaN. Here it costs no wait for a GPU of its own.
+    """
     valid = (targets > 0).to(targets.dtype)
     errors = (pred_mask_ious - targets).abs()
     sums = torch.stack([valid.sum(), targets.sum(), (errors * valid).sum()])
     num_valid, sum_targets, sum_errors = sums.tolist()  # one synchronisation for all of them
+    if math.isnan(sum_targets):
+        raise FloatingPointError(
+            "The box of a proposal is not finite, so its mask has no IoU: look for such numbers in "
+            "the annotations, or training has diverged."
+        )
     if num_valid:
         storage = get_event_storage()
         storage.put_scalar("mask_iou/mean_target", sum_targets / num_valid)

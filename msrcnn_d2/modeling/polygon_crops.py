@@ -15,6 +15,11 @@ from detectron2.structures import PolygonMasks
 
 __all__ = ["crop_polygons", "polygon_areas"]
 
+# So many mask cells from the corner of its box no vertex is: in the smallest box, a tenth of a
+# pixel, these are the 36,000 pixels of the largest images. pycocotools walks along polygons cell by
+# cell, for hours if there is no end to them.
+MAX_CELLS = 1e7
+
 
 def crop_polygons(masks: PolygonMasks, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
     """
@@ -28,6 +33,10 @@ def crop_polygons(masks: PolygonMasks, boxes: torch.Tensor, mask_size: int) -> t
     Returns:
         bool Tensor of shape (N, S, S), the part of each object inside its box, on the device of
         the boxes.
+
+    Raises:
+        FloatingPointError: a polygon, or the box of an object that has polygons, is not finite or
+            lies beyond any image.
     """
     if len(boxes) != len(masks):
         raise ValueError(f"{len(boxes)} boxes for {len(masks)} masks; each mask needs one box")
@@ -52,6 +61,11 @@ def _polygons_in_cells(masks, boxes: np.ndarray, mask_size: int) -> list[np.ndar
 
     cells = vertices - boxes[:, :2][owners].repeat(num_vertices, axis=0)
     cells *= scales[owners].repeat(num_vertices, axis=0)
+    if not (np.abs(cells) <= MAX_CELLS).all():  # NaN is not
+        raise FloatingPointError(
+            "A polygon of the ground truth or the box of a proposal is not finite, or far outside "
+            "of any image: look for such numbers in the annotations, or training has diverged."
+        )
     coordinates = cells.reshape(-1)  # np.split would do the rest, in more time
     stops = (2 * num_vertices.cumsum()).tolist()
     return [coordinates[start:stop] for start, stop in zip([0, *stops], stops)]

@@ -70,7 +70,8 @@ def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
         the detections whose box is not empty there, with "pred_masks" as :class:`ROIMasks`.
     """
     fields = dict(results.get_fields())
-    geometry = {k: fields.pop(k) for k in _RESCALED if k in fields}
+    # Copies, since Detectron2 scales them in place
+    geometry = {k: fields.pop(k).clone() for k in _RESCALED if k in fields}
     # Which boxes are left is asked once; with all fields Detectron2 would wait for a GPU for each
     kept = torch.arange(len(results), device=results.pred_boxes.device)
     rescaled = detector_postprocess(
