@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from msrcnn_d2.engine import (
     build_recipe,
+    check_data,
     check_recipe,
     device_of,
     evaluate_checkpoint,
@@ -92,6 +93,8 @@ def main(args: argparse.Namespace) -> None:
         logger = setup_logger(recipe.output_dir, comm.get_rank(), name="msrcnn_d2")
         if not torch.cuda.is_available():
             logger.info("There is no GPU that PyTorch can use: running on the CPU.")
+        with agree_on_user_errors():
+            check_data(recipe, training=not args.eval_only)
         if args.eval_only:
             evaluate_checkpoint(recipe, args.resume, published_results(args.config_file))
         else:

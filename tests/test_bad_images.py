@@ -180,6 +180,82 @@ def test_more_bad_images_than_the_limit_stop_a_training(limit, base, tmp_path, c
     assert not (tmp_path / "output" / "model_final.pth").exists()
 
 
+# What is found before training
+
+
+@pytest.fixture
+def checked(base, tmp_path, capsys):
+    """Runs train_net.py with the check; returns exit code, error and log."""
+
+    def run_and_look(*options):
+        options = ["train.check_images=True", "train.max_iter=1", *options]
+        code = 0
+        try:
+            run(*base, *options, f"train.output_dir={tmp_path}/output")
+        except SystemExit as left:
+            code = left.code
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return code, error, (tmp_path / "output" / "log.txt").read_text()
+
+    return run_and_look
+
+
+def edit(tmp_path, change):
+    """Change the annotations."""
+    path = tmp_path / "data" / "annotations.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_a_clean_dataset_is_a_line_of_the_log(checked):
+    code, _, log = checked()
+    assert code == 0
+    assert log.count("Checking dataset 'toy' ...") == 1
+    assert "Dataset 'toy' has 0 errors, 0 warnings" in log
+
+
+@pytest.mark.parametrize("how", ["truncate", "remove", "resize", "overwrite"])
+def test_bad_images_are_named_before_training(how, checked, tmp_path):
+    spoil(tmp_path / "data", 4, how=how)
+    code, error, log = checked()
+    # The same images are evaluated on, and an evaluation needs all
+    assert code == 2 and "Starting training" not in log
+    assert "Dataset 'toy' has 1 image that cannot be used, such as image 4 '4.png'" in error
+    assert "an evaluation needs all of them: `python -m msrcnn_d2.data.check" in error
+    assert "image 4 '4.png'" in log
+
+
+def test_training_starts_with_up_to_so_many_bad_images(checked, tmp_path):
+    spoil(tmp_path / "data", 4, 5)
+    no_test = ["dataloader.test.dataset.names=[]"]
+    code, error, log = checked("train.max_bad_images=1", *no_test)
+    assert code == 2 and "Starting training" not in log
+    assert "training may leave out 1 (train.max_bad_images" in error
+    _, _, log = checked("train.max_bad_images=2", *no_test)
+    assert "Starting training" in log and "image-truncated (2)" in log
+
+
+def test_errors_of_annotations_are_named_before_training(checked, tmp_path):
+    edit(tmp_path, lambda data: data["annotations"][2]["segmentation"][0].__setitem__(0, 1e999))
+    code, error, log = checked()
+    assert code == 2 and "Starting training" not in log
+    assert "Dataset 'toy' has 1 error, such as image 2 '2.png', annotation 3: " in error
+    assert "with --fix OUT.json writes annotations without them" in error
+
+
+def test_annotations_that_are_no_json_are_one_sentence(base, tmp_path, capsys):
+    path = tmp_path / "data" / "annotations.json"
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(SystemExit) as left:
+        run(*base, f"train.output_dir={tmp_path}/output")
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and "Traceback" not in captured.out + captured.err
+    assert "annotations.json' (JSONDecodeError: " in captured.err
+    assert "`python -m msrcnn_d2.data.check " in captured.err
+
+
 # Masks as RLE
 
 

@@ -1,6 +1,7 @@
 """What `train_net.py` does: reads a config, checks it, trains and evaluates, on any machine."""
 
 from .check import check_recipe
+from .data_check import check_data
 from .launch import launch
 from .load_config import device_of, find_config_file, load_config, register_dataset
 from .recipe import Recipe, build_recipe
@@ -9,6 +10,7 @@ from .train import evaluate, evaluate_checkpoint, train
 __all__ = [
     "Recipe",
     "build_recipe",
+    "check_data",
     "check_recipe",
     "device_of",
     "evaluate",

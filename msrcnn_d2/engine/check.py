@@ -103,10 +103,12 @@ def _check_dataset(name: str, num_classes: "int | None") -> None:
 def _read_dataset(name: str, metadata) -> None:
     try:
         DatasetCatalog.get(name)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a file that is of no use makes Detectron2 raise anything
+        file, images = metadata.get("json_file"), metadata.get("image_root")
         raise UserError(
-            f"Dataset '{name}' cannot be read from '{metadata.get('json_file')}' "
-            f"({type(error).__name__}: {error}); it has to be in COCO's format."
+            f"Dataset '{name}' cannot be read from '{file}' ({type(error).__name__}: {error}); it "
+            f"has to be in COCO's format. `python -m msrcnn_d2.data.check {file} {images}` tells "
+            "what is wrong with it."
         ) from error
 
 

@@ -60,12 +60,22 @@ def _join(main, device, args):
         main,
         args,
         device=device,
-        init_method="env://",
+        store=_store_of_attempt(),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
+
+
+def _store_of_attempt() -> dist.Store:
+    """
+    torchrun's store. It keeps the addresses of processes that have failed, and those that are
+    started in their place (--max-restarts) must not connect to them.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=DEFAULT_TIMEOUT))
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, args):
@@ -120,7 +130,18 @@ def _spawned(local_rank, main, num_processes, num_machines, machine_rank, dist_u
     )
 
 
-def _run(main, args, *, device, init_method, rank, world_size, local_rank, local_size):
+def _run(
+    main,
+    args,
+    *,
+    device,
+    rank,
+    world_size,
+    local_rank,
+    local_size,
+    init_method=None,
+    store=None,
+):
     use_cuda = device.startswith("cuda")
     if use_cuda:
         torch.cuda.set_device(local_rank)
@@ -129,6 +150,7 @@ def _run(main, args, *, device, init_method, rank, world_size, local_rank, local
     dist.init_process_group(
         backend="nccl" if use_cuda else "gloo",
         init_method=init_method,
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=DEFAULT_TIMEOUT,

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from tabulate import tabulate
 from torch import nn
@@ -84,7 +85,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             _precise_bn(recipe, model, seeds),
             checkpoints,
             stop,
-            hooks.EvalHook(recipe.eval_period, evaluate_and_keep),
+            _EvalHook(recipe.eval_period, evaluate_and_keep),
             _on_main_process(_periodic_writer, recipe),
         ]
     )
@@ -95,6 +96,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     with stop.listening(), _told_once(), _full_disk_is_a_user_error(recipe.output_dir):
         trainer.train(batches.first_iter, recipe.max_iter)
     return _verified(results, recipe)
+
+
+class _EvalHook(hooks.EvalHook):
+    """Detectron2's evaluates after a failed last iteration too, and waits for who has left."""
+
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter:  # counted on after the last iteration only
+            super().after_train()
 
 
 @contextmanager
@@ -245,6 +254,7 @@ def _mask_quality(evaluator) -> Optional[MaskQuality]:
 
 
 def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator) -> dict:
+    _use_buffers_of_main_process(model)
     tested = recipe.wrap_for_test(model)
     if isinstance(tested, DistributedDataParallel):
         tested = tested.module  # a process with more images must not wait for the others
@@ -252,6 +262,13 @@ def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator) -
         tested = UnpastedMasks(tested)
     with channels_last_on_cpu(model), _test_precision(recipe):
         return inference_on_dataset(tested, test_set.build_loader(), evaluator)
+
+
+def _use_buffers_of_main_process(model: nn.Module) -> None:
+    """What is evaluated is what is saved: batch norms have other statistics in each process."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def _takes_unpasted_masks(evaluator) -> bool:

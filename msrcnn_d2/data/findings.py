@@ -1,0 +1,157 @@
+"""What a check of a dataset has found."""
+
+import json
+import reprlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional, Union
+
+from .kinds import KINDS, Level
+
+__all__ = ["BAD_IMAGES", "Finding", "Findings", "Id", "Level", "plural", "shown"]
+
+Id = Union[int, float, str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    One thing that is wrong with a dataset, or good to know.
+
+    Attributes:
+        kind: one of `KINDS`, which says what comes of it.
+        message: a few words on what was met.
+        image_id, annotation_id, file_name: where; None if it is not about one, or there is none.
+        index: place in the list of the file that the kind is about, from 0 on; -1 if about none.
+        part: place of a polygon in its mask, from 0 on.
+    """
+
+    kind: str
+    level: Level
+    message: str
+    image_id: Optional[Id] = None
+    annotation_id: Optional[Id] = None
+    file_name: Optional[str] = None
+    index: int = -1
+    part: Optional[int] = None
+
+    def __str__(self) -> str:
+        place = place_of(self.image_id, self.annotation_id, self.file_name)
+        return f"{place}: {self.message}" if place else self.message
+
+
+def place_of(image_id: Optional[Id], annotation_id: Optional[Id], file_name: Optional[str]) -> str:
+    """Such as "image 12 'a.jpg', annotation 345"; empty if there is nothing to say."""
+    image = [] if image_id is None else [_id(image_id)]
+    image += [] if file_name is None else [repr(file_name)]
+    places = [f"image {' '.join(image)}"] if image else []
+    places += [] if annotation_id is None else [f"annotation {_id(annotation_id)}"]
+    return ", ".join(places)
+
+
+@dataclass
+class Findings:
+    """
+    What :func:`check_dataset` has found.
+
+    Attributes:
+        all: as they were found.
+        num_images, num_annotations, num_categories: entries of the file.
+        num_files: images that were looked at; None if none were to be.
+        mask_format: of Detectron2 for training, "polygon" or "bitmask": the latter as soon as an
+            object that is not a crowd has RLE.
+    """
+
+    all: list[Finding] = field(default_factory=list)
+    num_images: int = 0
+    num_annotations: int = 0
+    num_categories: int = 0
+    num_files: Optional[int] = None
+    mask_format: str = "polygon"
+
+    def add(self, kind: str, message: str, **where: Any) -> None:
+        self.all.append(Finding(kind, KINDS[kind].level, message, **where))
+
+    def of(self, level: Level) -> list[Finding]:
+        return [f for f in self.all if f.level == level]
+
+    @property
+    def bad_images(self) -> list[Finding]:
+        """Files that are missing, cannot be read, are cut off or have another size."""
+        return [f for f in self.all if f.kind in BAD_IMAGES]
+
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """In the order of KINDS, from errors to notes."""
+        found = defaultdict(list)
+        for finding in self.all:
+            found[finding.kind].append(finding)
+        return {kind: found[kind] for kind in KINDS if kind in found}
+
+    def summary(self, max_shown: Optional[int] = 5) -> str:
+        """
+        Text: for each level its kinds, with counts and examples.
+
+        Args:
+            max_shown: examples of each kind; None for all.
+        """
+        found = self.by_kind()
+        lines = []
+        for level in Level:
+            of_level = {k: v for k, v in found.items() if KINDS[k].level == level}
+            if of_level:
+                count = sum(map(len, of_level.values()))
+                lines += [f"{level.value.upper()}S: {count:,}"]
+            for kind, findings in of_level.items():
+                lines += _lines_of_kind(kind, findings, max_shown)
+        return "\n".join(lines)
+
+    def totals(self) -> str:
+        """Such as "2 errors, 1 warning, 3 notes"."""
+        return ", ".join(plural(len(self.of(level)), level.value) for level in Level)
+
+    def as_data(self) -> dict:
+        """All of it as what JSON can hold."""
+        return {
+            "num_images": self.num_images,
+            "num_annotations": self.num_annotations,
+            "num_categories": self.num_categories,
+            "num_files": self.num_files,
+            "mask_format": self.mask_format,
+            "counts": {kind: len(findings) for kind, findings in self.by_kind().items()},
+            "findings": [asdict(f) for f in self.all],
+        }
+
+
+BAD_IMAGES = ("image-missing", "image-unreadable", "image-truncated", "image-size")
+
+
+def _lines_of_kind(kind: str, findings: list[Finding], max_shown: Optional[int]) -> list[str]:
+    about = KINDS[kind]
+    if not about.of:  # there is one, which says it all
+        return [f"  {kind}: {findings[0].message}", f"      {about.effect}"]
+    lines = [f"  {kind} ({len(findings):,}): {about.title}", f"      {about.effect}"]
+    return lines + [f"    - {x}" for x in first(findings, max_shown)]
+
+
+def first(items: list, max_shown: Optional[int]) -> Iterable[str]:
+    """As text, and how many there are besides."""
+    yield from map(str, items[:max_shown])
+    more = len(items) - len(items[:max_shown])
+    if more:
+        yield f"... and {more:,} more (--all shows them)"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shown(value: Any) -> str:
+    """A value of the file, which may be anything, in a few words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return reprlib.repr(value)
+
+
+def _id(value: Id) -> str:
+    return shown(value)

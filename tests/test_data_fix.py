@@ -1,0 +1,367 @@
+"""A mended dataset is one that Detectron2 and pycocotools take, and as much as before as can be."""
+
+import contextlib
+import copy
+import io
+import json
+import random
+import sys
+
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE
+
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.datasets import load_coco_json
+
+from msrcnn_d2.data import Level, check_dataset
+from msrcnn_d2.data.check import main
+from msrcnn_d2.data.checking import check_contents, read_contents, read_images
+from msrcnn_d2.data.kinds import KINDS, Mend
+from msrcnn_d2.data.mending import mend_contents
+
+from toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
+
+HEIGHT, WIDTH = IMAGE_SIZE
+SIZE = {"height": HEIGHT, "width": WIDTH}
+TRIANGLE = [50, 10, 90, 10, 90, 50]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The toy dataset and a third image, which it does not have; no test changes its files."""
+    path = tmp_path_factory.mktemp("dataset")
+    write_coco_json(path / "a.json")
+    (path / "images").mkdir()
+    write_images(path / "images", [*OBJECTS, []])
+    return path
+
+
+@pytest.fixture
+def contents(folder):
+    return json.loads((folder / "a.json").read_text())
+
+
+def mend(contents, folder):
+    files = read_images(contents, str(folder / "images"), False, 1, progress=False)
+    return mend_contents(contents, files, check_contents(contents, files))
+
+
+def assert_usable(contents, folder, path):
+    """What mending can mend is mended, and whatever comes after takes the file."""
+    path.write_text(json.dumps(contents))
+    findings = check_dataset(str(path), str(folder / "images"), progress=False)
+    for finding in findings.of(Level.ERROR):
+        assert finding.kind in ("no-images", "no-categories", "no-objects"), str(finding)
+    for finding in findings.of(Level.WARNING):
+        assert KINDS[finding.kind].mend is Mend.NOTHING, str(finding)
+    if contents["images"] and contents["categories"]:
+        for record, instances in mapped(path, folder, findings.mask_format):
+            assert len(instances) == sum(a["iscrowd"] == 0 for a in record["annotations"])
+            assert not len(instances) or instances.has("gt_masks")
+        assert_evaluates(path)
+
+
+def mapped(path, folder, mask_format):
+    """For each image what Detectron2's loader and its mapper make of it."""
+    name = f"mended_{path.stem}"
+    dicts = load_coco_json(str(path), str(folder / "images"), name)
+    MetadataCatalog.pop(name)
+    mapper = DatasetMapper(
+        True,
+        # Not smaller, so that no mask loses its last pixel
+        augmentations=[T.ResizeShortestEdge([96, 96], 192), T.RandomFlip()],
+        image_format="BGR",
+        use_instance_mask=True,
+        instance_mask_format=mask_format,
+    )
+    return [(record, mapper(record)["instances"]) for record in dicts]
+
+
+def assert_evaluates(path):
+    """The objects themselves as detections are all right."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+        keys = "image_id", "category_id"
+        results = [
+            {**{k: a[k] for k in keys}, "segmentation": as_text(truth.annToRLE(a)), "score": 1.0}
+            for a in objects
+        ]
+        if not results:
+            return
+        evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert -1 <= evaluation.stats[0] <= 1
+
+
+def as_text(rle):
+    counts = rle["counts"]
+    return {**rle, "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+@pytest.mark.parametrize("case", ONE_THING_WRONG)
+def test_whatever_is_wrong_is_usable_afterwards(case, contents, folder, tmp_path):
+    change, kind, *_ = ONE_THING_WRONG[case]
+    change(contents)
+    mended = mend(contents, folder)
+    done = {change.finding.kind for change in mended.changes}
+    assert (kind in done) == (KINDS[kind].mend is not Mend.NOTHING)
+    assert_usable(contents, folder, tmp_path / "b.json")
+
+
+def changed(contents, folder, **changes):
+    """Annotation 1 after it was changed and mended; None if it is gone."""
+    contents["annotations"][0].update(changes)
+    for key in [k for k, v in changes.items() if v is None]:
+        del contents["annotations"][0][key]
+    mend(contents, folder)
+    found = [a for a in contents["annotations"] if a["image_id"] == 1 and a["category_id"] == 1]
+    return found[0] if found else None
+
+
+MENDED = {
+    "polygon among good ones": (
+        {"segmentation": [[1, 2], SQUARE, [NAN] * 6, TRIANGLE, [1e9, *TRIANGLE[1:]]]},
+        {"segmentation": [SQUARE, TRIANGLE], "bbox": [8, 8, 82, 42]},
+    ),
+    "mask as one list": ({"segmentation": SQUARE}, {"segmentation": [SQUARE]}),
+    "no box": ({"bbox": None}, {"bbox": [8, 8, 32, 32]}),
+    "box of corners": ({"bbox": [8, 8, 40, 40]}, {"bbox": [8, 8, 32, 32]}),
+    "box of RLE": ({"segmentation": ROW, "area": 96}, {"bbox": [0, 0, 96, 1]}),
+    "no area": ({"area": None}, {"area": 32 * 32}),
+    "area of RLE": ({"segmentation": ROW, "area": None}, {"area": 96, "bbox": [0, 0, 96, 1]}),
+    "area of two polygons": (
+        # The triangle has as many pixels as pycocotools gives it
+        {"segmentation": [SQUARE, [0, 50, 4, 50, 4, 54, 0, 54]], "area": "x"},
+        {"area": 32 * 32 + 4 * 4, "bbox": [0, 8, 40, 46]},
+    ),
+    "no iscrowd": ({"iscrowd": None}, {"iscrowd": 0}),
+    "iscrowd as text 0": ({"iscrowd": "0"}, {"iscrowd": 0}),
+    "iscrowd as text 1": ({"iscrowd": "1"}, {"iscrowd": 1}),
+    "iscrowd of 2": ({"iscrowd": 2}, {"iscrowd": 1}),
+    "ignored": ({"ignore": 1}, {"iscrowd": 1, "ignore": 0}),
+    "ignored by text": ({"ignore": "0"}, {"iscrowd": 0, "ignore": 0}),
+    "id of text": ({"id": "1"}, {"id": 1}),
+    "id 0": ({"id": 0}, {"id": 1}),
+}
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_mended_annotations(case, contents, folder):
+    changes, expected = MENDED[case]
+    before = copy.deepcopy(contents)
+    before["annotations"][0].update({k: v for k, v in changes.items() if v is not None})
+    entry = changed(contents, folder, own_field={"a": [1]}, **changes)
+    assert entry.pop("own_field") == {"a": [1]}
+    assert entry == {**before["annotations"][0], **expected}
+    assert contents["annotations"][1:] == before["annotations"][1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"segmentation": [[1, 2, 3, 4]]},
+        {"segmentation": [[NAN] * 6, [9, 9] * 3]},
+        {"segmentation": None},
+        {"segmentation": "x"},
+        {"segmentation": {**ROW, "counts": [5, 5]}},
+        {"segmentation": {**ROW, "counts": [HEIGHT * WIDTH]}},
+        {"segmentation": {"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]}},
+        {"segmentation": [[-9, 9, 0, 9, 0, 20]]},
+        {"category_id": 7},
+        {"image_id": 7},
+    ],
+)
+def test_annotations_that_cannot_be_kept(changes, contents, folder):
+    assert changed(contents, folder, **changes) is None
+    assert len(contents["annotations"]) == 3
+
+
+def test_bad_images_go_with_their_annotations(contents, folder):
+    contents["images"][0]["file_name"] = "none.png"
+    mended = mend(contents, folder)
+    assert [x["id"] for x in contents["images"]] == [2]
+    assert [x["id"] for x in contents["annotations"]] == [3, 4]
+    assert "image-missing (1): dropped the image" in mended.summary()
+    assert "unknown-image (2): dropped the annotation with its image" in mended.summary()
+
+
+def test_missing_sizes_are_those_of_the_files(contents, folder):
+    for entry in contents["images"]:
+        del entry["height"], entry["width"]
+    del contents["annotations"][0]["area"]
+    before = len(contents["annotations"])
+    mended = mend(contents, folder)
+    assert [(x["height"], x["width"]) for x in contents["images"]] == [IMAGE_SIZE] * 2
+    assert len(contents["annotations"]) == before and contents["annotations"][0]["area"] == 1024
+    assert "image-sides (2): took height and width from the file" in mended.summary()
+
+
+def test_missing_sizes_without_files_cost_the_image(contents):
+    del contents["images"][0]["height"]
+    mend_contents(contents, None, check_contents(contents, None))
+    assert [x["id"] for x in contents["images"]] == [2]
+
+
+def test_the_first_of_duplicates_stays(contents, folder):
+    contents["images"].append({"id": 1, "file_name": "2.png", **SIZE, "second": True})
+    contents["categories"].append({"id": 1, "name": "second"})
+    contents["annotations"].append({**contents["annotations"][1], "id": 1})
+    contents["annotations"].append({**contents["annotations"][1], "id": 1, "category_id": 3})
+    mend(contents, folder)
+    assert [x["id"] for x in contents["images"]] == [1, 2]
+    assert "second" not in json.dumps(contents)
+    # The first is a copy of annotation 2, the second has only the id of another one
+    assert [x["id"] for x in contents["annotations"]] == [1, 2, 3, 4, 5]
+    assert contents["annotations"][-1]["category_id"] == 3
+
+
+def test_annotations_follow_new_ids(contents, folder):
+    contents["images"][1]["id"] = "two"
+    contents["categories"][2]["id"] = "three"
+    contents["annotations"][2].update(image_id="two", category_id="three")
+    contents["annotations"][3]["image_id"] = "two"
+    mend(contents, folder)
+    assert [x["id"] for x in contents["images"]] == [1, 2]
+    assert [x["id"] for x in contents["categories"]] == [1, 2, 3]
+    assert [(x["image_id"], x["category_id"]) for x in contents["annotations"]] == [
+        *((1, 1), (1, 2), (2, 3), (2, 1))
+    ]
+
+
+def test_the_command_writes_a_mended_copy(folder, tmp_path, monkeypatch, capsys, contents):
+    contents.update(info={"year": 2020}, licenses=[], own=[1, {"a": None}])
+    contents["annotations"][0]["segmentation"].insert(0, [1, 2])
+    contents["annotations"][1]["id"] = 1
+    contents["annotations"][3]["category_id"] = 77
+    path, fixed = tmp_path / "a.json", tmp_path / "b.json"
+    path.write_text(json.dumps(contents))
+    before = path.read_bytes()
+    arguments = path, folder / "images", "--fix", fixed, "--json", tmp_path / "c.json"
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert f"MENDED in {fixed}:\n" in text
+    assert "polygon-points (1): dropped the polygon\n    - image 1 '1.png', annotation 1" in text
+    assert "annotation-id-twice (1): gave it a new id\n" in text and "annotation 1: id 2" in text
+    assert "unknown-category (1): dropped the annotation" in text
+    assert "Left are 0 errors, 0 warnings" in text
+
+    assert path.read_bytes() == before
+    written = json.loads(fixed.read_text())
+    assert list(written) == list(contents)
+    assert (written["info"], written["own"]) == ({"year": 2020}, [1, {"a": None}])
+    assert [x["id"] for x in written["annotations"]] == [1, 2, 3]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
+    changes = json.loads((tmp_path / "c.json").read_text())["fixed"]["changes"]
+    assert {x["kind"] for x in changes} == {
+        *("polygon-points", "annotation-id-twice", "unknown-category")
+    }
+    assert_usable(written, folder, tmp_path / "d.json")
+
+
+def test_what_nothing_is_left_of_is_still_an_error(folder, tmp_path, monkeypatch, capsys, contents):
+    for entry in contents["annotations"]:
+        entry["segmentation"] = []
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(contents))
+    code, text = run(monkeypatch, capsys, path, folder / "images", "--fix", tmp_path / "b.json")
+    assert code == 1 and "no-objects" in text
+    assert json.loads((tmp_path / "b.json").read_text())["annotations"] == []
+
+
+def test_the_wrong_folder_is_not_mended(folder, tmp_path, monkeypatch, capsys):
+    arguments = folder / "a.json", tmp_path, "--fix", tmp_path / "b.json"
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "None of the 2 images, such as '1.png', is in the folder" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_check_leaves_no_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text("x")
+    (tmp_path / "b.json").write_text("was there before")
+    arguments = tmp_path / "a.json", "--no-images", "--fix", tmp_path / "b.json"
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "is not JSON" in text
+    assert (tmp_path / "b.json").read_text() == "was there before"
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def run(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    return ended.value.code, printed.out + printed.err
+
+
+# Whatever may be in a file
+
+VALUES = [None, True, False, "", "x", "1", [], {}, [[]], [1], {"a": 1}, 0, 1, -1, 2, 0.5]
+VALUES += [NAN, INF, -INF, 1e308, -1e308, 10**30, 10**400, 2**53, 1e5, [1, 2, 3, 4], SQUARE]
+
+
+def with_everything(folder):
+    """The toy dataset with a crowd, RLE of both kinds, two polygons and keypoints besides."""
+    contents = json.loads((folder / "a.json").read_text())
+    entries = contents["annotations"]
+    entries[0].update(keypoints=[1, 2, 2], num_keypoints=1, ignore=0)
+    entries[1]["segmentation"].append([1, 1, 5, 1, 5, 5])
+    entries[1]["bbox"] = [1, 1, 89, 49]
+    row = {"category_id": 1, "bbox": [0, 0, WIDTH, 1], "area": WIDTH, "iscrowd": 0}
+    entries.append({"id": 5, "image_id": 1, **row, "segmentation": ROW, "iscrowd": 1})
+    full = {**ROW, "counts": "0PP6"}
+    entries.append({"id": 6, "image_id": 2, **row, "segmentation": full})
+    entries[-1].update(bbox=[0, 0, WIDTH, HEIGHT], area=WIDTH * HEIGHT)
+    return contents
+
+
+def random_place(contents, rng):
+    """A container and a key or index of it, at any depth."""
+    container, key = contents, rng.choice(list(contents))
+    while container is contents or rng.random() < 0.8:
+        inner = container[key]
+        if not isinstance(inner, (dict, list)) or not inner:
+            break
+        container = inner
+        key = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+    return container, key
+
+
+def corrupt(contents, rng):
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        container, key = random_place(contents, rng)
+        if container is contents:  # of an empty list; without lists it is no dataset
+            continue
+        how = rng.random()
+        if how < 0.15:
+            del container[key]
+        elif how < 0.3 and isinstance(container, list):
+            container.insert(key, copy.deepcopy(container[key]))
+        else:
+            container[key] = copy.deepcopy(rng.choice(VALUES))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_corrupted_files_are_checked_and_mended(seed, folder, tmp_path):
+    rng = random.Random(seed)
+    pristine = with_everything(folder)
+    path = tmp_path / f"corrupted{seed}.json"
+    for _ in range(40):
+        contents = copy.deepcopy(pristine)
+        corrupt(contents, rng)
+        path.write_text(json.dumps(contents))
+        contents = read_contents(str(path))
+        files = read_images(contents, str(folder / "images"), False, 1, progress=False)
+        findings = check_contents(contents, files)
+        if not findings.of(Level.ERROR):
+            mapped(path, folder, findings.mask_format)
+            if not findings.of(Level.WARNING):
+                assert_evaluates(path)
+        mended = mend_contents(contents, files, findings)
+        mended.summary(), mended.left.summary(None), json.dumps(mended.as_data())
+        assert_usable(contents, folder, path)
