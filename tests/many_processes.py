@@ -1,0 +1,194 @@
+"""What a process does in the tests of several: `many_processes.py FOLDER OPTIONS` is two."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import detectron2.data.transforms as T
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import create_ddp_model, default_setup
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
+
+import train_net
+from msrcnn_d2.engine import build_recipe, launch, train
+from msrcnn_d2.engine.data_order import build_resumable_loader
+from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
+
+from toy import (
+    IMAGE_SIZE,
+    OBJECTS,
+    tiny_mask_scoring_rcnn,
+    toy_inputs,
+    without_objects,
+    write_coco_json,
+    write_images,
+)
+
+DATASET = "toy_of_many"
+NUM_IMAGES = 9
+MAX_ITER = 4
+CHECKPOINT_PERIOD = 2
+
+# What the second image has, beside the first one with its two objects
+CASES = ("objects", "all samples", "no objects", "no matches", "neither has objects")
+
+
+def tiny_model_config():
+    """The batch norm is frozen, as in the recipes: else a loss depends on all images of a batch."""
+    cfg = tiny_mask_scoring_rcnn().model
+    for part in (cfg.backbone.bottom_up.stem, *cfg.backbone.bottom_up.stages):
+        part.norm = "FrozenBN"
+    return cfg
+
+
+def write_dataset_and_config(folder: Path) -> list[str]:
+    """
+    Images and a LazyConfig that trains the tiny model on them.
+
+    Returns:
+        the options of train_net.py that name them.
+    """
+    objects = (OBJECTS * NUM_IMAGES)[:NUM_IMAGES]
+    write_images(folder, objects)
+    annotations = write_coco_json(folder / "annotations.json", objects)
+
+    cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    cfg.model = tiny_mask_scoring_rcnn().model  # its batch norm differs from process to process
+    cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = DATASET
+    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name=DATASET)
+    cfg.dataloader.train.total_batch_size = 2
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    resize = L(T.ResizeShortestEdge)(short_edge_length=(48, 64), sample_style="choice")
+    cfg.dataloader.train.mapper.augmentations[0] = resize
+    cfg.dataloader.test.mapper.augmentations = []
+    cfg.train.update(init_checkpoint="", max_iter=MAX_ITER, device="cpu", seed=1, log_period=1)
+    cfg.train.checkpointer.period = CHECKPOINT_PERIOD
+    cfg.optimizer.lr = 1e-3
+    path = str(folder / "config.yaml")
+    LazyConfig.save(cfg, path)
+    return ["--config-file", path, "--dataset", DATASET, annotations, str(folder)]
+
+
+class FailingRCNN(GeneralizedRCNN):
+    """Raises in the second process, in the last iteration."""
+
+    def forward(self, images):
+        if self.training and comm.get_rank() == 1 and get_event_storage().iter == MAX_ITER - 1:
+            raise ValueError("the second process has failed")
+        return super().forward(images)
+
+
+# ---- steps of one model
+
+
+def build_model(case: str) -> torch.nn.Module:
+    cfg = tiny_model_config()
+    if case == "all samples":
+        # No proposal is left out at random, and only the two objects themselves are foreground:
+        # each image has as many samples of each kind
+        cfg.proposal_generator.batch_size_per_image = 4096
+        cfg.roi_heads.batch_size_per_image = 128
+        cfg.roi_heads.proposal_matcher.thresholds = [0.99]
+    if case == "no matches":
+        cfg.roi_heads.proposal_append_gt = False
+        cfg.roi_heads.proposal_matcher.thresholds = [0.3]
+        cfg.proposal_generator.post_nms_topk = (200, 20)
+    torch.manual_seed(0)
+    return instantiate(cfg).train()
+
+
+def images_of(case: str) -> list[dict]:
+    """Two images, one for each process; the same ones in each step."""
+    torch.manual_seed(1)
+    first, second = toy_inputs()
+    if case in ("no objects", "neither has objects"):
+        second["instances"] = without_objects()
+    if case == "neither has objects":
+        first["instances"] = without_objects()
+    if case == "no matches":
+        second["instances"] = _specks()
+    return [first, second]
+
+
+def _specks() -> Instances:
+    """Objects of 3 x 3 pixels: an anchor of 8 x 8 that contains one has an IoU of 0.14 with it."""
+    polygons = [[[x, 20.0, x + 3, 20, x + 3, 23, x, 23]] for x in (20.0, 60.0)]
+    return Instances(
+        IMAGE_SIZE,
+        gt_boxes=Boxes(torch.tensor([[20.0, 20, 23, 23], [60, 20, 63, 23]])),
+        gt_classes=torch.tensor([0, 1]),
+        gt_masks=PolygonMasks(polygons),
+    )
+
+
+def step(model, images: list[dict], seed: int) -> dict:
+    """Losses and gradients; `seed` decides which anchors and proposals are sampled."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    with EventStorage() as storage:
+        losses = model(images)
+        sum(losses.values()).backward()
+        counted = {k: v for k, (v, _) in storage.latest().items() if "num_fg" in k}
+    parameters = getattr(model, "module", model).named_parameters()
+    return {
+        "losses": {k: v.item() for k, v in losses.items()},
+        "gradients": {n: p.grad.clone() for n, p in parameters if p.requires_grad},
+        "foreground": counted["roi_head/num_fg_samples"],
+    }
+
+
+def two_steps(case: str) -> list[dict]:
+    """Of this process, with its image, in a job of two."""
+    rank = comm.get_rank()
+    model = create_ddp_model(build_model(case), broadcast_buffers=False, device_ids=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    steps = []
+    for _ in range(2):
+        steps.append(step(model, [images_of(case)[rank]], seed=rank))
+        optimizer.step()
+    return steps
+
+
+# ---- whole runs
+
+
+def order_of_images(upright: bool) -> list[list[int]]:
+    """The images of each of this process's batches; `upright` says whether some of them are."""
+    widths = [50 if upright and k % 3 == 0 else 200 for k in range(11)]
+    dataset = [{"id": k, "width": w, "height": 100} for k, w in enumerate(widths)]
+    loader = build_resumable_loader(
+        dataset, mapper=lambda x: x["id"], seed=5, first_iter=0, total_batch_size=4
+    )
+    return [batch for batch, _ in zip(loader, range(11))]
+
+
+def train_and_keep(options: list[str], output_dir: Path) -> dict:
+    """What a run returns, and the weights that this process has before and after it."""
+    args = train_net.argument_parser().parse_args([*options, f"train.output_dir={output_dir}"])
+    cfg = train_net.prepare(args)
+    default_setup(cfg, args)
+    recipe = build_recipe(cfg)
+    torch.manual_seed(comm.get_rank())  # processes start from other weights
+    model = recipe.build_model()
+    recipe.build_model = lambda: model
+    first = {k: v.clone() for k, v in model.state_dict().items()}
+    return {"first": first, "results": train(recipe), "last": model.state_dict()}
+
+
+def main(folder: Path, options: list[str]) -> None:
+    kept = {
+        "steps": {case: two_steps(case) for case in CASES},
+        "orders": {upright: order_of_images(upright) for upright in (False, True)},
+        "run": train_and_keep(options, folder),
+    }
+    torch.save(kept, folder / f"rank_{comm.get_rank()}.pth")
+
+
+if __name__ == "__main__":
+    launch(main, 2, device="cpu", args=(Path(sys.argv[1]), sys.argv[2:]))

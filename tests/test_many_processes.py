@@ -1,0 +1,470 @@
+"""Jobs of two real processes: they compute what one does, and none waits for one that is gone."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+
+import train_net
+
+import many_processes
+from many_processes import CASES, MAX_ITER, NUM_IMAGES
+
+ROOT = Path(train_net.__file__).parent
+SHAPES = ROOT / "projects" / "shapes"
+SPAWN = ["--num-gpus", "2", "--dist-url", "auto"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+MARK = "MSRCNN_D2_TEST_JOB"  # in the environment of a job, to find its processes
+SECONDS_TO_END = 60  # at most, after a process has died; else a job waits for half an hour
+FILES = ("instances", "bbox", "segm")
+
+
+@pytest.fixture(autouse=True)
+def leave_no_traces():
+    """Forget datasets and log files: a process of its own would."""
+    known = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "msrcnn_d2"):
+        for handler in logging.getLogger(name).handlers[:]:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Of train_net.py: a config and a dataset."""
+    return many_processes.write_dataset_and_config(tmp_path_factory.mktemp("many"))
+
+
+def run(*args):
+    """Run train_net.py in this process."""
+    train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
+
+
+# ---- jobs
+
+
+class Job:
+    """A program of several processes; of its own session, with its output in a file."""
+
+    def __init__(self, log: Path, *command):
+        self.mark = uuid.uuid4().hex
+        self.log = log
+        environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+            MARK: self.mark,
+        }
+        with open(log, "w") as f:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", *map(str, command)],
+                cwd=ROOT,
+                env=environment,
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 120) -> int:
+        return self.process.wait(timeout)
+
+    def wait_for(self, path: Path, timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while not path.exists():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
+            time.sleep(0.05)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def pids(self) -> list[int]:
+        """Of all its processes that live, by their start."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended since
+                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return sorted(found, key=_start_time)
+
+    def rank(self, local_rank: int) -> int:
+        """The process id of a rank."""
+        ranks = [pid for pid in self.pids() if _is_rank(pid, self.process.pid)]
+        return ranks[local_rank]
+
+    def end(self) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _start_time(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(_stat(pid)[19])
+    return 0
+
+
+def _is_rank(pid: int, parent: int) -> bool:
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return int(_stat(pid)[1]) == parent and b"resource_tracker" not in command
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc tells after the name of the program, which may contain blanks: state, parent..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a job; what is left of it when the test ends is killed."""
+    jobs = []
+
+    def start_job(*command):
+        jobs.append(Job(tmp_path / f"job_{len(jobs)}.txt", *command))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.end()
+
+
+def finished(folder, *command) -> Job:
+    """A job that is to end well."""
+    job = Job(folder / "job.txt", *command)
+    try:
+        assert job.wait() == 0, job.output[-4000:]
+    finally:
+        job.end()
+    return job
+
+
+def assert_ends(job: Job) -> None:
+    """Wait for the end of a job that is to fail, with all of its processes."""
+    assert job.wait(SECONDS_TO_END) not in (0, -signal.SIGKILL)
+    time.sleep(0.5)
+    assert not job.pids()
+
+
+# ---- what two processes compute
+
+
+def kept_by_both(folder: Path, options, launcher=()):
+    """The folder of many_processes.py, and what its two processes have kept there."""
+    finished(folder, *launcher, ROOT / "tests" / "many_processes.py", folder, *options)
+    return folder, *(torch.load(folder / f"rank_{k}.pth", weights_only=False) for k in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def spawn(options, tmp_path_factory):
+    return kept_by_both(tmp_path_factory.mktemp("spawn"), options)
+
+
+@pytest.fixture(scope="module")
+def torchrun(options, tmp_path_factory):
+    return kept_by_both(tmp_path_factory.mktemp("torchrun"), options, TORCHRUN)
+
+
+@pytest.fixture(scope="module", params=["spawn", "torchrun"])
+def both(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_gradients_are_the_mean_of_those_of_single_images(both):
+    """Exact for any number of samples: each process normalises its losses by its own."""
+    _, *kept = both
+    model = many_processes.build_model("objects")
+    images = many_processes.images_of("objects")
+    single = [many_processes.step(model, [x], seed=k) for k, x in enumerate(images)]
+    for rank in (0, 1):
+        found = kept[rank]["steps"]["objects"][0]
+        assert found["losses"] == pytest.approx(single[rank]["losses"], rel=1e-6)
+        mean = {n: (g + single[1]["gradients"][n]) / 2 for n, g in single[0]["gradients"].items()}
+        assert_close(found["gradients"], mean, tolerance=1e-6)
+        assert all(g.abs().max() > 0 for g in found["gradients"].values())
+
+
+def test_gradients_are_those_of_a_batch_of_both_images_if_their_samples_are_as_many(both):
+    _, *kept = both
+    model = many_processes.build_model("all samples")
+    batch = many_processes.step(model, many_processes.images_of("all samples"), seed=0)
+    for rank in (0, 1):
+        found = kept[rank]["steps"]["all samples"][0]
+        assert found["foreground"] == batch["foreground"] == 2  # the latter is a mean
+        assert_close(found["gradients"], batch["gradients"], tolerance=2e-5)
+    mask_iou = [g for n, g in batch["gradients"].items() if "mask_iou_head" in n]
+    assert len(mask_iou) == 10 and all(g.abs().max() > 0 for g in mask_iou)
+
+
+def assert_close(found: dict, expected: dict, tolerance: float):
+    """Up to a share of the largest gradient of each parameter."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-12)
+        assert error <= tolerance, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_without_foreground_takes_part_in_each_step(case, both):
+    _, *kept = both
+    first, second = (x["steps"][case] for x in kept)
+    assert (first[0]["foreground"] > 0) == (case != "neither has objects")
+    assert (second[0]["foreground"] > 0) == (case in ("objects", "all samples"))
+    for k in (0, 1):
+        for losses in (first[k]["losses"], second[k]["losses"]):
+            assert "loss_mask_iou" in losses and all(map(math.isfinite, losses.values()))
+        if second[k]["foreground"] == 0:
+            assert second[k]["losses"]["loss_mask_iou"] == second[k]["losses"]["loss_mask"] == 0
+        for name, gradient in first[k]["gradients"].items():
+            assert torch.equal(gradient, second[k]["gradients"][name]), name
+            if "mask_iou_head" in name:
+                assert (gradient.abs().max() > 0) == (case != "neither has objects"), name
+
+
+def test_all_processes_end_with_the_same_weights(both):
+    first, second = (x["run"] for x in both[1:])
+    assert different(first["first"], second["first"])  # as they were built
+    assert different(first["first"], first["last"])
+    assert not different(first["last"], second["last"])
+
+
+def different(one: dict, other: dict) -> bool:
+    assert one.keys() == other.keys()
+    return any(not torch.equal(x, other[name]) for name, x in one.items())
+
+
+def test_the_evaluation_in_training_is_that_of_one_process(both, options):
+    """All results, and the files, bit for bit: nine images are five and four."""
+    folder, first, second = both
+    again = folder / "again"
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    args = train_net.argument_parser().parse_args(
+        [*options, "--eval-only", weights, f"train.output_dir={again}"]
+    )
+    results = evaluate_here(args)
+    assert len(results["segm"]) > 5
+    assert as_text(first["run"]["results"]) == as_text(results)  # NaN is NaN
+    assert second["run"]["results"] == {}
+    assert_same_files(folder, again)
+
+
+def evaluate_here(args) -> dict:
+    recipe = train_net.build_recipe(train_net.prepare(args))
+    return train_net.evaluate_checkpoint(recipe)
+
+
+def as_text(results: dict) -> str:
+    return json.dumps(results, sort_keys=True)
+
+
+def assert_same_files(one: Path, other: Path):
+    for name in FILES:
+        texts = [(x / "inference" / f"coco_{name}_results.json").read_text() for x in (one, other)]
+        assert json.loads(texts[0]) and texts[0] == texts[1]
+
+
+def logged(output_dir: Path) -> dict[int, dict]:
+    """{iteration: its losses and learning rate}; later lines of the same iteration win."""
+    lines = map(json.loads, (output_dir / "metrics.json").read_text().splitlines())
+    return {
+        m["iteration"]: {k: v for k, v in m.items() if "loss" in k or k == "lr"}
+        for m in lines
+        if "total_loss" in m
+    }
+
+
+def test_both_launchers_give_the_same_losses(spawn, torchrun):
+    losses, others = (logged(folder) for folder, *_ in (spawn, torchrun))
+    assert set(losses) == set(range(MAX_ITER))
+    assert losses == others
+
+
+def test_the_order_of_images_hardly_depends_on_the_number_of_processes(both):
+    _, *kept = both
+    for upright in (False, True):
+        batches_of_ranks = zip(*(x["orders"][upright] for x in kept))
+        shared = [first + second for first, second in batches_of_ranks]
+        alone = many_processes.order_of_images(upright)
+        assert all(len(x) == 4 for x in shared + alone)
+        if not upright:
+            # The same images in each iteration, so a run may go on with another number
+            assert [sorted(x) for x in shared] == [sorted(x) for x in alone]
+            assert set(Counter(sum(shared, [])).values()) == {4}  # in 11 batches of 4
+        # Else images wait for others of their shape, in each process for itself
+        for k in range(len(alone)):
+            before, others = Counter(sum(alone[:k], [])), Counter(sum(shared[:k], []))
+            assert sum((before - others).values()) <= 4
+
+
+# ---- evaluation
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Options for the demo's model, and functions of the number of its images."""
+    folder = tmp_path_factory.mktemp("drawn")
+    draw = [sys.executable, SHAPES / "draw.py", folder, "--num-train", "1"]
+    subprocess.run([*draw, "--num-val", str(NUM_IMAGES)], check=True, capture_output=True)
+    everything = json.loads((folder / "val.json").read_text())
+    first = everything["images"][0]["id"]
+    only_first = {
+        **everything,
+        "images": everything["images"][:1],
+        "annotations": [x for x in everything["annotations"] if x["image_id"] == first],
+    }
+    (folder / "one.json").write_text(json.dumps(only_first))
+
+    def options_for(num_images: int):
+        annotations = folder / ("one.json" if num_images == 1 else "val.json")
+        return [
+            *["--config-file", SHAPES / "ms_rcnn_shapes.py", "--eval-only"],
+            *["--dataset", "shapes_val", annotations, folder / "val"],
+            f"train.init_checkpoint={SHAPES / 'ms_rcnn_shapes.safetensors'}",
+            "dataloader.test.num_workers=0",
+        ]
+
+    return options_for
+
+
+@pytest.mark.parametrize(
+    "launcher, num_images",
+    [("torchrun", 9), ("spawn", 1)],  # of one image, a process has none
+)
+def test_two_processes_evaluate_as_one_does_bit_for_bit(launcher, num_images, drawn, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
+    command = [ROOT / "train_net.py", *spawn, *drawn(num_images), f"train.output_dir={two}"]
+    job = finished(tmp_path, *torchrun, *command)
+    run(*drawn(num_images), f"train.output_dir={one}")
+
+    assert "World size: 2" in job.output
+    assert_same_files(one, two)
+    reports = [(x / "report" / "report.json").read_text() for x in (one, two)]
+    assert json.loads(reports[0])["overall"]["ap"]["mask_score"] > 10
+    assert reports[0] == reports[1]
+    tables = [table_of_results(x) for x in (one, two)]
+    assert tables[0] == tables[1] and "masks by mask score" in tables[0]
+
+
+def table_of_results(output_dir: Path) -> str:
+    log = (output_dir / "log.txt").read_text()
+    return log[log.index("Results on shapes_val:") :].split("[")[0]
+
+
+# ---- resuming
+
+
+LONG = ["train.max_iter=60"]  # long enough to be killed in the midst of it
+
+
+def test_a_killed_run_of_two_processes_goes_on_with_one(options, start, tmp_path):
+    output_dir = f"train.output_dir={tmp_path}"
+    job = start(ROOT / "train_net.py", *SPAWN, *options, output_dir, *LONG)
+    job.wait_for(checkpoint(tmp_path, 2))
+    os.kill(job.rank(1), signal.SIGKILL)
+    assert_ends(job)
+
+    assert "error: " in job.output and "SIGKILL" in job.output
+    assert_goes_on_with_one_process(options, tmp_path)
+
+
+def test_a_run_of_one_process_goes_on_with_two_of_which_one_is_killed(options, start, tmp_path):
+    output_dir = f"train.output_dir={tmp_path}"
+    run(*options, output_dir, *LONG)
+    before = logged(tmp_path)
+    interrupt(tmp_path, num_iterations=4)
+    job = start(*TORCHRUN, ROOT / "train_net.py", "--resume", *options, output_dir, *LONG)
+    job.wait_for(checkpoint(tmp_path, 6))
+    os.kill(job.rank(0), signal.SIGKILL)
+    assert_ends(job)
+
+    assert "SIGKILL" in job.output
+    assert "Starting training from iteration 4\n" in job.output
+    after = logged(tmp_path)
+    assert {k: after[k] for k in range(4)} == {k: before[k] for k in range(4)}
+    assert after[4] != before[4]  # other samples, since each process draws its own
+    assert_goes_on_with_one_process(options, tmp_path)
+
+
+def checkpoint(output_dir: Path, num_iterations: int) -> Path:
+    return output_dir / f"model_{num_iterations - 1:07}.pth"
+
+
+def interrupt(output_dir: Path, num_iterations: int) -> None:
+    """Leave what a run has written until then."""
+    last = checkpoint(output_dir, num_iterations)
+    for path in output_dir.glob("model_*.pth"):
+        if path.name > last.name:
+            path.unlink()
+    (output_dir / "last_checkpoint").write_text(last.name)
+
+
+def assert_goes_on_with_one_process(options, output_dir: Path):
+    before = logged(output_dir)
+    last = torch.load(output_dir / (output_dir / "last_checkpoint").read_text(), weights_only=False)
+    first = last["iteration"] + 1
+    assert 2 <= first < 60
+    run("--resume", *options, f"train.output_dir={output_dir}", *LONG)
+
+    after = logged(output_dir)
+    assert set(after) == set(range(60)) and (output_dir / "model_final.pth").exists()
+    assert {k: after[k] for k in range(first)} == {k: before[k] for k in range(first)}
+    assert all(math.isfinite(x) for losses in after.values() for x in losses.values())
+    log = (output_dir / "log.txt").read_text()
+    assert "Loading trainer from" in log  # with the optimizer's momentum
+    # The recipe's schedule: after warm-up 1, from 2/3 of the run on 0.1, from 8/9 on 0.01
+    for k in range(1, 60):
+        factor = 1 if k < 40 else 0.1 if k <= 53 else 0.01
+        assert after[k]["lr"] == pytest.approx(1e-3 * factor), k
+
+
+# ---- processes that die
+
+
+def test_a_process_that_fails_in_the_last_iteration_ends_the_others(options, start, tmp_path):
+    """Those that are left must not evaluate: they would wait for it."""
+    model = "model._target_=many_processes.FailingRCNN"
+    output_dir = f"train.output_dir={tmp_path}"
+    job = start(ROOT / "train_net.py", *SPAWN, *options, model, output_dir)
+    job.wait_for(checkpoint(tmp_path, 2))
+    assert_ends(job)
+    assert "the second process has failed" in job.output
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_a_machine_that_is_gone_ends_the_other(options, start, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    machines = [
+        start(
+            *[ROOT / "train_net.py", "--num-gpus", 1, "--num-machines", 2, "--machine-rank", k],
+            *["--dist-url", url, *options, f"train.output_dir={tmp_path}", "train.max_iter=9999"],
+        )
+        for k in (0, 1)
+    ]
+    machines[0].wait_for(checkpoint(tmp_path, 2))
+    machines[1].end()
+    assert_ends(machines[0])
+    assert "by peer" in machines[0].output
