@@ -5,9 +5,6 @@ from pathlib import Path
 
 import torch
 
-import detectron2.data.transforms as T
-from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, default_setup
 from detectron2.modeling import GeneralizedRCNN
@@ -18,20 +15,11 @@ from detectron2.utils.events import EventStorage, get_event_storage
 import train_net
 from msrcnn_d2.engine import build_recipe, launch, train
 from msrcnn_d2.engine.data_order import build_resumable_loader
-from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 
-from toy import (
-    IMAGE_SIZE,
-    OBJECTS,
-    tiny_mask_scoring_rcnn,
-    toy_inputs,
-    without_objects,
-    write_coco_json,
-    write_images,
-)
+from toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
+from toy_training import lazy_config, write_dataset
 
 DATASET = "toy_of_many"
-NUM_IMAGES = 9
 MAX_ITER = 4
 CHECKPOINT_PERIOD = 2
 
@@ -49,30 +37,17 @@ def tiny_model_config():
 
 def write_dataset_and_config(folder: Path) -> list[str]:
     """
-    Images and a LazyConfig that trains the tiny model on them.
+    Images and a LazyConfig that trains the tiny model on them, for a few iterations.
 
     Returns:
         the options of train_net.py that name them.
     """
-    objects = (OBJECTS * NUM_IMAGES)[:NUM_IMAGES]
-    write_images(folder, objects)
-    annotations = write_coco_json(folder / "annotations.json", objects)
-
-    cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
-    cfg.model = tiny_mask_scoring_rcnn().model  # its batch norm differs from process to process
-    cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = DATASET
-    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name=DATASET)
-    cfg.dataloader.train.total_batch_size = 2
-    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
-    resize = L(T.ResizeShortestEdge)(short_edge_length=(48, 64), sample_style="choice")
-    cfg.dataloader.train.mapper.augmentations[0] = resize
-    cfg.dataloader.test.mapper.augmentations = []
-    cfg.train.update(init_checkpoint="", max_iter=MAX_ITER, device="cpu", seed=1, log_period=1)
+    cfg = lazy_config(DATASET)
+    cfg.train.max_iter = MAX_ITER
     cfg.train.checkpointer.period = CHECKPOINT_PERIOD
-    cfg.optimizer.lr = 1e-3
     path = str(folder / "config.yaml")
     LazyConfig.save(cfg, path)
-    return ["--config-file", path, "--dataset", DATASET, annotations, str(folder)]
+    return ["--config-file", path, *write_dataset(folder, DATASET)]
 
 
 class FailingRCNN(GeneralizedRCNN):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import ExifTags, Image
@@ -14,7 +13,7 @@ from msrcnn_d2.data.check import main
 from msrcnn_d2.data.kinds import KINDS
 from msrcnn_d2.errors import UserError
 
-from toy import IMAGE_SIZE, write_coco_json, write_images
+from toy import IMAGE_SIZE, real_datasets, write_coco_json, write_images
 
 HEIGHT, WIDTH = IMAGE_SIZE
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -580,15 +579,6 @@ def test_the_command_starts_without_a_warning(dataset):
 
 
 # Real data
-
-
-def real_datasets():
-    root = Path(__file__).resolve().parents[1]
-    folders = [os.environ.get("DETECTRON2_DATASETS"), root.parent / "shared/data/datasets"]
-    for folder in map(Path, filter(None, folders)):
-        if (folder / "coco/annotations/instances_val2017.json").is_file():
-            return folder.resolve()
-    return None
 
 
 @pytest.mark.skipif(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from msrcnn_d2.checkpoint.reading import check_whole
+from msrcnn_d2.engine.stopping import StopOnSignal
 
 from killable import Training
 from toy_training import write_dataset, write_lazy_config
@@ -141,6 +142,18 @@ def test_a_signal_to_stop_does_not_wait_for_an_evaluation(base, tmp_path):
     assert stopped.exit_code(timeout=15) == 128 + signal.SIGTERM
     assert iteration_of(tagged(output)) == 2
     assert "Traceback" not in stopped.printed()
+
+
+def test_only_a_second_keyboard_interrupt_does_not_wait_for_the_step():
+    stop = StopOnSignal(lambda: 0)
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # what launchers do
+        signal.raise_signal(signal.SIGINT)  # may be the same Ctrl-C, by way of one of them
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

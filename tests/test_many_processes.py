@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
-
 import train_net
+from msrcnn_d2.engine.replay import replay
 
 import many_processes
-from many_processes import CASES, MAX_ITER, NUM_IMAGES
+from many_processes import CASES, MAX_ITER
+from toy_training import NUM_IMAGES, run
 
 ROOT = Path(train_net.__file__).parent
 SHAPES = ROOT / "projects" / "shapes"
@@ -34,30 +33,13 @@ SECONDS_TO_END = 60  # at most, after a process has died; else a job waits for h
 FILES = ("instances", "bbox", "segm")
 
 
-@pytest.fixture(autouse=True)
-def leave_no_traces():
-    """Forget datasets and log files: a process of its own would."""
-    known = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "msrcnn_d2"):
-        for handler in logging.getLogger(name).handlers[:]:
-            logging.getLogger(name).removeHandler(handler)
-            handler.close()
+pytestmark = pytest.mark.usefixtures("leave_no_traces")
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     """Of train_net.py: a config and a dataset."""
     return many_processes.write_dataset_and_config(tmp_path_factory.mktemp("many"))
-
-
-def run(*args):
-    """Run train_net.py in this process."""
-    train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
 
 
 # ---- jobs
@@ -468,3 +450,76 @@ def test_a_machine_that_is_gone_ends_the_other(options, start, tmp_path):
     machines[1].end()
     assert_ends(machines[0])
     assert "by peer" in machines[0].output
+
+
+# ---- processes that are told to stop, and what they find
+
+
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_all_processes_leave_together_when_their_machine_is_wanted_back(
+    launcher, options, start, tmp_path
+):
+    spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
+    job = start(*torchrun, ROOT / "train_net.py", *spawn, *options, *stoppable(tmp_path))
+    wait_for_iteration(job, 3)
+    os.kill(job.process.pid, signal.SIGTERM)  # torchrun has an exit code of its own
+    assert job.wait() == (128 + signal.SIGTERM if launcher == "spawn" else 1)
+    assert_stopped(job, "SIGTERM", tmp_path)
+
+
+def test_a_keyboard_interrupt_reaches_all_processes_and_their_workers(options, start, tmp_path):
+    workers = "dataloader.train.num_workers=2"
+    job = start(ROOT / "train_net.py", *SPAWN, *options, *stoppable(tmp_path), workers)
+    wait_for_iteration(job, 3)
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.wait() == 128 + signal.SIGINT
+    assert_stopped(job, "SIGINT|SIGTERM", tmp_path)
+
+
+def stoppable(output_dir: Path) -> list[str]:
+    return [
+        f"train.output_dir={output_dir}",
+        "train.max_iter=9999",
+        "train.checkpointer.period=999",
+    ]
+
+
+def wait_for_iteration(job: Job, iteration: int) -> None:
+    end = time.monotonic() + 120
+    while f"iter: {iteration} " not in job.output:
+        assert job.process.poll() is None and time.monotonic() < end, job.output[-4000:]
+        time.sleep(0.05)
+
+
+def assert_stopped(job: Job, name: str, output_dir: Path) -> None:
+    text = rf"(?:{name}): iteration (\d+) is saved. Go on with --resume."
+    (iteration,) = re.findall(text, job.output)
+    assert (output_dir / "last_checkpoint").read_text() == f"model_{int(iteration):07}.pth"
+    time.sleep(0.5)
+    assert not job.pids()
+
+
+def test_a_step_of_two_processes_that_is_not_finite_is_kept_whole(options, start, tmp_path):
+    too_high = ["optimizer.lr=1e12", "lr_multiplier.warmup_factor=1"]
+    job = start(ROOT / "train_net.py", *SPAWN, *options, *stoppable(tmp_path), *too_high)
+    assert job.wait() == 2
+    assert job.output.count("error: Iteration ") == 1 and "Traceback" not in job.output
+    (step,) = (tmp_path / "nonfinite").iterdir()
+    results = replay(str(step), str(tmp_path / "config.yaml"))
+    images = [x for result in results for x in result["images"]]
+    assert len(results) == 2 and len(images) == 2
+    wrong = [r for r in results if not all(map(math.isfinite, r["losses"].values()))]
+    named = ", ".join(str(x) for r in wrong or results for x in r["images"])
+    assert f"(images {named})" in job.output
+
+
+def test_an_image_that_one_process_cannot_read_stops_both(options, start, tmp_path):
+    folder = tmp_path / "spoilt"
+    folder.mkdir()
+    others = many_processes.write_dataset_and_config(folder)
+    (folder / "3.png").write_text("not an image")
+    limits = ["train.max_bad_images=0", "train.check_images=False"]
+    job = start(ROOT / "train_net.py", *SPAWN, *others, *stoppable(tmp_path / "out"), *limits)
+    assert job.wait() == 2
+    assert job.output.count("error: Iteration ") == 1 and "Traceback" not in job.output
+    assert "3.png'" in job.output and "at most 0 may be left out" in job.output

@@ -13,7 +13,7 @@ from detectron2.engine import SimpleTrainer
 
 import train_net
 
-from toy import NUM_CLASSES, tiny_yacs_config
+from toy import NUM_CLASSES, real_datasets, tiny_yacs_config
 from toy_training import run, write_dataset, write_lazy_config
 
 ROOT = Path(train_net.__file__).parent
@@ -365,14 +365,6 @@ def test_a_half_set_launcher_environment_is_refused(lazy_config, monkeypatch, ca
         run("--config-file", lazy_config)
     error = capsys.readouterr().err
     assert "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with" in error
-
-
-def real_datasets() -> "Path | None":
-    folders = [os.environ.get("DETECTRON2_DATASETS"), ROOT.parent / "shared/data/datasets"]
-    for folder in map(Path, filter(None, folders)):
-        if (folder / "coco/annotations/instances_val2017.json").is_file():
-            return folder.resolve()
-    return None
 
 
 @pytest.mark.skipif(

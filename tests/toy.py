@@ -1,6 +1,7 @@
 """What the tests share: two images with two objects each, tiny models, and a data set on disk."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -259,3 +260,12 @@ def write_images(folder, objects=OBJECTS, image_size=IMAGE_SIZE) -> None:
             masks = BitMasks.from_polygon_masks([[np.array(polygon, dtype=float)]], *image_size)
             pixels[masks.tensor[0].numpy(), class_] = 220
         Image.fromarray(pixels).save(Path(folder) / f"{image}.png")
+
+
+def real_datasets() -> "Path | None":
+    """The folder of coco/, if there is one."""
+    beside = Path(__file__).resolve().parents[2] / "shared/data/datasets"
+    for folder in map(Path, filter(None, [os.environ.get("DETECTRON2_DATASETS"), beside])):
+        if (folder / "coco/annotations/instances_val2017.json").is_file():
+            return folder.resolve()
+    return None

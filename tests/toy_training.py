@@ -23,8 +23,14 @@ def write_dataset(folder: Path, name: str = "toy") -> list[str]:
     return ["--dataset", name, annotations, str(folder)]
 
 
-def write_lazy_config(path: Path, dataset: str = "toy") -> str:
-    """A file with a LazyConfig of six iterations, with a checkpoint after each third."""
+def write_lazy_config(path: Path) -> str:
+    """A file with :func:`lazy_config`."""
+    LazyConfig.save(lazy_config(), str(path))
+    return str(path)
+
+
+def lazy_config(dataset: str = "toy"):
+    """Six iterations, with a checkpoint after each third."""
     cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
     cfg.model = tiny_mask_scoring_rcnn().model
     cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = dataset
@@ -37,8 +43,7 @@ def write_lazy_config(path: Path, dataset: str = "toy") -> str:
     cfg.train.update(init_checkpoint="", max_iter=6, device="cpu", seed=1, log_period=1)
     cfg.train.checkpointer.period = 3
     cfg.optimizer.lr = 1e-3
-    LazyConfig.save(cfg, str(path))
-    return str(path)
+    return cfg
 
 
 def run(*args) -> None:

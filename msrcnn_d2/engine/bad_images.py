@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from ..errors import UserError
 from .agreement import any_process
-from .stopping import outlive_stop_signals
+from .stopping import worker_init_fn
 
 __all__ = ["BadImage", "BadImageError", "BadImages", "ReadingLoader", "map_or_tell", "refuse"]
 
@@ -93,7 +93,7 @@ class ReadingLoader(DataLoader):
         super().__init__(
             dataset,
             collate_fn=_Collate(collate_fn or trivial_batch_collator),
-            worker_init_fn=outlive_stop_signals,
+            worker_init_fn=worker_init_fn(),
             **kwargs,
         )
         self._on_bad_images = on_bad_images

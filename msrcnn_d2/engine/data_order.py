@@ -8,7 +8,7 @@ interrupted goes on with the very losses it would have had.
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -74,8 +74,21 @@ class ResumableBatches:
         self.on_bad_images = on_bad_images
         self.first_iter = 0
         self.current: list[dict] = []
+        self._iterators: list[Generator] = []
 
     def __iter__(self):
+        self._iterators.append(self._read())
+        return self._iterators[-1]
+
+    def close(self) -> None:
+        """
+        End the processes that read. Left to the end of this one, they would be killed, and PyTorch
+        would take that for an error.
+        """
+        for iterator in self._iterators:
+            iterator.close()
+
+    def _read(self):
         # Samplers draw their own seed when they are built, and loaders when they start. It happens
         # in the first step of a run, resumed or not, whose numbers it must not change.
         with _temporary_seed(self.seeds.seed):

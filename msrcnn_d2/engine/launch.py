@@ -1,6 +1,7 @@
 """Start one process or many: spawned here, or already started by torchrun."""
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -105,8 +106,9 @@ def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, ar
             raise UserError(
                 f"A process was ended by {error.signal_name}; if nobody ended it, memory ran out."
             ) from error
-        # The process has said why
-        sys.exit(128 + received[-1] if error.signal_name else error.exit_code)
+        # The process has said why, or has only done as it was told
+        told = received and error.exit_code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        sys.exit(128 + received[0] if told else error.exit_code)
 
 
 def _check_devices(device, local_size):

@@ -1,12 +1,15 @@
 """Save before leaving, when a machine is taken away or somebody presses Ctrl-C."""
 
+import functools
 import logging
-import mmap
+import multiprocessing
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -14,7 +17,7 @@ from detectron2.utils import comm
 from ..errors import agree_on_user_errors
 from .agreement import any_process
 
-__all__ = ["STOP_SIGNALS", "StopOnSignal", "outlive_stop_signals", "stop_signals_handled"]
+__all__ = ["STOP_SIGNALS", "StopOnSignal", "stop_signals_handled", "worker_init_fn"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,27 +42,31 @@ class StopOnSignal(HookBase):
         """
         self._save = save
         self._signal = 0
+        self._interrupted = False
         self._leaves_at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside of the block, as the main thread of a program can."""
         with stop_signals_handled(self._receive):
-            _listening[0] = 1
+            _is_listening().value = 1
             try:
                 yield
             finally:
-                _listening[0] = 0
+                _is_listening().value = 0
 
     def _receive(self, number, frame):
-        if self._signal and number == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
-        self._signal = number
+        self._interrupted |= number == signal.SIGINT
+        self._signal = self._signal or number
         if self._leaves_at_once:
+            self._leaves_at_once = False  # whatever comes while it leaves
             raise _LeftEvaluation
         if comm.is_main_process():
             name = signal.Signals(number).name
-            logger.warning("%s: this iteration is finished and saved before leaving.", name)
+            # Neither print nor log: the signal may have come in the midst of theirs
+            os.write(2, f"{name}: this step is finished and saved before leaving.\n".encode())
 
     def after_step(self):
         if any_process(bool(self._signal)):
@@ -87,7 +94,6 @@ class StopOnSignal(HookBase):
             self._leaves_at_once = False
 
     def _save_on_main_process(self) -> None:
-        self._leaves_at_once = False  # nothing interrupts it
         if comm.is_main_process():
             name = signal.Signals(self._signal).name
             logger.warning("%s: iteration %d is saved. Go on with --resume.", name, self._save())
@@ -114,18 +120,23 @@ def stop_signals_handled(handle: Callable) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# One byte that worker processes share, since they are forked: whether a step is to be finished
-_listening = mmap.mmap(-1, 1)
+@functools.cache
+def _is_listening() -> Any:
+    """A number that this process shares with the workers of its loaders: 1 in `listening`."""
+    return multiprocessing.RawValue("b", 0)
 
 
-def outlive_stop_signals(worker: int) -> None:
+def worker_init_fn() -> Callable[[int], None]:
     """
-    For the worker processes of a loader: Ctrl-C and `scancel` reach them, too, and one that dies
-    would take the step with it. They end with their loader.
+    What a `DataLoader` calls in its worker processes: Ctrl-C and `scancel` reach them, too, and one
+    that dies would take the step with it. They end with their loader.
     """
+    return functools.partial(_outlive_stop_signals, _is_listening())
 
+
+def _outlive_stop_signals(is_listening, worker: int) -> None:
     def handle(number, frame):
-        if not _listening[0]:
+        if not is_listening.value:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -4,7 +4,7 @@ import errno
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Optional
 
 import torch
@@ -61,6 +61,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())
     bad_images = BadImages(recipe.max_bad_images)
     batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
+    precise_bn_batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     model = _distributed(model, recipe)
     keeper = StepKeeper(recipe, model, batches, seeds)
     trainer = _build_trainer(model, batches, optimizer, recipe, keeper)
@@ -82,7 +83,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             seeds,
             bad_images,
             hooks.LRScheduler(scheduler=recipe.build_lr_scheduler(optimizer)),
-            _precise_bn(recipe, model, seeds),
+            _precise_bn(recipe, model, precise_bn_batches),
             checkpoints,
             stop,
             _EvalHook(recipe.eval_period, evaluate_and_keep),
@@ -93,8 +94,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     with agree_on_user_errors():
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
     batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
-    with stop.listening(), _told_once(), _full_disk_is_a_user_error(recipe.output_dir):
-        trainer.train(batches.first_iter, recipe.max_iter)
+    with stop.listening(), closing(batches), closing(precise_bn_batches), _told_once():
+        with _full_disk_is_a_user_error(recipe.output_dir):
+            trainer.train(batches.first_iter, recipe.max_iter)
     return _verified(results, recipe)
 
 
@@ -183,11 +185,10 @@ def _autocast_in_training(model: nn.Module) -> None:
     model.forward = autocast_forward  # type: ignore[method-assign]
 
 
-def _precise_bn(recipe: Recipe, model, seeds: StepSeeds) -> Optional[hooks.PreciseBN]:
+def _precise_bn(recipe: Recipe, model, batches: ResumableBatches) -> Optional[hooks.PreciseBN]:
     if not (recipe.precise_bn_iters and get_bn_modules(model)):
         return None
-    loader = ResumableBatches(recipe.build_train_loader, seeds)  # leaves that of training alone
-    return hooks.PreciseBN(recipe.eval_period, model, loader, recipe.precise_bn_iters)
+    return hooks.PreciseBN(recipe.eval_period, model, batches, recipe.precise_bn_iters)
 
 
 def _on_main_process(build_hook, *args, **kwargs):
