@@ -159,7 +159,19 @@ def _run(
     )
     _create_local_process_group(local_size)
     comm.synchronize()
-    main(*args)
+    try:
+        main(*args)
+    except SystemExit:
+        if not use_cuda:  # NCCL's would wait for processes that may be gone
+            _end_process_groups()
+        raise
+    _end_process_groups()
+
+
+def _end_process_groups() -> None:
+    """Also those that Detectron2 keeps: left to the end of the program, they sometimes abort it."""
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
     dist.destroy_process_group()
 
 
