@@ -57,6 +57,7 @@ class Kind:
 
 
 _WHOLE, _IMAGES, _CATEGORIES, _ANNOTATIONS = "", "images", "categories", "annotations"
+_UNUSABLE = "Detectron2 stops when it comes to them; train_net.py leaves a few out of training."
 _UNSORTED = "Detectron2 sorts the ids and fails"
 
 # By name, in the order in which they are shown
@@ -111,28 +112,28 @@ KINDS: dict[str, Kind] = {
         Level.ERROR,
         _IMAGES,
         "images whose file is missing",
-        "Training stops when it comes to them.",
+        _UNUSABLE,
         Mend.DROP_IMAGE,
     ),
     "image-unreadable": Kind(
         Level.ERROR,
         _IMAGES,
         "images that cannot be read",
-        "Training stops when it comes to them.",
+        _UNUSABLE,
         Mend.DROP_IMAGE,
     ),
     "image-truncated": Kind(
         Level.ERROR,
         _IMAGES,
         "images that are cut off",
-        "Training stops when it comes to them.",
+        _UNUSABLE,
         Mend.DROP_IMAGE,
     ),
     "image-size": Kind(
         Level.ERROR,
         _IMAGES,
         "images of another size than the annotations say",
-        "Training stops when it comes to them.",
+        _UNUSABLE,
         Mend.DROP_IMAGE,
     ),
     "category-entry": Kind(
@@ -388,8 +389,8 @@ KINDS: dict[str, Kind] = {
         Level.NOTE,
         _WHOLE,
         "masks are polygons or RLE",
-        "Training takes polygons as they are; if an object that is not a crowd has RLE, it needs "
-        "the mask format 'bitmask'.",
+        "train_net.py chooses the mask format; Detectron2's own programs have to be told 'bitmask' "
+        "if an object that is not a crowd has RLE.",
     ),
     "image-empty": Kind(
         Level.NOTE,
