@@ -250,6 +250,39 @@ def test_errors_of_annotations_are_named_before_training(checked, tmp_path):
     assert "with --fix OUT.json writes annotations without them" in error
 
 
+def drop_areas(data):
+    for annotation in data["annotations"]:
+        del annotation["area"]
+
+
+def test_what_only_an_evaluation_needs_does_not_stop_a_training(checked, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = write_dataset(folder, "other")
+    edit(tmp_path, drop_areas)
+    options = ["dataloader.test.dataset.names=other", "dataloader.evaluator.dataset_name=other"]
+    assert checked(*other, *options)[0] == 0
+    code, error, _ = checked()
+    assert code == 2 and "Dataset 'toy' has 18 errors" in error and "(area)" in error
+
+
+@pytest.mark.parametrize("num_wrong", [1, 18])
+def test_many_wrong_boxes_stop_a_training_and_a_few_do_not(num_wrong, checked, tmp_path):
+    def spoil_boxes(data):
+        # 108 annotations, of which one is less than one in a hundred
+        data["annotations"] = [
+            {**a, "id": k} for k, a in enumerate(6 * data["annotations"], start=1)
+        ]
+        for annotation in data["annotations"][:num_wrong]:
+            annotation["bbox"] = [0, 0, 4, 4]
+
+    edit(tmp_path, spoil_boxes)
+    code, error, log = checked()
+    assert f"box-elsewhere ({num_wrong})" in log
+    assert code == (0 if num_wrong == 1 else 2)
+    assert ("Dataset 'toy' has 18 errors" in error) == (num_wrong == 18)
+
+
 def test_annotations_that_are_no_json_are_one_sentence(base, tmp_path, capsys):
     path = tmp_path / "data" / "annotations.json"
     path.write_text(path.read_text()[:-100])

@@ -156,6 +156,20 @@ def test_only_a_second_keyboard_interrupt_does_not_wait_for_the_step():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_finished_training_that_is_stopped_in_its_evaluation_stays_finished(base, tmp_path):
+    output = tmp_path / "output"
+    base = [*base, f"train.output_dir={output}", "train.max_iter=2"]
+    assert Training(base, tmp_path).exit_code() == 0
+    before = sorted(output.glob("*.pth"))
+    stopped = Training(base, tmp_path, prepare=("evaluate_slowly", 20))
+    stopped.wait_for(lambda t: "Start inference" in t.printed())
+    os.kill(stopped.process.pid, signal.SIGTERM)
+    assert stopped.exit_code() == 128 + signal.SIGTERM
+    assert sorted(output.glob("*.pth")) == before
+    assert tagged(output).name == "model_final.pth"
+    assert torch.load(tagged(output))["trainer"]["iteration"] == 1
+
+
 @pytest.mark.parametrize(
     "damage",
     [

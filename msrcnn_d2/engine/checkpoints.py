@@ -26,6 +26,7 @@ class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
 
     def before_train(self):
         super().before_train()
+        self._saved_iter = self.trainer.start_iter - 1  # the one it goes on from, if any
         earlier = numbered_checkpoints(self.checkpointer.save_dir)
         self.recent_checkpoints = [path for k, path in earlier if k < self.trainer.iter]
 

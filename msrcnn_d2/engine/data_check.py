@@ -16,8 +16,11 @@ __all__ = ["check_data"]
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 2  # examples of each kind
-# A set to predict on only may have no annotations
-ONLY_IN_TRAINING = ("no-objects",)
+# Kinds of errors that are none for the other use; a set to predict on may have no annotations
+ONLY_IN_TRAINING = ("box-elsewhere", "no-objects")
+ONLY_IN_EVALUATION = ("annotation-id", "area", "polygon-points")
+# A few wrong boxes are noise; more, and they have been written in another format
+MOST_WRONG_BOXES = 0.01
 
 
 def check_data(recipe: Recipe, training: bool) -> None:
@@ -42,16 +45,24 @@ def check_data(recipe: Recipe, training: bool) -> None:
 
 
 def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_on: bool) -> None:
-    annotations = PathManager.get_local_path(metadata.json_file)
-    images = PathManager.get_local_path(metadata.image_root) if recipe.check_images else None
-    findings = check_dataset(annotations, images, quick=True, needs_annotations=is_trained_on)
+    json_file, image_root = metadata.json_file, metadata.get("image_root")
+    looks_at_images = recipe.check_images and image_root
+    findings = check_dataset(
+        PathManager.get_local_path(json_file),
+        PathManager.get_local_path(image_root) if looks_at_images else None,
+        quick=True,
+        needs_annotations=is_trained_on,
+    )
+    _leave_out_other_uses(findings, is_trained_on, is_tested_on)
     _log(name, findings)
     advice = (
-        f"`python -m msrcnn_d2.data.check {metadata.json_file} {metadata.image_root}` shows all of "
-        "them, and with --fix OUT.json writes annotations without them"
+        f"`python -m msrcnn_d2.data.check {json_file} {image_root or 'IMAGES'}` shows all of them, "
+        "and with --fix OUT.json writes annotations without them"
     )
-    other = BAD_IMAGES if is_trained_on else (*BAD_IMAGES, *ONLY_IN_TRAINING)
-    errors = [f for f in findings.of(Level.ERROR) if f.kind not in other]
+    errors = [f for f in findings.of(Level.ERROR) if f.kind not in BAD_IMAGES]
+    wrong_boxes = [f for f in errors if f.kind == "box-elsewhere"]
+    if len(wrong_boxes) <= MOST_WRONG_BOXES * findings.num_annotations:
+        errors = [f for f in errors if f.kind != "box-elsewhere"]
     if errors:
         raise UserError(
             f"Dataset '{name}' has {plural(len(errors), 'error')}, such as {_named(errors[0])}: "
@@ -66,14 +77,17 @@ def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_o
         )
 
 
+def _leave_out_other_uses(findings: Findings, is_trained_on: bool, is_tested_on: bool) -> None:
+    in_training = () if is_trained_on else ONLY_IN_TRAINING
+    in_evaluation = () if is_tested_on else ONLY_IN_EVALUATION
+    findings.all = [f for f in findings.all if f.kind not in (*in_training, *in_evaluation)]
+
+
 def _log(name: str, findings: Findings) -> None:
     bad = findings.of(Level.ERROR) + findings.of(Level.WARNING)
     text = f"\n{findings.summary(NUM_SHOWN)}" if bad else ""
-    logger.log(
-        logging.WARNING if bad else logging.INFO,
-        "Dataset '%s' has %s.%s",
-        *(name, findings.totals(), text),
-    )
+    level = logging.WARNING if bad else logging.INFO
+    logger.log(level, "Dataset '%s' has %s.%s", name, findings.totals(), text)
 
 
 def _named(finding: Finding) -> str:
