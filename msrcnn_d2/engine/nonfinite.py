@@ -45,7 +45,9 @@ class StepKeeper:
         )
 
     def _image_ids(self) -> list[str]:
-        return [str(x.get("image_id", x.get("file_name"))) for x in self._batches.current]
+        # A loader of the user's own may give others
+        images = (x for x in self._batches.current if isinstance(x, dict))
+        return [str(x.get("image_id", x.get("file_name"))) for x in images]
 
     def stop(self, description: str) -> None:
         """
