@@ -19,6 +19,7 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
     Args:
         mode: "wb" or "w".
     """
+    path = os.path.realpath(path)  # of a link, what it leads to
     incomplete = f"{path}{INCOMPLETE}"
     try:
         with open(incomplete, mode) as f:
@@ -30,7 +31,7 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             os.remove(incomplete)
         raise
-    _sync_folder(os.path.dirname(path) or ".")
+    _sync_folder(os.path.dirname(path))
 
 
 def _sync_folder(path: str) -> None:

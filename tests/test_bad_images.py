@@ -137,6 +137,19 @@ class Trainer:
     iter = 3
 
 
+def test_a_resumed_training_goes_on_counting():
+    counter, resumed = BadImages(1), BadImages(1)
+    counter.trainer = resumed.trainer = Trainer()
+    counter.found([BadImage("a.png", "it is broken")])
+    counter.after_step()
+    resumed.load_state_dict(counter.state_dict())
+    resumed.found([BadImage("a.png", "it is broken")])
+    resumed.after_step()
+    resumed.found([BadImage("b.png", "it is broken")])
+    with pytest.raises(BadImageError):
+        resumed.after_step()
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_images_are_counted_once_and_up_to_the_limit(limit, caplog):
     counter = BadImages(limit)
@@ -247,7 +260,7 @@ def test_errors_of_annotations_are_named_before_training(checked, tmp_path):
     code, error, log = checked()
     assert code == 2 and "Starting training" not in log
     assert "Dataset 'toy' has 1 error, such as image 2 '2.png', annotation 3: " in error
-    assert "with --fix OUT.json writes annotations without them" in error
+    assert "with --fix OUT.json mends or leaves out what it can" in error
 
 
 def drop_areas(data):
@@ -290,8 +303,19 @@ def test_annotations_that_are_no_json_are_one_sentence(base, tmp_path, capsys):
         run(*base, f"train.output_dir={tmp_path}/output")
     captured = capsys.readouterr()
     assert left.value.code == 2 and "Traceback" not in captured.out + captured.err
-    assert "annotations.json' (JSONDecodeError: " in captured.err
-    assert "`python -m msrcnn_d2.data.check " in captured.err
+    assert "annotations.json' is not JSON, or it is cut off" in captured.err
+
+
+def test_what_detectron2_refuses_is_told_with_its_ids(base, tmp_path, capsys):
+    def use_twice(data):
+        data["annotations"][2]["id"] = data["annotations"][1]["id"]
+
+    edit(tmp_path, use_twice)
+    with pytest.raises(SystemExit) as left:
+        run(*base, f"train.output_dir={tmp_path}/output")
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and "Traceback" not in captured.out + captured.err
+    assert "Dataset 'toy' has 1 error, such as image 2 '2.png', annotation 2: " in captured.err
 
 
 # Masks as RLE

@@ -188,7 +188,9 @@ def test_bad_images_go_with_their_annotations(contents, folder):
     assert [x["id"] for x in contents["images"]] == [2]
     assert [x["id"] for x in contents["annotations"]] == [3, 4]
     assert "image-missing (1): dropped the image" in mended.summary()
-    assert "unknown-image (2): dropped the annotation with its image" in mended.summary()
+    assert (
+        "of images that were dropped (2): dropped the annotation with its image" in mended.summary()
+    )
 
 
 def test_missing_sizes_are_those_of_the_files(contents, folder):

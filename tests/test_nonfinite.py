@@ -159,7 +159,7 @@ def test_a_diverging_training_says_where_and_keeps_the_step(diverged):
     assert f"error: Iteration {iteration}: " in error
     assert f"(images {', '.join(map(str, ids))})." in error
     assert f"`python -m msrcnn_d2.engine.replay {step}` runs the step again" in error
-    assert "train.max_nonfinite_steps (yaml: SOLVER.MAX_NONFINITE_STEPS), now 0" in error
+    assert "train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now 0)" in error
     assert not (output / "model_final.pth").exists()
 
 

@@ -28,7 +28,8 @@ RGB_ADVICE = (
     "INPUT.FORMAT). Such models mostly have strides in the 3x3 convolutions: set stride_in_1x1 to "
     "False (yaml: MODEL.RESNETS.STRIDE_IN_1X1)."
 )
-NUMBERED = re.compile(r"_(\d+)\.pth$")  # a checkpoint by its iteration
+# A checkpoint by its iteration, and no other file that somebody keeps beside it
+NUMBERED = re.compile(r"(?:^|/)model_(\d{7,})\.pth$")
 MATCHING = re.compile(r"\?matching_heuristics=\w*$")
 
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,11 @@ examples:
 
 def main() -> None:
     args = parse_args()
-    with exit_on_user_error():
-        failed = run(args)
+    try:
+        with exit_on_user_error():
+            failed = run(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     sys.exit(int(failed))
 
 
@@ -192,6 +196,8 @@ def text_of_mended(mended: Mended, args: argparse.Namespace, max_shown: Optional
 
 def last_line(findings: Findings, mended: Optional[Mended], args: argparse.Namespace) -> str:
     line = f"{findings.totals()}."
+    if not args.all and any(len(x) > args.show for x in findings.by_kind().values()):
+        line += " (--all shows all.)"
     if mended or all(KINDS[f.kind].mend is Mend.NOTHING for f in findings.all):
         return line
     path = Path(args.annotations)

@@ -139,7 +139,7 @@ def first(items: list, max_shown: Optional[int]) -> Iterable[str]:
     yield from map(str, items[:max_shown])
     more = len(items) - len(items[:max_shown])
     if more:
-        yield f"... and {more:,} more (--all shows them)"
+        yield f"... and {more:,} more"
 
 
 def plural(count: int, noun: str) -> str:

@@ -75,7 +75,8 @@ class Mended:
         order = list(KINDS)
         for kind, mend in sorted(groups, key=lambda group: order.index(group[0])):
             changes = groups[kind, mend]
-            lines += [f"  {kind} ({len(changes):,}): {mend.value}"]
+            of = "of images that were dropped" if mend is Mend.DROP_WITH_IMAGE else kind
+            lines += [f"  {of} ({len(changes):,}): {mend.value}"]
             lines += [f"    - {x}" for x in first(changes, max_shown)]
         return "\n".join(lines)
 

@@ -138,6 +138,12 @@ class BadImages(HookBase):
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
+    def state_dict(self):
+        return {"known": self._known}
+
+    def load_state_dict(self, state_dict):
+        self._known = dict(state_dict["known"])
+
     def found(self, images: list[BadImage]) -> None:
         """Called where they are met, with each of them as often as it is met."""
         self._new.update((i.name, i.reason) for i in images if i.name not in self._known)

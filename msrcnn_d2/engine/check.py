@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from .data_check import refuse_annotations
 from .recipe import Recipe
 
 __all__ = ["check_recipe"]
@@ -104,11 +105,12 @@ def _read_dataset(name: str, metadata) -> None:
     try:
         DatasetCatalog.get(name)
     except Exception as error:  # a file that is of no use makes Detectron2 raise anything
-        file, images = metadata.get("json_file"), metadata.get("image_root")
+        file = metadata.get("json_file")
+        if file:
+            refuse_annotations(name, file, metadata.get("image_root"))
         raise UserError(
             f"Dataset '{name}' cannot be read from '{file}' ({type(error).__name__}: {error}); it "
-            f"has to be in COCO's format. `python -m msrcnn_d2.data.check {file} {images}` tells "
-            "what is wrong with it."
+            "has to be in COCO's format."
         ) from error
 
 

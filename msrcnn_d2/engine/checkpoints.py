@@ -37,7 +37,13 @@ class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
         with agree_on_user_errors():
             if comm.is_main_process():
                 self.step(iteration)
+                self._prune()
         self._saved_iter = iteration
+
+    def _prune(self) -> None:
+        """After a resumption there may be more to delete than the one for which one came."""
+        while self.max_to_keep is not None and len(self.recent_checkpoints) > self.max_to_keep:
+            self.path_manager.rm(self.recent_checkpoints.pop(0))
 
     def save_now(self) -> int:
         """

@@ -1,6 +1,7 @@
 """Look at datasets before a run: a bad file is named in seconds, not met after hours."""
 
 import logging
+import shlex
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
@@ -11,13 +12,13 @@ from ..data.findings import BAD_IMAGES, plural
 from ..errors import UserError
 from .recipe import Recipe
 
-__all__ = ["check_data"]
+__all__ = ["check_data", "refuse_annotations"]
 
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 2  # examples of each kind
 # Kinds of errors that are none for the other use; a set to predict on may have no annotations
-ONLY_IN_TRAINING = ("box-elsewhere", "no-objects")
+ONLY_IN_TRAINING = ("no-objects",)
 ONLY_IN_EVALUATION = ("annotation-id", "area", "polygon-points")
 # A few wrong boxes are noise; more, and they have been written in another format
 MOST_WRONG_BOXES = 0.01
@@ -55,19 +56,14 @@ def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_o
     )
     _leave_out_other_uses(findings, is_trained_on, is_tested_on)
     _log(name, findings)
-    advice = (
-        f"`python -m msrcnn_d2.data.check {json_file} {image_root or 'IMAGES'}` shows all of them, "
-        "and with --fix OUT.json writes annotations without them"
-    )
     errors = [f for f in findings.of(Level.ERROR) if f.kind not in BAD_IMAGES]
     wrong_boxes = [f for f in errors if f.kind == "box-elsewhere"]
-    if len(wrong_boxes) <= MOST_WRONG_BOXES * findings.num_annotations:
+    share = len(wrong_boxes) / max(1, findings.num_annotations)
+    if not is_trained_on or share <= MOST_WRONG_BOXES:
         errors = [f for f in errors if f.kind != "box-elsewhere"]
+    advice = _advice(json_file, image_root)
     if errors:
-        raise UserError(
-            f"Dataset '{name}' has {plural(len(errors), 'error')}, such as {_named(errors[0])}: "
-            f"{advice}."
-        )
+        raise _error(name, errors, advice)
     bad_images = findings.bad_images
     limit = 0 if is_tested_on else recipe.max_bad_images
     if len(bad_images) > limit:
@@ -75,6 +71,31 @@ def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_o
             f"Dataset '{name}' has {plural(len(bad_images), 'image')} that cannot be used, such as "
             f"{_named(bad_images[0])}, and {_limit(limit, is_tested_on)}: {advice}."
         )
+
+
+def refuse_annotations(name: str, json_file: str, image_root: "str | None") -> None:
+    """
+    Raises:
+        UserError: the file cannot be read, or it has errors; it tells the first one.
+    """
+    findings = check_dataset(PathManager.get_local_path(json_file), None)
+    errors = findings.of(Level.ERROR)
+    if errors:
+        raise _error(name, errors, _advice(json_file, image_root))
+
+
+def _error(name: str, errors: list[Finding], advice: str) -> UserError:
+    return UserError(
+        f"Dataset '{name}' has {plural(len(errors), 'error')}, such as {_named(errors[0])}: "
+        f"{advice}."
+    )
+
+
+def _advice(json_file: str, image_root: "str | None") -> str:
+    command = shlex.join(
+        ["python", "-m", "msrcnn_d2.data.check", json_file, image_root or "IMAGES"]
+    )
+    return f"`{command}` shows all of them, and with --fix OUT.json mends or leaves out what it can"
 
 
 def _leave_out_other_uses(findings: Findings, is_trained_on: bool, is_tested_on: bool) -> None:

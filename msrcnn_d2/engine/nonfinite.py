@@ -59,9 +59,9 @@ class StepKeeper:
         kept = comm.all_gather(self._keep())[0]
         error = UserError(
             f"{description} {kept} Most often the learning rate (optimizer.lr, yaml: "
-            "SOLVER.BASE_LR) is too high, or the warm-up too short. train.max_nonfinite_steps "
-            f"(yaml: SOLVER.MAX_NONFINITE_STEPS), now {self._recipe.max_nonfinite_steps}, is how "
-            "many such steps are left out instead."
+            "SOLVER.BASE_LR) is too high, or the warm-up too short. To leave out up to N such "
+            "steps instead, set train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now "
+            f"{self._recipe.max_nonfinite_steps})."
         )
         error.on_all_processes = True
         raise error

@@ -31,6 +31,8 @@ class _FiniteSteps(SimpleTrainer):
     smaller scale.
     """
 
+    looks_at_gradients = True
+
     def __init__(
         self,
         *args,
@@ -62,7 +64,7 @@ class _FiniteSteps(SimpleTrainer):
         # What Detectron2 calls between the backward pass and the optimizer's step, whatever its
         # version and trainer
         losses = _nonfinite_losses(loss_dict)
-        looks = not (losses or isinstance(self, AMPTrainer))
+        looks = self.looks_at_gradients and not losses
         gradients = nonfinite_gradients(self.model) if looks else []
         if any_process(bool(losses or gradients)):
             self._leave_step(losses, gradients)
@@ -93,6 +95,8 @@ class FiniteTrainer(_FiniteSteps):
 
 class FiniteAMPTrainer(_FiniteSteps, AMPTrainer):
     """:class:`AMPTrainer` that stops at losses that are not finite."""
+
+    looks_at_gradients = False
 
 
 def losses_instead_of_errors(model: nn.Module) -> None:
