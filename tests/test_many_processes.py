@@ -22,7 +22,7 @@ from msrcnn_d2.engine.replay import replay
 
 import many_processes
 from many_processes import CASES, MAX_ITER
-from toy_training import NUM_IMAGES, run
+from toy_training import NUM_IMAGES, run, with_python_path
 
 ROOT = Path(train_net.__file__).parent
 SHAPES = ROOT / "projects" / "shapes"
@@ -53,7 +53,7 @@ class Job:
         self.log = log
         environment = {
             **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "PYTHONPATH": with_python_path(ROOT, ROOT / "tests"),
             "OMP_NUM_THREADS": "1",
             MARK: self.mark,
         }

@@ -1,5 +1,6 @@
 """A training of a tiny model on nine small images, by train_net.py."""
 
+import os
 from pathlib import Path
 
 import detectron2.data.transforms as T
@@ -49,3 +50,8 @@ def lazy_config(dataset: str = "toy"):
 def run(*args) -> None:
     """Run train_net.py in this process."""
     train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
+
+
+def with_python_path(*folders) -> str:
+    """A PYTHONPATH with these besides: the one there is may name another Detectron2."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -105,7 +105,7 @@ class _Array(np.ndarray):
 def _array(data, dtype, shape, order="C") -> np.ndarray:
     if type(dtype) is not _DType or not isinstance(data, (bytes, bytearray)):
         raise RefusedError(f"numpy.ndarray of {type(data).__name__}")
-    array = np.ndarray(shape, dtype.value, bytes(data), order=order)
+    array: np.ndarray = np.ndarray(shape, dtype.value, bytes(data), order=order)
     if array.nbytes != len(data):
         raise ValueError("an array's size is not that of its data")
     return array
