@@ -22,7 +22,7 @@ from report import Part, machine
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for train_net
 
 PARTS = ("inference", "training", "targets", "evaluation", "throughput", "memory")
-ON_REQUEST = ("growth", "scaling")  # the others take a quarter of an hour on 2 cores
+ON_REQUEST = ("growth", "scaling", "data_check")  # the others take a quarter of an hour on 2 cores
 
 
 def main() -> None:
