@@ -20,7 +20,9 @@ class UserError(Exception):
         on_all_processes: whether all processes of the job raise it together.
     """
 
-    on_all_processes = False
+    def __init__(self, message: str, *, on_all_processes: bool = False):
+        super().__init__(message)
+        self.on_all_processes = on_all_processes
 
 
 @contextmanager
@@ -40,9 +42,7 @@ def agree_on_user_errors() -> Iterator[None]:
         message = str(error)
     message = next(filter(None, comm.all_gather(message)), None)
     if message:
-        agreed = UserError(message)
-        agreed.on_all_processes = True
-        raise agreed
+        raise UserError(message, on_all_processes=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..data.findings import plural
 from ..errors import UserError
 from .agreement import any_process
 from .stopping import worker_init_fn
@@ -20,6 +21,11 @@ from .stopping import worker_init_fn
 __all__ = ["BadImage", "BadImageError", "BadImages", "ReadingLoader", "map_or_tell", "refuse"]
 
 logger = logging.getLogger(__name__)
+
+ADVICE = (
+    "`python -m msrcnn_d2.data.check ANNOTATIONS IMAGES` finds all such images, and with --fix "
+    "writes annotations without them."
+)
 
 # What reading an image, or masks that do not fit it, raises; mistakes in the code of a mapper
 # raise others
@@ -71,8 +77,7 @@ def refuse(images: list[BadImage]) -> None:
     if images:
         raise BadImageError(
             f"Image '{images[0].name}' cannot be used ({images[0].reason}): mend it, or take it "
-            "out of the annotations. `python -m msrcnn_d2.data.check ANNOTATIONS IMAGES` finds all "
-            "such images, and with --fix writes annotations without them."
+            f"out of the annotations. {ADVICE}"
         )
 
 
@@ -160,17 +165,10 @@ class BadImages(HookBase):
                 *(name, reason, len(self._known), self.limit),
             )
         if len(self._known) > self.limit:
-            error = BadImageError(
-                f"Iteration {self.trainer.iter}: {counted(len(self._known))} cannot be used, the "
-                f"last one '{name}' ({reason}), and at most {self.limit} may be left out: mend "
-                "them, or raise train.max_bad_images (yaml: DATALOADER.MAX_BAD_IMAGES). "
-                "`python -m msrcnn_d2.data.check ANNOTATIONS IMAGES` finds all of them, and with "
-                "--fix writes annotations without them."
+            raise BadImageError(
+                f"Iteration {self.trainer.iter}: {plural(len(self._known), 'image')} cannot be "
+                f"used, the last one '{name}' ({reason}), and at most {self.limit} may be left "
+                "out: mend them, or raise train.max_bad_images (yaml: DATALOADER.MAX_BAD_IMAGES). "
+                f"{ADVICE}",
+                on_all_processes=True,
             )
-            error.on_all_processes = True
-            raise error
-
-
-def counted(number: int) -> str:
-    """ "1 image", "2 images" """
-    return f"{number} image" + "s" * (number != 1)

@@ -57,14 +57,13 @@ class StepKeeper:
             UserError: with the description, and what to do.
         """
         kept = comm.all_gather(self._keep())[0]
-        error = UserError(
+        raise UserError(
             f"{description} {kept} Most often the learning rate (optimizer.lr, yaml: "
             "SOLVER.BASE_LR) is too high, or the warm-up too short. To leave out up to N such "
             "steps instead, set train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now "
-            f"{self._recipe.max_nonfinite_steps})."
+            f"{self._recipe.max_nonfinite_steps}).",
+            on_all_processes=True,
         )
-        error.on_all_processes = True
-        raise error
 
     def _keep(self) -> str:
         """Write the step, on the main process; return a sentence about it."""

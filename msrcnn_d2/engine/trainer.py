@@ -110,9 +110,10 @@ def losses_instead_of_errors(model: nn.Module) -> None:
     def forward_or_nan(inputs):
         try:
             return forward(inputs)
-        except FloatingPointError:
+        except FloatingPointError as error:
             if not model.training:
                 raise
+            logger.warning("%s", error)  # it says what was not finite
             # Of all parameters, since processes wait for the gradient of each
             parts = (p.sum() * math.nan for p in model.parameters() if p.requires_grad)
             return {"a prediction": sum(parts)}
