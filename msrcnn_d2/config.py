@@ -76,6 +76,14 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
     # Whether to look for missing, truncated and wrong-sized images before training
     cfg.DATALOADER.CHECK_IMAGES = True
+    # Values of images with more than 8 bits per pixel that become 0 and 255, such as (0, 4095), or
+    # the same as percentiles of each image, such as (0.1, 99.9); without either they are refused
+    cfg.INPUT.INTENSITY_RANGE = ()
+    cfg.INPUT.INTENSITY_PERCENTILES = ()
+    # Whether to turn images as the orientation in their EXIF data says
+    cfg.INPUT.APPLY_EXIF = True
+    # The largest image that is read, in pixels; 0 for Pillow's limit
+    cfg.INPUT.MAX_IMAGE_PIXELS = 0
     # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the first if it is installed
     cfg.TEST.COCO_ENGINE = ""
     # Whether evaluation on a GPU is in mixed precision; SOLVER.AMP is for training

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 import detectron2.data.transforms as T
@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 
 from .checkpoint import MaskScoringCheckpointer
 from .errors import UserError
+from .image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
 from .modeling.acceleration import use_channels_last_on_cpu
 
 __all__ = ["MaskScoringPredictor", "read_bgr_image"]
@@ -34,11 +35,12 @@ class MaskScoringPredictor:
     """
     Detectron2's `DefaultPredictor` for both kinds of config, one image or a batch.
 
-    Images are resized and their channels ordered as the config says for evaluation.
+    Images are read, resized and their channels ordered as the config says for evaluation.
 
     Attributes:
         model: in evaluation mode, with the config's weights; on a CPU in channels-last order, which
             is for inference.
+        image_settings: how images are read, such as the scale of 16-bit images.
         metadata: of the config's first test dataset, such as the names of classes; for
             visualisers.
 
@@ -83,6 +85,7 @@ class MaskScoringPredictor:
                 "cfg is a config, such as from model_zoo.get_config or LazyConfig.load, not a "
                 f"{type(cfg).__name__}."
             )
+        self.image_settings = image_settings(cfg)
         parts = _from_yacs(cfg, device) if isinstance(cfg, CfgNode) else _from_lazy(cfg, device)
         self.model = parts.model.eval()
         self.metadata = parts.metadata
@@ -107,7 +110,8 @@ class MaskScoringPredictor:
             images: an image, or a list of images to predict as one batch. An image is a path, a
                 PIL image, or what `cv2.imread` returns: uint8 array of shape (H, W, 3), BGR.
                 Grey images, (H, W) or (H, W, 1), and those with an alpha channel, BGRA, will do;
-                the alpha channel is ignored.
+                the alpha channel is ignored. Where the config has a scale, pixels may be numbers of
+                another type than uint8; they are then scaled to 0 to 255.
 
         Returns:
             for each image a dict with "instances", the best first: their "scores",
@@ -125,8 +129,11 @@ class MaskScoringPredictor:
 
     @torch.no_grad()
     def _predict(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
-        outputs = self.model([self._model_input(read_bgr_image(x)) for x in images])
+        outputs = self.model([self._model_input(self._read(x)) for x in images])
         return [{**x, "instances": self._ranked(x["instances"])} for x in outputs]
+
+    def _read(self, image: ImageLike) -> np.ndarray:
+        return read_bgr_image(image, self.image_settings)
 
     def _model_input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
@@ -201,18 +208,21 @@ def _scores_masks(model: nn.Module) -> bool:
     return hasattr(getattr(model, "roi_heads", None), "mask_iou_head")
 
 
-def read_bgr_image(image: ImageLike) -> np.ndarray:
+def read_bgr_image(image: ImageLike, settings: Optional[ImageSettings] = None) -> np.ndarray:
     """
     Args:
         image: a path, a PIL image or an array, as in :class:`MaskScoringPredictor`.
+        settings: how to read it; by default images of cameras are turned as they were held, and
+            those of more than 8 bits per pixel are refused.
 
     Returns:
-        uint8 array of shape (H, W, 3), BGR. Images of cameras are turned as they were held.
+        uint8 array of shape (H, W, 3), BGR.
     """
+    settings = settings or ImageSettings()
     if isinstance(image, (str, os.PathLike)):
-        return _read_file(os.fspath(image))
+        return _read_file(os.fspath(image), settings)
     if isinstance(image, Image.Image):
-        return _from_pil(image)
+        return _from_pil(image, settings)
     if image is None:
         raise TypeError("The image is None, which cv2.imread returns for files it cannot read.")
     if not isinstance(image, np.ndarray):
@@ -220,16 +230,18 @@ def read_bgr_image(image: ImageLike) -> np.ndarray:
             "An image is a path, a PIL image, or a uint8 array of shape (height, width, 3) in BGR "
             f"order, not a {type(image).__module__}.{type(image).__name__}."
         )
+    if settings.has_scale and image.dtype != np.uint8 and image.dtype.kind in "uif":
+        image = scaled_to_8_bits(image, settings)
     _check_array(image)
     if image.ndim == 2 or image.shape[2] == 1:
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
     return image[:, :, :3]
 
 
-def _read_file(path: str) -> np.ndarray:
+def _read_file(path: str, settings: ImageSettings) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return _from_pil(image)
+        with open_image(path, settings) as image:
+            return _from_pil(image, settings)
     except FileNotFoundError:
         hint = ": it is a URL, so download it first" if "://" in path else ""
         raise UserError(f"Image '{path}' does not exist{hint}.") from None
@@ -239,13 +251,8 @@ def _read_file(path: str) -> np.ndarray:
         raise UserError(f"Image '{path}' cannot be read ({error}).") from error
 
 
-def _from_pil(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"The image has more than 8 bits per pixel (mode {image.mode}): scale it to 0 to 255 "
-            "and convert it to uint8."
-        )
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[:, :, ::-1]
+def _from_pil(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    return np.asarray(to_rgb(image, settings))[:, :, ::-1]
 
 
 def _check_array(image: np.ndarray) -> None:

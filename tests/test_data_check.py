@@ -12,6 +12,7 @@ from msrcnn_d2.data import Finding, Level, check_dataset
 from msrcnn_d2.data.check import main
 from msrcnn_d2.data.kinds import KINDS
 from msrcnn_d2.errors import UserError
+from msrcnn_d2.image_reading import ImageSettings
 
 from toy import IMAGE_SIZE, real_datasets, write_coco_json, write_images
 
@@ -257,6 +258,9 @@ def test_one_thing_wrong_is_one_finding(case, dataset):
 
 def test_all_kinds_are_tested():
     of_files = {"image-missing", "image-unreadable", "image-truncated", "image-size"}
+    # These are in tests/test_image_reading.py
+    of_files |= {"image-pixels", "image-deep", "image-deep-color", "image-16-bits"}
+    of_files |= {"image-orientation", "image-orientation-unclear"}
     of_all = {"no-images", "no-categories", "no-objects"}
     notes = {name for name, kind in KINDS.items() if kind.level is Level.NOTE}
     tested = {case[1] for case in ONE_THING_WRONG.values()}
@@ -421,7 +425,7 @@ def test_turned_images_have_their_size_as_detectron2_reads_them(name, quick, dat
     contents["images"][0]["file_name"] = name
     assert serious(check(dataset, contents, quick=quick)) == []
     Image.new("RGB", (WIDTH, HEIGHT)).save(dataset / "images" / name, exif=exif)
-    assert serious(check(dataset, quick=quick)) == [("image-size", 1, None)]
+    assert serious(check(dataset, quick=quick)) == [("image-orientation", 1, None)]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -452,8 +456,10 @@ def test_large_images_are_no_end(dataset, monkeypatch):
     assert serious(check(dataset)) == []  # Pillow warns
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     findings = check(dataset)
-    assert {f.kind for f in findings.bad_images} == {"image-unreadable"}
-    assert "decompression bomb" in findings.bad_images[0].message
+    assert {f.kind for f in findings.of(Level.ERROR)} == {"image-pixels"}
+    settings = ImageSettings(max_pixels=HEIGHT * WIDTH)
+    assert serious(check(dataset, settings=settings)) == []
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_each_file_is_read_once(dataset):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Optional
 
 from ..errors import UserError, exit_on_user_error
+from ..image_reading import add_image_arguments, arguments_for, settings_from
 from ..whole_file import write_whole
 from .checking import check_contents, check_folder, read_contents, read_images
 from .findings import Findings, Level, plural
@@ -53,13 +54,16 @@ def run(args: argparse.Namespace) -> bool:
     """Whether there are errors, in the file or, if one is written, in the mended one."""
     images = None if args.no_images else str(args.images)
     check_folder(images)
+    settings = settings_from(args)
     print(f"Reading {args.annotations} ...", flush=True)
     with contextlib.ExitStack() as stack:
         # Opened first: that they cannot be written is to be known before the long part
         fixed = args.fix and stack.enter_context(output(args.fix, args.annotations))
         data = args.json and stack.enter_context(output(args.json, args.annotations))
         contents = read_contents(args.annotations)
-        files = read_images(contents, images, args.quick, args.workers, progress=True)
+        files = read_images(
+            contents, images, args.quick, args.workers, progress=True, settings=settings
+        )
         findings = check_contents(contents, files)
         mended = None
         if fixed:
@@ -126,6 +130,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads that read images (default: all cores)"
     )
+    add_image_arguments(parser)
     args = parser.parse_args()
     if args.images is None and not args.no_images:
         parser.error("give the folder of the images, or --no-images")
@@ -204,6 +209,7 @@ def last_line(findings: Findings, mended: Optional[Mended], args: argparse.Names
     command = ["python", "-m", "msrcnn_d2.data.check", args.annotations]
     command += ["--no-images"] if args.no_images else [str(args.images)]
     command += ["--quick"] if args.quick else []
+    command += arguments_for(settings_from(args))
     command += ["--fix", str(path.with_name(f"{path.stem}_fixed.json"))]
     return f"{line} To mend what can be mended:\n  {shlex.join(command)}"
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluation.reading import ANNOTATIONS_ADVICE, read_json
+from ..image_reading import ImageSettings
 from .entries import Annotations, check_annotations, check_categories, check_images
 from .findings import Findings, plural, shown
 from .images import ImageFile, look_at_images
@@ -25,6 +26,7 @@ def check_dataset(
     num_workers: Optional[int] = None,
     progress: bool = True,
     needs_annotations: bool = True,
+    settings: Optional[ImageSettings] = None,
 ) -> Findings:
     """
     Args:
@@ -35,13 +37,15 @@ def check_dataset(
         progress: whether to show a bar for the images, where there is a terminal.
         needs_annotations: whether the file has to have a list of annotations, which one of images
             to predict on may lack.
+        settings: how images are read.
 
     Raises:
         UserError: the file cannot be read, or it is something else; or there is no such folder.
     """
     check_folder(images)
     contents = read_contents(annotations, needs_annotations)
-    return check_contents(contents, read_images(contents, images, quick, num_workers, progress))
+    files = read_images(contents, images, quick, num_workers, progress, settings)
+    return check_contents(contents, files)
 
 
 def check_folder(images: Optional[str]) -> None:
@@ -80,7 +84,12 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def read_images(
-    contents: dict, images: Optional[str], quick: bool, num_workers: Optional[int], progress: bool
+    contents: dict,
+    images: Optional[str],
+    quick: bool,
+    num_workers: Optional[int],
+    progress: bool,
+    settings: Optional[ImageSettings] = None,
 ) -> Optional[dict[str, ImageFile]]:
     """What the files of images are, by name; None without a folder."""
     if images is None:
@@ -88,7 +97,7 @@ def read_images(
     entries = (entry for entry in contents["images"] if isinstance(entry, dict))
     names = (entry.get("file_name") for entry in entries)
     known = [name for name in names if isinstance(name, str) and name]
-    return look_at_images(images, known, quick, num_workers, progress)
+    return look_at_images(images, known, quick, num_workers, progress, settings)
 
 
 def check_contents(contents: dict, files: Optional[dict[str, ImageFile]]) -> Findings:

@@ -101,7 +101,59 @@ def check_images(
         if isinstance(entry, dict):
             for kind, message in _problems_of_image(entry, names, files):
                 findings.add(kind, message, index=k, **images.where(k))
+    for k, kind, message in _problems_of_orientation(dicts, files or {}):
+        findings.add(kind, message, index=k, **images.where(k))
     return images
+
+
+def _problems_of_orientation(
+    entries: list[dict], files: dict[str, ImageFile]
+) -> Iterator[tuple[int, str, str]]:
+    """
+    Annotations are of images either as they are stored or as EXIF turns them. Most images that a
+    quarter turn gives another size decide for all, since the file cannot have been made both ways.
+
+    Yields:
+        place, kind and message.
+    """
+    fits_now: list[int] = []
+    fits_other: list[int] = []
+    unclear: list[int] = []
+    all_files: dict[int, ImageFile] = {}
+    for k, entry in enumerate(entries):
+        name, sides = entry.get("file_name"), sides_of(entry)
+        file = files.get(name) if isinstance(name, str) else None
+        if file is None or file.orientation == 1 or sides not in (file.size, file.other_size):
+            continue
+        all_files[k] = file
+        if file.size == file.other_size:
+            unclear.append(k)
+        else:
+            (fits_now if sides == file.size else fits_other).append(k)
+    decided = bool(fits_other) and len(fits_other) >= len(fits_now)
+    for k in fits_other:
+        if decided:
+            yield k, "image-orientation", _said_of_orientation(all_files[k], sides_of(entries[k]))
+        else:
+            yield k, "image-size", _said_of_size(all_files[k], sides_of(entries[k]))
+    for k in unclear:
+        if decided:
+            yield k, "image-orientation", f"so are others; {_said_of_orientation(all_files[k])}"
+        elif not fits_now:
+            yield k, "image-orientation-unclear", f"its orientation is {all_files[k].orientation}"
+
+
+def _said_of_orientation(file: ImageFile, sides: Optional[tuple[int, int]] = None) -> str:
+    read, meant = ("turned", "stored") if file.is_turned else ("stored", "turned")
+    sizes = ""
+    if sides and file.size:
+        has, said = ("{1} x {0}".format(*size) for size in (file.size, sides))
+        sizes = f", to {has} pixels (width x height), and the annotations say {said}"
+    return (
+        f"it is read as {read} by orientation {file.orientation} in EXIF{sizes}: they are of the "
+        f"image as {meant}, so set dataloader.images.apply_exif={not file.is_turned} (yaml: "
+        f"INPUT.APPLY_EXIF {not file.is_turned})"
+    )
 
 
 def _problems_of_image(
@@ -128,9 +180,13 @@ def _problems_of_image(
     file = files[name]
     if file.kind:
         yield file.kind, file.message
-    elif sides and file.size and sides != file.size:
-        has, said = ("{1} x {0}".format(*size) for size in (file.size, sides))
-        yield "image-size", f"it has {has} pixels (width x height), the annotations say {said}"
+    if sides and file.size and sides not in (file.size, file.other_size):
+        yield "image-size", _said_of_size(file, sides)
+
+
+def _said_of_size(file: ImageFile, sides: Optional[tuple[int, int]]) -> str:
+    has, said = ("{1} x {0}".format(*size or ("?", "?")) for size in (file.size, sides))
+    return f"it has {has} pixels (width x height), the annotations say {said}"
 
 
 def sides_of(entry: dict) -> Optional[tuple[int, int]]:

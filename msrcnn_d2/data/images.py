@@ -1,4 +1,4 @@
-"""Look at the files of images: are they there, whole, and of which size."""
+"""Look at the files of images: are they there, whole, of which size and depth."""
 
 import os
 import warnings
@@ -10,10 +10,20 @@ from typing import IO, Optional
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ..image_reading import (
+    ImageSettings,
+    NeedsSetting,
+    has_16_bit_colors,
+    open_image,
+    refuse_unless_readable,
+    without_pixel_limit,
+)
+
 __all__ = ["ImageFile", "look_at_images"]
 
 # What the last bytes of a whole file are, by the names that Pillow has for formats
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"}
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
 TURNED = (5, 6, 7, 8)  # the orientations in EXIF that exchange height and width
 
 
@@ -21,14 +31,20 @@ TURNED = (5, 6, 7, 8)  # the orientations in EXIF that exchange height and width
 class ImageFile:
     """
     Attributes:
-        size: height and width in pixels, as Detectron2 reads it; None if it cannot.
+        size: height and width in pixels, as it is read; None if it cannot be.
         kind: of the finding, if there is something wrong; see `KINDS`.
         message: what that is.
+        orientation: from EXIF; 1 if there is none.
+        is_turned: whether it is read as the orientation says, or as it is stored.
+        other_size: height and width if it were read the other way.
     """
 
     size: Optional[tuple[int, int]] = None
     kind: Optional[str] = None
     message: str = ""
+    orientation: int = 1
+    is_turned: bool = False
+    other_size: Optional[tuple[int, int]] = None
 
 
 def look_at_images(
@@ -37,6 +53,7 @@ def look_at_images(
     quick: bool = False,
     num_workers: Optional[int] = None,
     progress: bool = True,
+    settings: Optional[ImageSettings] = None,
 ) -> dict[str, ImageFile]:
     """
     Args:
@@ -47,40 +64,56 @@ def look_at_images(
         num_workers: threads; by default as many as there are cores. Pillow decodes without holding
             up the others.
         progress: whether to show a bar, where there is a terminal.
+        settings: how images are read.
 
     Returns:
         for each name what its file is.
     """
     names = list(dict.fromkeys(names))
+    settings = settings or ImageSettings()
     paths = [os.path.join(folder, name) for name in names]
     pool = ThreadPoolExecutor(num_workers or os.cpu_count())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_pixel_limit():
             warnings.simplefilter("ignore")  # of Pillow: of large images, and odd EXIF
-            files = pool.map(lambda path: _look_at(path, quick), paths)
+            files = pool.map(lambda path: _look_at(path, quick, settings), paths)
             bar = tqdm(files, "images", len(paths), disable=None if progress else True)
             return dict(zip(names, bar))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _look_at(path: str, quick: bool) -> ImageFile:
+def _look_at(path: str, quick: bool, settings: ImageSettings) -> ImageFile:
     try:
         with open(path, "rb") as f:
-            return _read(f, quick)
+            return _read(f, quick, settings)
     except (FileNotFoundError, NotADirectoryError):
         return ImageFile(kind="image-missing", message="there is no such file")
     except IsADirectoryError:
         return ImageFile(kind="image-unreadable", message="it is a folder")
     except UnidentifiedImageError:
-        return ImageFile(kind="image-unreadable", message="it is no image that Pillow knows")
+        return ImageFile(kind="image-unreadable", message=_unknown(path))
+    except NeedsSetting as error:
+        return ImageFile(kind=error.kind, message=str(error))
     except Exception as error:  # Pillow raises whatever the damage leads to
         return ImageFile(kind="image-unreadable", message=_first_line(error))
 
 
-def _read(f: IO[bytes], quick: bool) -> ImageFile:
+def _unknown(path: str) -> str:
+    with open(path, "rb") as f:
+        is_tiff = f.read(4) in TIFF
+    if is_tiff:
+        return (
+            "Pillow reads no TIFF of this kind, such as one of several float, 32-bit or over four "
+            "channels: convert it to 8 bits, or to a single channel"
+        )
+    return "it is no image that Pillow knows"
+
+
+def _read(f: IO[bytes], quick: bool, settings: ImageSettings) -> ImageFile:
     tail = _tail(f)
-    with Image.open(f) as image:
+    with open_image(f, settings) as image:
+        problem = _problem(image, settings)  # before the image is decoded
         ends_well = tail.endswith(ENDS.get(image.format or "", b""))
         if not (quick and ends_well):
             try:
@@ -90,7 +123,23 @@ def _read(f: IO[bytes], quick: bool) -> ImageFile:
                 kind = "image-truncated" if cut else "image-unreadable"
                 return ImageFile(kind=kind, message=_first_line(error))
         width, height = image.size
-        return ImageFile(size=(width, height) if _is_turned(image) else (height, width))
+        orientation = _orientation(image)
+        stored = (height, width)
+        turned = (width, height) if orientation in TURNED else stored
+        sizes = (turned, stored) if settings.apply_exif else (stored, turned)
+        is_turned = settings.apply_exif and orientation != 1
+        return ImageFile(sizes[0], *problem, orientation, is_turned, sizes[1])
+
+
+def _problem(image: Image.Image, settings: ImageSettings) -> tuple[Optional[str], str]:
+    """Kind and message of a finding about the depth of an image, if there is one."""
+    try:
+        refuse_unless_readable(image, settings)
+    except NeedsSetting as error:
+        return error.kind, str(error)
+    if has_16_bit_colors(image) and not settings.has_scale:
+        return "image-16-bits", f"it has 16 bits per channel (mode {image.mode})"
+    return None, ""
 
 
 def _tail(f: IO[bytes]) -> bytes:
@@ -108,14 +157,14 @@ def _decode(image: Image.Image) -> None:
         image.convert("RGB")
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether Detectron2 exchanges height and width when it applies the orientation."""
+def _orientation(image: Image.Image) -> int:
     try:
         # Not that of PNG, which decodes the image to find what may come after it
         exif = Image.Image.getexif(image)
     except Exception:  # so does Detectron2, which then takes the image as it is
-        return False
-    return exif.get(ExifTags.Base.Orientation) in TURNED
+        return 1
+    orientation = exif.get(ExifTags.Base.Orientation)
+    return orientation if orientation in range(2, 9) else 1  # type: ignore[return-value]
 
 
 def _first_line(error: Exception) -> str:

@@ -136,6 +136,32 @@ KINDS: dict[str, Kind] = {
         _UNUSABLE,
         Mend.DROP_IMAGE,
     ),
+    # A file of the image says nothing wrong, and neither do the annotations: mending drops nothing
+    "image-orientation": Kind(
+        Level.ERROR,
+        _IMAGES,
+        "images whose annotations follow EXIF's orientation in another way than they are read",
+        "Objects are elsewhere than their annotations say; Detectron2 stops where sizes differ.",
+    ),
+    "image-pixels": Kind(
+        Level.ERROR,
+        _IMAGES,
+        "images of more pixels than the limit",
+        "They are not read.",
+    ),
+    # Pillow's conversion to RGB clips them at 255, so that most are white or black all over
+    "image-deep": Kind(
+        Level.ERROR,
+        _IMAGES,
+        "images of more than 8 bits per pixel, for which there is no scale",
+        "They are not read.",
+    ),
+    "image-deep-color": Kind(
+        Level.ERROR,
+        _IMAGES,
+        "images of 16 bits per channel, which cannot be scaled",
+        "They are not read.",
+    ),
     "category-entry": Kind(
         Level.ERROR,
         _CATEGORIES,
@@ -314,6 +340,19 @@ KINDS: dict[str, Kind] = {
         "images with the file of another one",
         "Each is trained on with its own annotations only; the objects of the others are "
         "background.",
+    ),
+    "image-orientation-unclear": Kind(
+        Level.WARNING,
+        _IMAGES,
+        "images with an orientation in EXIF that leaves their size as it is",
+        "Whether annotations are of the turned or the stored image cannot be told. If they are of "
+        "the stored one, set dataloader.images.apply_exif=False (yaml: INPUT.APPLY_EXIF False).",
+    ),
+    "image-16-bits": Kind(
+        Level.WARNING,
+        _IMAGES,
+        "images of 16 bits per channel",
+        "Pillow reads the upper 8 bits: images that use the lower ones only are dark, or black.",
     ),
     "category-name-twice": Kind(
         Level.WARNING,

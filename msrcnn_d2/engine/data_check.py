@@ -20,6 +20,8 @@ NUM_SHOWN = 2  # examples of each kind
 # Kinds of errors that are none for the other use; a set to predict on may have no annotations
 ONLY_IN_TRAINING = ("no-objects",)
 ONLY_IN_EVALUATION = ("annotation-id", "area", "polygon-points")
+# What the config mends, not another file; the message says how
+BY_SETTINGS = ("image-orientation", "image-pixels", "image-deep", "image-deep-color")
 # A few wrong boxes are noise; more, and they have been written in another format
 MOST_WRONG_BOXES = 0.01
 
@@ -53,6 +55,7 @@ def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_o
         PathManager.get_local_path(image_root) if looks_at_images else None,
         quick=True,
         needs_annotations=is_trained_on,
+        settings=recipe.images,
     )
     _leave_out_other_uses(findings, is_trained_on, is_tested_on)
     _log(name, findings)
@@ -61,6 +64,12 @@ def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_o
     share = len(wrong_boxes) / max(1, findings.num_annotations)
     if not is_trained_on or share <= MOST_WRONG_BOXES:
         errors = [f for f in errors if f.kind != "box-elsewhere"]
+    by_settings = [f for f in errors if f.kind in BY_SETTINGS]
+    if by_settings:
+        raise UserError(
+            f"Dataset '{name}' has {plural(len(by_settings), 'image')} that cannot be used as the "
+            f"config is, such as {_named(by_settings[0])}."
+        )
     advice = _advice(json_file, image_root)
     if errors:
         raise _error(name, errors, advice)

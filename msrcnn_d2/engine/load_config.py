@@ -17,6 +17,7 @@ from detectron2.data.datasets import register_coco_instances
 from .. import model_zoo
 from ..config import add_msrcnn_config, retrofit, target_of
 from ..errors import UserError
+from ..image_reading import IMAGE_KEYS
 from ..modeling import RetrofitRCNN
 from .inference_loader import build_test_loader
 
@@ -139,6 +140,10 @@ def _load_lazy(path, overrides, retrofitted):
     for key, default in OPTIONAL_TRAIN_KEYS.items():
         if OmegaConf.select(cfg.train, key) is None:
             OmegaConf.update(cfg.train, key, default, force_add=True)
+    if "dataloader" in cfg:
+        for key, (_, default) in IMAGE_KEYS.items():
+            if OmegaConf.select(cfg, f"dataloader.images.{key}") is None:
+                OmegaConf.update(cfg, f"dataloader.images.{key}", default, force_add=True)
     for override in overrides:
         _check_override(cfg, override)
     try:

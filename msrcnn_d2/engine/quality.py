@@ -42,5 +42,6 @@ def write_report_of(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> 
     if len(recipe.test_sets) > 1:
         folder = os.path.join(folder, str(test_set))
     roots = [MetadataCatalog.get(name).get("image_root") for name in test_set.names]
-    page = write_report(quality, folder, f"Masks on {test_set}", roots[0] if roots else None)
+    title, root = f"Masks on {test_set}", roots[0] if roots else None
+    page = write_report(quality, folder, title, root, recipe.images)
     logger.info("Report on the quality of masks: %s", page)

@@ -27,6 +27,7 @@ from ..config import target_of
 from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.coco_engine import choose_engine
+from ..image_reading import ImageSettings, image_settings, read_with
 from ..modeling import MaskScoringRCNNWithTTA
 from .data_order import build_resumable_loader
 from .inference_loader import build_test_loader
@@ -74,6 +75,7 @@ class Recipe:
         max_bad_images: images that may be left out in training since they cannot be used.
         max_nonfinite_steps: steps that may be left out since their loss is not finite.
         check_images: whether to look at all images before training.
+        images: how they are read.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
         verify_results: called with the results at the end of a run.
@@ -102,6 +104,7 @@ class Recipe:
     max_bad_images: int = 10
     max_nonfinite_steps: int = 0
     check_images: bool = True
+    images: ImageSettings = field(default_factory=ImageSettings)
     precise_bn_iters: int = 0
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
@@ -121,6 +124,8 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
     if OmegaConf.select(cfg, "train.model_ema.enabled"):
         raise UserError("train.model_ema is not supported: set train.model_ema.enabled=False.")
 
+    images = image_settings(cfg)
+
     def build_lazy_optimizer(model):
         cfg.optimizer.params.model = model
         return instantiate(cfg.optimizer)
@@ -129,8 +134,8 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_model=lambda: instantiate(cfg.model),
         build_optimizer=build_lazy_optimizer,
         build_lr_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
-        build_train_loader=functools.partial(_lazy_train_loader, cfg.dataloader.train),
-        test_sets=_lazy_test_sets(cfg),
+        build_train_loader=functools.partial(_lazy_train_loader, cfg.dataloader.train, images),
+        test_sets=_lazy_test_sets(cfg, images),
         train_names=_names(OmegaConf.select(cfg, "dataloader.train.dataset.names")),
         num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
         total_batch_size=OmegaConf.select(cfg, "dataloader.train.total_batch_size"),
@@ -149,50 +154,70 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         max_bad_images=train.get("max_bad_images", 10),
         max_nonfinite_steps=train.get("max_nonfinite_steps", 0),
         check_images=train.get("check_images", True),
+        images=images,
     )
 
 
-def _lazy_train_loader(loader: DictConfig, seed: int, first_iter: int, on_bad_images: Callable):
+def _lazy_train_loader(
+    loader: DictConfig, images: ImageSettings, seed: int, first_iter: int, on_bad_images: Callable
+):
     arguments = _arguments_of(loader)
     if target_of(loader) is not build_detection_train_loader:
-        return target_of(loader)(**arguments)  # a loader of the user's own keeps its own order
-    return _train_loader(arguments, seed, first_iter, on_bad_images)
+        # A loader of the user's own keeps its own order
+        return target_of(loader)(**_reading(arguments, images))
+    return _train_loader(arguments, images, seed, first_iter, on_bad_images)
 
 
 def _arguments_of(loader: DictConfig) -> dict[str, Any]:
     return {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
 
 
-def _train_loader(arguments: dict[str, Any], seed: int, first_iter: int, on_bad_images: Callable):
+def _reading(arguments: dict[str, Any], images: ImageSettings) -> dict[str, Any]:
+    """Arguments of a loader whose mapper, if there is one, reads images by the settings."""
+    if "mapper" not in arguments:
+        return arguments
+    return {**arguments, "mapper": read_with(images, arguments["mapper"])}
+
+
+def _train_loader(
+    arguments: dict[str, Any],
+    images: ImageSettings,
+    seed: int,
+    first_iter: int,
+    on_bad_images: Callable,
+):
     """Our loader for the arguments of Detectron2's; that one where ours cannot replace it."""
     dataset = arguments["dataset"]
     supported = set(inspect.signature(build_resumable_loader).parameters)
     if not (isinstance(dataset, list) and set(arguments) <= supported):
-        return build_detection_train_loader(**arguments)
+        return build_detection_train_loader(**_reading(arguments, images))
     fit_mask_format(arguments["mapper"], dataset)
     return build_resumable_loader(
-        seed=seed, first_iter=first_iter, on_bad_images=on_bad_images, **arguments
+        seed=seed,
+        first_iter=first_iter,
+        on_bad_images=on_bad_images,
+        **_reading(arguments, images),
     )
 
 
-def _lazy_test_sets(cfg: DictConfig) -> list[TestSet]:
+def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
     if "test" not in cfg.dataloader or "evaluator" not in cfg.dataloader:
         return []
     _check_engine(OmegaConf.select(cfg, "dataloader.evaluator.engine"))
     return [
         TestSet(
             names=_names(OmegaConf.select(cfg, "dataloader.test.dataset.names")),
-            build_loader=lambda: _lazy_test_loader(cfg.dataloader.test),
+            build_loader=lambda: _lazy_test_loader(cfg.dataloader.test, images),
             build_evaluator=lambda: _lazy_evaluator(cfg),
             batch_size=cfg.dataloader.test.get("batch_size"),
         )
     ]
 
 
-def _lazy_test_loader(loader: DictConfig):
-    if target_of(loader) is not build_detection_test_loader:
-        return instantiate(loader)
-    return build_test_loader(**_arguments_of(loader))
+def _lazy_test_loader(loader: DictConfig, images: ImageSettings):
+    build = target_of(loader)
+    arguments = _reading(_arguments_of(loader), images)
+    return (build_test_loader if build is build_detection_test_loader else build)(**arguments)
 
 
 def _lazy_evaluator(cfg: DictConfig):
@@ -231,6 +256,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
         max_nonfinite_steps=cfg.SOLVER.MAX_NONFINITE_STEPS,
         check_images=cfg.DATALOADER.CHECK_IMAGES,
+        images=image_settings(cfg),
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
         verify_results=lambda results: verify_results(cfg, results),
@@ -239,7 +265,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
 
 def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int, on_bad_images: Callable):
     arguments = build_detection_train_loader.from_config(cfg)
-    return _train_loader(arguments, seed, first_iter, on_bad_images)
+    return _train_loader(arguments, image_settings(cfg), seed, first_iter, on_bad_images)
 
 
 def _check_engine(name: Optional[str]) -> Optional[str]:
@@ -272,7 +298,7 @@ def _yacs_test_loader(cfg: CfgNode, name: str):
     arguments = build_detection_test_loader.from_config(cfg, name)
     # In later versions than 0.6 they have a sampler, which would fix the order of the images
     arguments.update(sampler=None, batch_size=cfg.DATALOADER.TEST_BATCH_SIZE)
-    return build_test_loader(**arguments)
+    return build_test_loader(**_reading(arguments, image_settings(cfg)))
 
 
 def _names(names) -> tuple[str, ...]:

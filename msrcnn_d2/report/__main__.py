@@ -13,6 +13,7 @@ from ..errors import UserError, exit_on_user_error
 from ..evaluation.coco_engine import ENGINES, choose_engine
 from ..evaluation.mask_quality import measure_mask_quality
 from ..evaluation.reading import check_fits, read_annotations, read_results
+from ..image_reading import add_image_arguments, settings_from
 from .page import write_report
 
 EXAMPLES = """
@@ -28,6 +29,7 @@ examples:
 def main() -> None:
     args = parse_args()
     with exit_on_user_error():
+        settings = settings_from(args)
         if args.images and not args.images.is_dir():
             raise UserError(f"There is no folder '{args.images}': give that of the images.")
         try:
@@ -42,7 +44,8 @@ def main() -> None:
         quality = measure_mask_quality(coco_gt, results, engine, args.max_dets)
         print(f"\n{quality.table()}\n\nDrawing ...", flush=True)
         title = args.title or f"Masks of {Path(args.results).name}"
-        page = write_report(quality, args.output, title, args.images and str(args.images))
+        images = args.images and str(args.images)
+        page = write_report(quality, args.output, title, images, settings)
         print(f"report: {page}")
 
 
@@ -75,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--engine", choices=ENGINES, help="what counts AP (default: the first that is installed)"
     )
+    add_image_arguments(parser)
     args = parser.parse_args()
     if args.max_dets < 1:
         parser.error("--max-dets must be at least 1")

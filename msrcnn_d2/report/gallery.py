@@ -9,11 +9,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
-from detectron2.data.detection_utils import read_image
+from detectron2.utils.file_io import PathManager
 
 from ..evaluation.mask_quality import MaskQuality
+from ..image_reading import ImageSettings, open_image, to_rgb
 
 __all__ = ["Move", "draw_move", "largest_moves"]
 
@@ -95,16 +95,22 @@ def _one_of_each_image(moves, image_of: list) -> list[Move]:
     return list(first.values())
 
 
-def draw_move(quality: MaskQuality, move: Move, image_root: Optional[str]) -> Figure:
+def draw_move(
+    quality: MaskQuality,
+    move: Move,
+    image_root: Optional[str],
+    settings: Optional[ImageSettings] = None,
+) -> Figure:
     """
     A detection's mask in its image, cut out, with the outline of the object that it overlaps most.
 
     Args:
         image_root: the folder of the images, None if there are none to show.
+        settings: how images are read.
     """
     mask = mask_util.decode(quality.results[move.index]["segmentation"]).astype(bool)
     truth = object_mask(quality, move.index)
-    image = _image(quality, move.index, image_root, mask.shape)
+    image = _image(quality, move.index, image_root, settings or ImageSettings(), mask.shape)
     window = _window(mask if truth is None else mask | truth)
     # Cut out first: to draw the whole of a large image takes minutes and gigabytes
     mask, image = _cut(mask, window), _cut(image, window)
@@ -136,7 +142,9 @@ def object_mask(quality: MaskQuality, index: int) -> Optional[np.ndarray]:
     return mask_util.decode(rles[int(ious.argmax())]).astype(bool)
 
 
-def _image(quality: MaskQuality, index: int, image_root: Optional[str], shape) -> np.ndarray:
+def _image(
+    quality: MaskQuality, index: int, image_root: Optional[str], settings: ImageSettings, shape
+) -> np.ndarray:
     """H x W x 3, uint8; gray where there is no image that fits."""
     blank = np.broadcast_to(np.uint8(GRAY), (*shape, 3))
     name = quality.coco_gt.imgs[quality.results[index]["image_id"]].get("file_name")
@@ -144,9 +152,10 @@ def _image(quality: MaskQuality, index: int, image_root: Optional[str], shape) -
         return blank
     path = os.path.join(image_root, name)
     try:
-        image = read_image(path, format="RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        logger.warning("The report shows a mask without its image: %s", error)
+        with PathManager.open(path, "rb") as f, open_image(f, settings) as opened:
+            image = np.asarray(to_rgb(opened, settings))
+    except (OSError, ValueError, SyntaxError) as error:
+        logger.warning("The report shows a mask without its image '%s': %s", path, error)
         return blank
     if image.shape[:2] != shape:
         size, expected = (" x ".join(map(str, s[:2])) for s in (image.shape, shape))

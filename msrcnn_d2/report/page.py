@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ..errors import UserError
 from ..evaluation.mask_quality import MaskQuality, Part
+from ..image_reading import ImageSettings
 from .figures import Chart, charts
 from .gallery import Move, draw_move, largest_moves
 
@@ -34,6 +35,7 @@ def write_report(
     folder: "str | os.PathLike",
     title: str = "Mask quality",
     image_root: Optional[str] = None,
+    settings: Optional[ImageSettings] = None,
 ) -> Path:
     """
     Write what :class:`MaskQuality` knows for people to look at.
@@ -46,6 +48,7 @@ def write_report(
         folder: where to write, created if need be.
         title: what was evaluated, shown at the top.
         image_root: the folder of the images, for the gallery; without it masks are shown alone.
+        settings: how images are read, such as the scale of 16-bit images.
 
     Returns:
         the path of the page.
@@ -57,7 +60,9 @@ def write_report(
     with _said_if_it_fails(folder):
         folder.mkdir(parents=True, exist_ok=True)
     drawn = [_Drawn.of(chart) for chart in charts(quality)]
-    moves = _moves(quality, image_root) if "mask_score" in quality.scores else {}
+    moves = {}
+    if "mask_score" in quality.scores:
+        moves = _moves(quality, image_root, settings or ImageSettings())
     numbers = {"title": title, **quality.to_json()}
     page = _template().render(
         title=title,
@@ -109,20 +114,25 @@ class _Drawn:
         return _data_url(self.png)
 
 
-def _moves(quality: MaskQuality, image_root: Optional[str]) -> dict[str, list[dict[str, Any]]]:
+def _moves(
+    quality: MaskQuality, image_root: Optional[str], settings: ImageSettings
+) -> dict[str, list[dict[str, Any]]]:
     up, down = largest_moves(quality, NUM_MOVES)
     return {
-        "up": [_card(quality, move, image_root) for move in up],
-        "down": [_card(quality, move, image_root) for move in down],
+        "up": [_card(quality, move, image_root, settings) for move in up],
+        "down": [_card(quality, move, image_root, settings) for move in down],
     }
 
 
-def _card(quality: MaskQuality, move: Move, image_root: Optional[str]) -> dict[str, Any]:
+def _card(
+    quality: MaskQuality, move: Move, image_root: Optional[str], settings: ImageSettings
+) -> dict[str, Any]:
     result = quality.results[move.index]
     image = quality.coco_gt.imgs[result["image_id"]]
+    figure = draw_move(quality, move, image_root, settings)
     return {
         "move": move,
-        "source": _data_url(_png(draw_move(quality, move, image_root), THUMBNAIL_PIXELS_PER_INCH)),
+        "source": _data_url(_png(figure, THUMBNAIL_PIXELS_PER_INCH)),
         "class": quality.classes[quality.class_indices[move.index]],
         "image": image.get("file_name", image["id"]),
         "true_iou": quality.true_ious[move.index],

@@ -1,0 +1,458 @@
+"""One way to read images, for training, evaluation, prediction, checks and reports."""
+
+import argparse
+import io
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, Optional
+
+import numpy as np
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.utils.file_io import PathHandler, PathManager
+
+from .errors import UserError
+
+__all__ = [
+    "IMAGE_KEYS",
+    "ImageSettings",
+    "NeedsSetting",
+    "add_image_arguments",
+    "arguments_for",
+    "image_settings",
+    "open_image",
+    "orientation_of",
+    "read_with",
+    "refuse_unless_readable",
+    "scaled_to_8_bits",
+    "settings_from",
+    "to_rgb",
+    "without_pixel_limit",
+]
+
+# Keys of a LazyConfig, in dataloader.images, with those of a yaml config and the defaults
+IMAGE_KEYS: dict[str, tuple[str, Any]] = {
+    "intensity_range": ("INPUT.INTENSITY_RANGE", None),
+    "intensity_percentiles": ("INPUT.INTENSITY_PERCENTILES", None),
+    "apply_exif": ("INPUT.APPLY_EXIF", True),
+    "max_pixels": ("INPUT.MAX_IMAGE_PIXELS", None),
+}
+# What turns an image as it is stored into what the camera saw, by the orientation in EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+FULL_RANGE = (0.0, 65535.0)  # of 16 bits, where the upper 8 bits are the scaled value
+PREFIX = "msrcnn-decoded://"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """
+    How images are read.
+
+    Attributes:
+        intensity_range: the values of images with more than 8 bits per pixel that become 0 and
+            255; those between are scaled linearly and rounded, those outside are clipped. NaN
+            becomes 0.
+        intensity_percentiles: the same as percentiles, from 0 to 100, of the finite values of each
+            image.
+        apply_exif: whether images are turned as the orientation in their EXIF data says.
+        max_pixels: the largest image that is read; None for twice Pillow's MAX_IMAGE_PIXELS.
+
+    Raises:
+        UserError: a value is not of this kind, or range and percentiles are both given.
+    """
+
+    intensity_range: Optional[tuple[float, float]] = None
+    intensity_percentiles: Optional[tuple[float, float]] = None
+    apply_exif: bool = True
+    max_pixels: Optional[int] = None
+
+    def __post_init__(self):
+        for key in ("intensity_range", "intensity_percentiles"):
+            object.__setattr__(self, key, _pair(key, getattr(self, key)))
+        low, high = self.intensity_percentiles or (0, 100)
+        if low < 0 or high > 100:
+            raise _wrong("intensity_percentiles", [low, high], "percentiles from 0 to 100")
+        if self.intensity_range and self.intensity_percentiles:
+            raise UserError(
+                "Images can be scaled by a range or by percentiles, not by both: set one of "
+                f"{_both_keys('intensity_range')} and {_both_keys('intensity_percentiles')}."
+            )
+        if not isinstance(self.apply_exif, bool):
+            raise _wrong("apply_exif", self.apply_exif, "True or False")
+        is_count = type(self.max_pixels) is int and self.max_pixels >= 1
+        if self.max_pixels is not None and not is_count:
+            raise _wrong("max_pixels", self.max_pixels, "a whole number from 1 on")
+
+    @property
+    def has_scale(self) -> bool:
+        return bool(self.intensity_range or self.intensity_percentiles)
+
+    @property
+    def pixel_limit(self) -> float:
+        if self.max_pixels is not None:
+            return self.max_pixels
+        limit = _limits.of_pillow()
+        return math.inf if limit is None else 2 * limit
+
+
+def _pair(key: str, value: Any) -> Optional[tuple[float, float]]:
+    if value is None:
+        return None
+    expected = "two numbers, the lower one first"
+    if not isinstance(value, (list, tuple, ListConfig)) or len(value) != 2:
+        raise _wrong(key, value, expected)
+    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
+        raise _wrong(key, value, expected)
+    low, high = map(float, value)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise _wrong(key, value, expected)
+    return low, high
+
+
+def _wrong(key: str, value: Any, expected: str) -> UserError:
+    shown = list(value) if isinstance(value, (tuple, ListConfig)) else value
+    return UserError(f"{_both_keys(key)} is {shown!r}, but has to be {expected}.")
+
+
+def _both_keys(key: str) -> str:
+    return f"dataloader.images.{key} (yaml: {IMAGE_KEYS[key][0]})"
+
+
+def image_settings(cfg: "DictConfig | CfgNode") -> ImageSettings:
+    """
+    What a config of either kind says about reading images; defaults where it says nothing.
+
+    Raises:
+        UserError: a value is wrong, or a key is unknown.
+    """
+    if isinstance(cfg, CfgNode):
+        values = {
+            key: cfg.INPUT.get(name.split(".")[1], default)
+            for key, (name, default) in IMAGE_KEYS.items()
+        }
+        # A yaml key has no other way to say that it is not set
+        unset = {k: None for k, v in values.items() if k != "apply_exif" and v in ((), [], 0)}
+        return ImageSettings(**{**values, **unset})
+    given = OmegaConf.select(cfg, "dataloader.images")
+    if given is None:
+        return ImageSettings()
+    if not isinstance(given, DictConfig):
+        raise UserError(f"dataloader.images is {given!r}, but has to have {', '.join(IMAGE_KEYS)}.")
+    for key in map(str, given):
+        if key not in IMAGE_KEYS:
+            raise UserError(f"dataloader.images has no key '{key}', only {', '.join(IMAGE_KEYS)}.")
+    return ImageSettings(**{str(k): v for k, v in given.items()})
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that say the same as a config's keys."""
+    scale = parser.add_mutually_exclusive_group()
+    for name, example in (("range", "0 4095"), ("percentiles", "0.1 99.9")):
+        scale.add_argument(
+            f"--intensity-{name}",
+            nargs=2,
+            type=float,
+            metavar=("LOW", "HIGH"),
+            help=f"scale of images with more than 8 bits per pixel, such as {example} "
+            f"(dataloader.images.intensity_{name})",
+        )
+    parser.add_argument(
+        "--ignore-exif",
+        action="store_true",
+        help="take images as they are stored (dataloader.images.apply_exif=False)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="read images of up to N pixels (dataloader.images.max_pixels)",
+    )
+
+
+def settings_from(args: argparse.Namespace) -> ImageSettings:
+    """
+    Args:
+        args: of a parser with :func:`add_image_arguments`.
+    """
+    return ImageSettings(
+        intensity_range=args.intensity_range,
+        intensity_percentiles=args.intensity_percentiles,
+        apply_exif=not args.ignore_exif,
+        max_pixels=args.max_pixels,
+    )
+
+
+def arguments_for(settings: ImageSettings) -> list[str]:
+    """What a command with :func:`add_image_arguments` has to be told to read images so."""
+    arguments = []
+    for name in ("range", "percentiles"):
+        values = getattr(settings, f"intensity_{name}")
+        arguments += [f"--intensity-{name}", *(f"{x:g}" for x in values)] if values else []
+    arguments += [] if settings.apply_exif else ["--ignore-exif"]
+    arguments += [] if settings.max_pixels is None else ["--max-pixels", str(settings.max_pixels)]
+    return arguments
+
+
+class NeedsSetting(ValueError):
+    """
+    An image that cannot be read with the settings there are, though it may be with others.
+
+    Attributes:
+        kind: of the finding that the check of a dataset makes of it.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class _PixelLimits:
+    """Lifts Pillow's limit, which is one for all threads, until the last of them has read."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._of_pillow: Optional[int] = None
+
+    def of_pillow(self) -> Optional[int]:
+        return self._of_pillow if self._depth else Image.MAX_IMAGE_PIXELS
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        with self._lock:
+            if not self._depth:
+                self._of_pillow, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    Image.MAX_IMAGE_PIXELS = self._of_pillow
+
+
+_limits = _PixelLimits()
+without_pixel_limit = _limits.lifted
+
+
+@contextmanager
+def open_image(file: "str | IO[bytes]", settings: ImageSettings) -> Iterator[Image.Image]:
+    """
+    `Image.open` with the limit of the settings instead of Pillow's.
+
+    Raises:
+        NeedsSetting: the image has more pixels.
+    """
+    with without_pixel_limit(), Image.open(file) as image:
+        width, height = image.size
+        if width * height > settings.pixel_limit:
+            raise NeedsSetting(
+                "image-pixels",
+                f"it has {width} x {height} pixels, and {settings.pixel_limit:,} are the limit: "
+                f"set {_both_keys('max_pixels')} to {width * height} if its source is trusted",
+            )
+        yield image
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether Pillow has more than 8 bits per pixel, which its conversion to RGB only clips."""
+    return image.mode.startswith(("I", "F"))
+
+
+def has_16_bit_colors(image: Image.Image) -> bool:
+    """Whether the file has 16 bits per channel, of which Pillow decodes the upper 8."""
+    if is_deep(image):
+        return False
+    tiles = getattr(image, "tile", ())
+    modes = (t[3] if isinstance(t[3], str) else next(iter(t[3] or ()), "") for t in tiles)
+    return any(";16" in mode for mode in modes if isinstance(mode, str))
+
+
+def refuse_unless_readable(image: Image.Image, settings: ImageSettings) -> None:
+    """
+    Args:
+        image: just opened: Pillow forgets how a file is encoded when it decodes it.
+
+    Raises:
+        NeedsSetting: the image has more than 8 bits per pixel and there is no scale for it.
+    """
+    if is_deep(image) and not settings.has_scale:
+        raise NeedsSetting(
+            "image-deep",
+            f"it has more than 8 bits per pixel (mode {image.mode}): say which values become 0 and "
+            f"255 by {_both_keys('intensity_range')}, such as [0,4095], or "
+            f"{_both_keys('intensity_percentiles')}, such as [0.1,99.9]",
+        )
+    scales_differently = settings.has_scale and settings.intensity_range != FULL_RANGE
+    if scales_differently and has_16_bit_colors(image):
+        raise NeedsSetting(
+            "image-deep-color",
+            f"it has 16 bits per channel (mode {image.mode}), of which Pillow reads the upper 8 "
+            "only, so that it cannot be scaled: convert it to 8 bits, or to a single channel",
+        )
+
+
+def orientation_of(image: Image.Image) -> int:
+    """From EXIF, 1 to 8; 1, as stored, where there is none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # so does Detectron2, which then takes the image as it is
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
+    """
+    The image of mode RGB that training, evaluation and prediction see.
+
+    Raises:
+        NeedsSetting: as :func:`refuse_unless_readable`.
+    """
+    refuse_unless_readable(image, settings)
+    orientation = orientation_of(image) if settings.apply_exif else 1
+    if is_deep(image):
+        image = Image.fromarray(scaled_to_8_bits(np.asarray(image), settings))
+    image = image.convert("RGB")
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def scaled_to_8_bits(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """
+    Args:
+        pixels: numbers of any type and shape.
+        settings: with a scale.
+
+    Returns:
+        uint8 array of the same shape. Where the percentiles of an image are equal, what is above
+        them is 255 and all else 0.
+    """
+    values = pixels.astype(np.float64)
+    if settings.intensity_percentiles:
+        finite = values[np.isfinite(values)]
+        low, high = np.percentile(finite, settings.intensity_percentiles) if finite.size else (0, 1)
+    else:
+        low, high = settings.intensity_range or FULL_RANGE
+    if low == high:
+        return np.where(values > high, 255, 0).astype(np.uint8)
+    values = np.where(np.isnan(values), low, values).clip(low, high)
+    return np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+
+
+class _Decoded(threading.local):
+    """What a mapper reads instead of files, by path; each thread has its own."""
+
+    def __init__(self):
+        self.images: dict[str, bytes] = {}
+
+
+_decoded = _Decoded()
+
+
+class _DecodedHandler(PathHandler):
+    """Opens images that have been decoded already."""
+
+    def _get_supported_prefixes(self):
+        return [PREFIX]
+
+    def _open(self, path, mode="r", buffering=-1, **kwargs):
+        return io.BytesIO(_decoded.images[path])
+
+    def _exists(self, path, **kwargs):
+        return path in _decoded.images
+
+    _isfile = _exists
+
+
+PathManager.register_handler(_DecodedHandler())
+
+
+class _ReadingMapper:
+    """
+    A mapper whose images are read by the settings, in processes of a loader as well.
+
+    What Detectron2 reads in the same way stays with the mapper. It finds another image decoded,
+    under another name in PathManager, so that its own code can stay as it is.
+    """
+
+    def __init__(self, mapper: Callable, settings: ImageSettings):
+        self.mapper = mapper
+        self.settings = settings
+        # One with a `__call__` of its own may read what Detectron2 cannot
+        self.is_detectron2s = (
+            isinstance(mapper, DatasetMapper) and type(mapper).__call__ is DatasetMapper.__call__
+        )
+
+    def __getattr__(self, name: str):
+        if name == "mapper":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.mapper, name)
+
+    def __call__(self, dataset_dict: dict) -> Any:
+        name = dataset_dict.get("file_name")
+        if not isinstance(name, str):
+            return self.mapper(dataset_dict)
+        with without_pixel_limit():
+            image = self._read(name)
+            if image is None:
+                return self.mapper(dataset_dict)
+            return self._map_decoded(dataset_dict, name, image)
+
+    def _read(self, name: str) -> Optional[Image.Image]:
+        """None if the mapper reads it alike."""
+        try:
+            with PathManager.open(name, "rb") as f, open_image(f, self.settings) as image:
+                refuse_unless_readable(image, self.settings)
+                is_turned = not self.settings.apply_exif and orientation_of(image) in TURNS
+                return to_rgb(image, self.settings) if is_deep(image) or is_turned else None
+        except (FileNotFoundError, UnidentifiedImageError):
+            return None  # the mapper says it, or reads it by other means
+        except NeedsSetting as error:
+            if self.is_detectron2s or error.kind == "image-pixels":
+                raise
+            return None
+
+    def _map_decoded(self, dataset_dict: dict, name: str, image: Image.Image) -> Any:
+        path, buffer = PREFIX + name, io.BytesIO()
+        image.save(buffer, "BMP")
+        _decoded.images[path] = buffer.getvalue()
+        try:
+            mapped = self.mapper({**dataset_dict, "file_name": path})
+        except Exception as error:  # such as that the size is another one
+            error.args = tuple(
+                x.replace(PREFIX, "") if isinstance(x, str) else x for x in error.args
+            )
+            raise
+        finally:
+            del _decoded.images[path]
+        if isinstance(mapped, dict) and mapped.get("file_name") == path:
+            mapped["file_name"] = name
+        return mapped
+
+
+def read_with(settings: ImageSettings, mapper: Optional[Callable]) -> Optional[Callable]:
+    """
+    The mapper with images that are read by the settings.
+
+    One that is not Detectron2's, nor derived from it, is left alone unless there are settings: it
+    may read images in a way of its own.
+    """
+    if mapper is None or isinstance(mapper, _ReadingMapper):
+        return mapper
+    if settings == ImageSettings() and not isinstance(mapper, DatasetMapper):
+        return mapper
+    return _ReadingMapper(mapper, settings)
