@@ -279,6 +279,66 @@ def test_what_only_an_evaluation_needs_does_not_stop_a_training(checked, tmp_pat
     assert code == 2 and "Dataset 'toy' has 18 errors" in error and "(area)" in error
 
 
+def make_crowds(data):
+    for annotation in data["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def test_an_evaluation_that_can_only_give_nan_is_told_before(checked, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = write_dataset(folder, "other")
+    edit(tmp_path, make_crowds)
+    # Training is on the other set, evaluation on this one
+    options = [*other, "dataloader.train.dataset.names=other"]
+    code, _, log = checked(*options)
+    assert code == 0 and log.count("All results on dataset 'toy' would be nan: of 18") == 1
+    code, error, log = checked("--eval-only", *options)
+    assert code == 2 and "All results on dataset 'toy' would be nan: of 18 annotations" in error
+    assert "Start inference" not in log.split("Checking dataset")[-1]
+
+
+def test_a_set_to_predict_on_needs_no_annotations(checked, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = write_dataset(folder, "other")
+    edit(tmp_path, lambda data: data.pop("annotations"))
+    code, _, log = checked(*other, "dataloader.train.dataset.names=other")
+    assert code == 0 and "would be nan" not in log
+
+
+def drop_crowd_flags(data):
+    for number, annotation in enumerate(data["annotations"]):
+        annotation["id"] = f"uuid-{number}"
+        del annotation["iscrowd"]
+    for entry in data["images"]:
+        entry["id"] = 2**60 + entry["id"]
+    for annotation in data["annotations"]:
+        annotation["image_id"] += 2**60
+
+
+@pytest.mark.parametrize("engine", ["pycocotools", "faster-coco-eval"])
+def test_odd_ids_and_missing_flags_are_trained_on_and_evaluated(engine, checked, tmp_path):
+    edit(tmp_path, drop_crowd_flags)
+    code, error, log = checked(f"dataloader.evaluator.engine={engine}")
+    assert code == 0, error
+    assert "iscrowd-missing (18)" in log and "annotation-id-odd (18)" in log
+    assert "Results on toy" in log
+
+
+@pytest.mark.parametrize("codec, said", [("utf-8-sig", "byte-order-mark"), ("utf-16", "UTF-16")])
+def test_encodings_that_detectron2_does_not_read_are_one_sentence(
+    codec, said, base, tmp_path, capsys
+):
+    path = tmp_path / "data" / "annotations.json"
+    path.write_text(path.read_text(), codec)
+    with pytest.raises(SystemExit) as left:
+        run(*base, f"train.output_dir={tmp_path}/output")
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and "Traceback" not in captured.out + captured.err
+    assert said in captured.err
+
+
 @pytest.mark.parametrize("num_wrong", [1, 18])
 def test_many_wrong_boxes_stop_a_training_and_a_few_do_not(num_wrong, checked, tmp_path):
     def spoil_boxes(data):

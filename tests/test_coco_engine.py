@@ -150,12 +150,9 @@ CASES = {
     "objects-with-ignore": random_case(ignored=0.5, crowds=0.3),
     "no-objects": ([], random_case()[1]),
     "one-detection": (random_case()[0], random_case()[1][:1]),
-    "an-object-with-id-0": ([{**a, "id": k} for k, a in enumerate(random_case()[0])],)
-    + random_case()[1:],
 }
 
 
-@pytest.mark.filterwarnings("ignore:Found annotation id 0")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize("case", CASES)
@@ -168,6 +165,53 @@ def test_twelve_numbers_are_those_of_coco(case, task, engine):
     assert np.nan_to_num(stats, nan=-1).tolist() == pytest.approx(
         numbers_of_coco(coco_gt, results, task), abs=1e-12
     )
+
+
+# The same objects under other ids; each is a function of an id, and keeps their order
+OTHER_IDS = {
+    "from-0": lambda k: k - 1,
+    "negative": lambda k: k - 1000,
+    # As floats all of them are the same number
+    "beyond-2^53": lambda k: 2**60 + k,
+    # No type of NumPy but the float holds both
+    "of-both-signs-beyond-64-bits": lambda k: 2**63 + k if k > 5 else k - 1000,
+    "text": lambda k: f"9f1c-{k:04d}",
+    "with-a-point": lambda k: k + 0.5,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["id", "image_id", "category_id"])
+@pytest.mark.parametrize("ids", OTHER_IDS)
+def test_any_ids_give_the_same_numbers(ids, kind, engine):
+    annotations, results = random_case(crowds=0.2)
+    annotations = [{"id": k, **a} for k, a in enumerate(annotations, start=1)]
+    expected = evaluate(build_coco(annotations), results, engine=engine).stats
+    changed = OTHER_IDS[ids]
+    coco_gt = build_coco([{**a, kind: changed(a[kind])} for a in annotations])
+    entries = {"image_id": "images", "category_id": "categories"}.get(kind)
+    if entries:
+        for entry in coco_gt.dataset[entries]:
+            entry["id"] = changed(entry["id"])
+        results = [{**r, kind: changed(r[kind])} for r in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_gt.createIndex()
+
+    assert expected[0] > 0.1
+    assert evaluate(coco_gt, results, engine=engine).stats == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_a_missing_iscrowd_is_0(task, engine):
+    annotations, results = random_case()
+    expected = evaluate(build_coco(annotations), results, task, engine).stats
+    for annotation in annotations:
+        assert annotation.pop("iscrowd") == 0
+
+    stats = evaluate(build_coco(annotations), results, task, engine).stats
+
+    assert stats == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

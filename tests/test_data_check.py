@@ -1,5 +1,6 @@
 """The check of a dataset: each thing that can be wrong, and that nothing else is said about it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -89,7 +90,7 @@ def pop(kind, key):
 
 
 def append(kind, entry):
-    return lambda contents: contents[kind].append(entry)
+    return lambda contents: contents[kind].append(copy.deepcopy(entry))
 
 
 def append_copy(**changes):
@@ -144,12 +145,13 @@ ONE_THING_WRONG = {
     "category name twice": (category(name="b"), "category-name-twice", None, None),
     "annotation is a list": (append("annotations", []), "annotation-entry", None, None),
     "annotation without id": (annotation(id=None), "annotation-id", 1, None),
-    "annotation id is text": (annotation(id="9"), "annotation-id", 1, "9"),
-    "annotation id with a point": (annotation(id=9.0), "annotation-id", 1, 9.0),
-    "annotation id is negative": (annotation(id=-1), "annotation-id", 1, -1),
-    "annotation id beyond 64 bits": (annotation(id=10**20), "annotation-id", 1, None),
+    "annotation id is text": (annotation(id="9"), "annotation-id-odd", 1, "9"),
+    "annotation id with a point": (annotation(id=9.0), "annotation-id-odd", 1, 9.0),
+    "annotation id is negative": (annotation(id=-1), "annotation-id-odd", 1, -1),
+    "annotation id beyond 64 bits": (annotation(id=10**20), "annotation-id-odd", 1, 10**20),
+    "annotation id beyond all numbers": (annotation(id=10**400), "annotation-id", 1, None),
     "annotation id is NaN": (annotation(id=NAN), "annotation-id", 1, None),
-    "annotation id is 0": (annotation(id=0), "annotation-id-zero", 1, 0),
+    "annotation id is 0": (annotation(id=0), "annotation-id-odd", 1, 0),
     "annotation id twice": (annotation(id=2), "annotation-id-twice", 1, 2),
     "no image id": (annotation(image_id=None), "image-reference", None, 1),
     "image id is a list": (annotation(image_id=[1]), "image-reference", None, 1),
@@ -200,8 +202,24 @@ ONE_THING_WRONG = {
     "polygon with infinity": (polygons([9, 9, 20, 9, 20, -INF]), "polygon-numbers", *FIRST),
     "polygon with null": (polygons([9, 9, 20, 9, 20, None]), "polygon-numbers", *FIRST),
     "polygon with text": (polygons([9, 9, 20, 9, 20, "9"]), "polygon-numbers", *FIRST),
-    "polygon of pairs": (polygons([[9, 9], [20, 9], [20, 20]]), "polygon-points", *FIRST),
-    "polygon of four pairs": (polygons([[9, 9]] * 6), "polygon-numbers", *FIRST),
+    "polygon of pairs": (polygons([[9, 9], [20, 9], [20, 20]]), "polygon-pairs", *FIRST),
+    "polygon of six pairs": (
+        polygons([[9, 9], [20, 9], [20, 20], [20, 21], [9, 21], [9, 20]]),
+        *("polygon-pairs", *FIRST),
+    ),
+    "mask of pairs": (
+        annotation(segmentation=[[8, 8], [40, 8], [40, 40], [8, 40]]),
+        *("polygon-pairs", *FIRST),
+    ),
+    "area of the box of a triangle": (
+        annotation(segmentation=[[8, 8, 40, 8, 40, 40]]),
+        *("area-differs", *FIRST),
+    ),
+    "area of 0": (annotation(area=0), "area-differs", *FIRST),
+    "area of RLE": (
+        annotation(segmentation=ROW, bbox=[0, 0, WIDTH, 1], area=3 * WIDTH),
+        *("area-differs", *FIRST),
+    ),
     "polygon is null": (polygons(None), "polygon-numbers", *FIRST),
     "polygon beyond floats": (polygons([9, 9, 20, 9, 20, 10**400]), "polygon-numbers", *FIRST),
     "polygon far away": (polygons([9, 9, 20, 9, 20, 1e9]), "polygon-far", *FIRST),
@@ -261,7 +279,7 @@ def test_all_kinds_are_tested():
     # These are in tests/test_image_reading.py
     of_files |= {"image-pixels", "image-deep", "image-deep-color", "image-16-bits"}
     of_files |= {"image-orientation", "image-orientation-unclear"}
-    of_all = {"no-images", "no-categories", "no-objects"}
+    of_all = {"no-images", "no-categories", "no-objects", "normalised", "byte-order-mark"}
     notes = {name for name, kind in KINDS.items() if kind.level is Level.NOTE}
     tested = {case[1] for case in ONE_THING_WRONG.values()}
     assert tested | of_files | of_all | notes == set(KINDS)
@@ -276,13 +294,25 @@ NOTHING_WRONG = {
         segmentation=[[8, 8, 9, 8, 9, 9]], bbox=[8, 8, 1, 1], area=0
     ),
     "bow tie, which has the area 0 by its sign": annotation(
-        segmentation=[[8, 8, 40, 40, 40, 8, 8, 40]]
+        segmentation=[[8, 8, 40, 40, 40, 8, 8, 40]], area=512
+    ),
+    "area of overlapping parts, counted twice": annotation(
+        segmentation=[SQUARE, SQUARE], area=2 * 1024
+    ),
+    "area of overlapping parts, counted once": annotation(segmentation=[SQUARE, SQUARE]),
+    "area 5 % off": annotation(area=1075),
+    "area of a small object 20 pixels off": annotation(
+        segmentation=[[8, 8, 12, 8, 12, 12, 8, 12]], bbox=[8, 8, 4, 4], area=36
     ),
     "true is 1 and false is 0": annotation(iscrowd=False, ignore=False),
     "ids with a point refer as well": annotation(image_id=1.0, category_id=1.0),
     "RLE": annotation(segmentation=ROW, bbox=[0, 0, WIDTH, 1], area=WIDTH),
     "compressed RLE": annotation(  # of the whole image: 0 pixels outside, 6144 inside
         segmentation={**ROW, "counts": "0PP6"}, bbox=[0, 0, WIDTH, HEIGHT], area=6144
+    ),
+    # It counts in no range of sizes, and those of COCO differ by up to two thirds
+    "area of a crowd": annotation(
+        segmentation=ROW, bbox=[0, 0, WIDTH, 1], area=3 * WIDTH, iscrowd=1
     ),
     "fields of one's own": annotation(color="red", keypoints=[]),
 }
@@ -292,6 +322,16 @@ NOTHING_WRONG = {
 def test_nothing_wrong(case, dataset):
     contents = contents_of(dataset)
     NOTHING_WRONG[case](contents)
+    assert serious(check(dataset, contents)) == []
+
+
+@pytest.mark.parametrize("changed", [lambda k: -k, lambda k: 2**53 + k, lambda k: 2**60 + k])
+def test_negative_and_large_ids_of_images_and_categories_are_fine(changed, dataset):
+    contents = contents_of(dataset)
+    for entry in contents["images"] + contents["categories"]:
+        entry["id"] = changed(entry["id"])
+    for entry in contents["annotations"]:
+        entry.update({k: changed(entry[k]) for k in ("image_id", "category_id")})
     assert serious(check(dataset, contents)) == []
 
 
@@ -338,7 +378,7 @@ def test_notes(dataset):
 def test_the_box_of_a_mask_over_the_edge_may_be_cut_off(dataset):
     contents = contents_of(dataset)
     contents["annotations"][1].update(segmentation=[[-9, 10, 40, 10, 40, 50]])
-    contents["annotations"][1].update(bbox=[0, 10, 40, 40])
+    contents["annotations"][1].update(bbox=[0, 10, 40, 40], area=980)
     assert serious(check(dataset, contents)) == []
 
 
@@ -373,6 +413,65 @@ def test_empty_lists(dataset):
     for entry in contents["annotations"]:
         entry["iscrowd"] = 1
     assert serious(check(dataset, contents)) == [("no-objects", None, None)]
+
+
+def normalise(contents, *keys):
+    """From pixels to shares of the images' sides."""
+    for entry in contents["annotations"]:
+        if "bbox" in keys:
+            x, y, width, height = entry["bbox"]
+            entry["bbox"] = [x / WIDTH, y / HEIGHT, width / WIDTH, height / HEIGHT]
+        if "segmentation" in keys:
+            entry["segmentation"] = [
+                [x / (HEIGHT if k % 2 else WIDTH) for k, x in enumerate(polygon)]
+                for polygon in entry["segmentation"]
+            ]
+
+
+@pytest.mark.parametrize("keys", [["bbox"], ["segmentation"], ["bbox", "segmentation"]])
+def test_coordinates_from_0_to_1_are_one_error(keys, dataset):
+    contents = contents_of(dataset)
+    normalise(contents, *keys)
+    findings = check(dataset, contents)
+    assert serious(findings) == [("normalised", None, None)]
+    (finding,) = findings.of(Level.ERROR)
+    assert ("4 polygons" in finding.message) == ("segmentation" in keys)
+    assert ("4 boxes" in finding.message) == ("bbox" in keys)
+
+
+def test_the_share_of_wrong_areas_is_told(dataset):
+    contents = contents_of(dataset)
+    for entry in contents["annotations"][:3]:
+        entry["area"] *= 3
+    findings = check(dataset, contents)
+    assert [f.kind for f in findings.of(Level.WARNING)] == 3 * ["area-differs"]
+    assert "area-differs (3 of 4)" in findings.summary()
+
+
+def test_a_byte_order_mark_is_one_error(dataset):
+    path = dataset / "a.json"
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert serious(check(dataset)) == [("byte-order-mark", None, None)]
+
+
+def test_why_there_are_no_objects(dataset):
+    clean = contents_of(dataset)
+
+    def message(change):
+        contents = copy.deepcopy(clean)
+        change(contents)
+        (found,) = (f for f in check(dataset, contents).all if f.kind == "no-objects")
+        return found.message
+
+    def of_all(**changes):
+        return lambda contents: [entry.update(changes) for entry in contents["annotations"]]
+
+    assert "is empty" in message(lambda contents: contents.update(annotations=[]))
+    assert "not a crowd" in message(of_all(iscrowd=1))
+    assert "their image_id is such as '1', the images' ids are such as 1" in (
+        message(of_all(image_id="1"))
+    )
+    assert "of a category of the file" in message(of_all(category_id=77))
 
 
 # Images

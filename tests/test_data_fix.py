@@ -10,7 +10,7 @@ import sys
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE
+from test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
 
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
@@ -127,9 +127,21 @@ def changed(contents, folder, **changes):
 MENDED = {
     "polygon among good ones": (
         {"segmentation": [[1, 2], SQUARE, [NAN] * 6, TRIANGLE, [1e9, *TRIANGLE[1:]]]},
-        {"segmentation": [SQUARE, TRIANGLE], "bbox": [8, 8, 82, 42]},
+        # The triangle has half of 40 x 40 pixels without its diagonal
+        {"segmentation": [SQUARE, TRIANGLE], "bbox": [8, 8, 82, 42], "area": 1024 + 780},
     ),
     "mask as one list": ({"segmentation": SQUARE}, {"segmentation": [SQUARE]}),
+    "mask of pairs": (
+        {"segmentation": [[8, 8], [40, 8], [40, 40], [8, 40]]},
+        {"segmentation": [SQUARE]},
+    ),
+    "polygons of pairs": (
+        {"segmentation": [[[8, 8], [40, 8], [40, 40], [8, 40]], SQUARE]},
+        {"segmentation": [SQUARE, SQUARE]},
+    ),
+    "area of another object": ({"area": 9}, {"area": 32 * 32}),
+    "id of 60 bits": ({"id": 2**60}, {"id": 1}),
+    "negative id": ({"id": -3}, {"id": 1}),
     "no box": ({"bbox": None}, {"bbox": [8, 8, 32, 32]}),
     "box of corners": ({"bbox": [8, 8, 40, 40]}, {"bbox": [8, 8, 32, 32]}),
     "box of RLE": ({"segmentation": ROW, "area": 96}, {"bbox": [0, 0, 96, 1]}),
@@ -221,6 +233,30 @@ def test_the_first_of_duplicates_stays(contents, folder):
     # The first is a copy of annotation 2, the second has only the id of another one
     assert [x["id"] for x in contents["annotations"]] == [1, 2, 3, 4, 5]
     assert contents["annotations"][-1]["category_id"] == 3
+
+
+@pytest.mark.parametrize("keys", [["bbox"], ["segmentation"], ["bbox", "segmentation"]])
+def test_coordinates_from_0_to_1_become_pixels(keys, contents, folder):
+    expected = copy.deepcopy(contents)
+    normalise(contents, *keys)
+    if keys == ["bbox", "segmentation"]:  # and their areas with them
+        for entry in contents["annotations"]:
+            entry["area"] /= HEIGHT * WIDTH
+    mended = mend(contents, folder)
+    assert mended.left.totals() == "0 errors, 0 warnings, 1 note"
+    for entry, pixels in zip(contents["annotations"], expected["annotations"]):
+        assert entry["bbox"] == pytest.approx(pixels["bbox"])
+        assert entry["segmentation"][0] == pytest.approx(pixels["segmentation"][0])
+        assert entry["area"] == pixels["area"]
+
+
+def test_a_byte_order_mark_is_not_written_again(folder, tmp_path, monkeypatch, capsys, contents):
+    path, fixed = tmp_path / "a.json", tmp_path / "b.json"
+    path.write_text(json.dumps(contents), "utf-8-sig")
+    assert run(monkeypatch, capsys, path, folder / "images")[0] == 1
+    code, text = run(monkeypatch, capsys, path, folder / "images", "--fix", fixed)
+    assert code == 0 and "byte-order-mark (1): wrote UTF-8" in text
+    assert json.loads(fixed.read_text()) == contents
 
 
 def test_annotations_follow_new_ids(contents, folder):

@@ -113,6 +113,35 @@ def test_files_that_are_no_json(read, tmp_path):
         assert "is not JSON, or it is cut off" in error_of(read, str(tmp_path / "x.json"))
 
 
+ENCODED = {
+    "utf-16": ("狗", "UTF-16"),
+    "utf-16-le": ("a", "UTF-16"),
+    "utf-16-be": ("a", "UTF-16"),
+    "utf-32": ("a", "UTF-32"),
+    "gbk": ("红色的狗和猫", "GBK"),
+    "cp932": ("赤い犬とねこ", "Shift JIS"),
+    "cp1252": ("Füße é", "Windows-1252"),
+}
+
+
+@pytest.mark.parametrize("read", [read_results, read_annotations])
+@pytest.mark.parametrize("codec", ENCODED)
+def test_other_encodings_are_named(codec, read, tmp_path):
+    name, encoding = ENCODED[codec]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"name": name}], ensure_ascii=False), encoding=codec)
+    found = error_of(read, str(path))
+    assert encoding in found.split("'")[2] and "save it as UTF-8" in found, found
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = write_coco_json(tmp_path / "truth.json")
+    (tmp_path / "truth.json").write_text((tmp_path / "truth.json").read_text(), "utf-8-sig")
+    assert len(read_annotations(path).anns) == 4
+    (tmp_path / "x.json").write_text(json.dumps([result()]), "utf-8-sig")
+    assert read_results(str(tmp_path / "x.json")) == [result()]
+
+
 def test_annotations_are_read_silently(tmp_path, capsys):
     coco = read_annotations(write_coco_json(tmp_path / "truth.json"))
     assert sorted(coco.imgs) == [1, 2] and len(coco.anns) == 4 and len(coco.cats) == 3

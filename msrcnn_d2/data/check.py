@@ -23,7 +23,7 @@ from typing import IO, Optional
 from ..errors import UserError, exit_on_user_error
 from ..image_reading import add_image_arguments, arguments_for, settings_from
 from ..whole_file import write_whole
-from .checking import check_contents, check_folder, read_contents, read_images
+from .checking import check_contents, check_encoding, check_folder, read_contents, read_images
 from .findings import Findings, Level, plural
 from .images import ImageFile
 from .kinds import KINDS, Mend
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> bool:
             contents, images, args.quick, args.workers, progress=True, settings=settings
         )
         findings = check_contents(contents, files)
+        check_encoding(args.annotations, findings)
         mended = None
         if fixed:
             check_any_file(files, args)

@@ -9,14 +9,14 @@ from typing import Any, Optional
 import numpy as np
 
 from ..errors import UserError
-from ..evaluation.reading import ANNOTATIONS_ADVICE, read_json
+from ..evaluation.reading import ANNOTATIONS_ADVICE, has_byte_order_mark, read_json
 from ..image_reading import ImageSettings
 from .entries import Annotations, check_annotations, check_categories, check_images
 from .findings import Findings, plural, shown
 from .images import ImageFile, look_at_images
 from .masks import check_masks
 
-__all__ = ["check_contents", "check_dataset", "read_contents", "read_images"]
+__all__ = ["check_contents", "check_dataset", "check_encoding", "read_contents", "read_images"]
 
 
 def check_dataset(
@@ -45,7 +45,17 @@ def check_dataset(
     check_folder(images)
     contents = read_contents(annotations, needs_annotations)
     files = read_images(contents, images, quick, num_workers, progress, settings)
-    return check_contents(contents, files)
+    has_annotations = "annotations" in contents
+    findings = check_contents({"annotations": [], **contents}, files)
+    findings.has_annotations = has_annotations
+    check_encoding(annotations, findings)
+    return findings
+
+
+def check_encoding(annotations: str, findings: Findings) -> None:
+    """What is wrong with a file though its contents could be read."""
+    if has_byte_order_mark(annotations):
+        findings.add("byte-order-mark", "the file starts with the byte order mark of UTF-8")
 
 
 def check_folder(images: Optional[str]) -> None:
@@ -59,13 +69,14 @@ def read_contents(annotations: str, needs_annotations: bool = True) -> dict:
         annotations, needs_annotations: as in :func:`check_dataset`.
 
     Returns:
-        the contents of the file, with lists of images, annotations and categories, of anything.
+        the contents of the file, with lists of images, annotations and categories, of anything;
+        without annotations only if they are not needed.
     """
     with _without_garbage_collection():
         contents = read_json(annotations, ANNOTATIONS_ADVICE)
-    if isinstance(contents, dict) and not needs_annotations:
-        contents.setdefault("annotations", [])
     for key in ("images", "annotations", "categories"):
+        if key == "annotations" and key not in contents and not needs_annotations:
+            continue
         if not isinstance(contents, dict) or not isinstance(contents.get(key), list):
             raise UserError(f"'{annotations}' has no list of {key}: {ANNOTATIONS_ADVICE}.")
     return contents
@@ -144,6 +155,23 @@ def _check_anything_there(contents: dict, annotations: Annotations, findings: Fi
     for key in ("images", "categories"):
         if not contents[key]:
             findings.add(f"no-{key}", f"the list of {key} is empty")
-    if not (~annotations.crowds & (annotations.images >= 0)).any():
-        number = plural(len(annotations.entries), "annotation")
+    usable = (annotations.images >= 0) & (annotations.categories >= 0)
+    if (~annotations.crowds & usable).any():
+        return
+    number = plural(len(annotations.entries), "annotation")
+    if not annotations.entries:
+        findings.add("no-objects", "the list of annotations is empty")
+    elif (annotations.images < 0).all():
+        said, known = (
+            next((x.get(key) for x in entries if isinstance(x, dict)), None)
+            for key, entries in (("image_id", annotations.entries), ("id", contents["images"]))
+        )
+        findings.add(
+            "no-objects",
+            f"of {number} none is of an image of the file: their image_id is such as "
+            f"{shown(said)}, the images' ids are such as {shown(known)}",
+        )
+    elif (annotations.categories < 0).all():
+        findings.add("no-objects", f"of {number} none is of a category of the file")
+    else:
         findings.add("no-objects", f"of {number} none is an object that is not a crowd")

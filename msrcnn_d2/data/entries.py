@@ -1,6 +1,7 @@
 """Check images, categories and annotations of a dataset, apart from masks and boxes."""
 
 import math
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ __all__ = [
     "where",
 ]
 
-MAX_ID = 2**53  # pycocotools keeps ids as floating-point numbers, which are exact up to here
+# pycocotools keeps ids of annotations as floating-point numbers, which are exact up to here
+MAX_ANNOTATION_ID = 2**53
 MAX_AREA = 1e5**2  # of COCO's range of all sizes
 
 MISSING = object()  # what an entry has in place of a key that it does not have
@@ -256,10 +258,11 @@ def _index_of(entries: list, noun: str) -> tuple[dict[Id, int], list[tuple[int, 
 
 
 def is_id(value: Any) -> bool:
-    """Whether images and categories can have it; annotations can have whole numbers only."""
+    """Whether an entry can have it: text, or a finite number."""
     if isinstance(value, str):
         return True
-    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= MAX_ID
+    is_number = isinstance(value, (int, float)) and type(value) is not bool
+    return is_number and abs(value) <= sys.float_info.max  # `math.isfinite` fails at a long integer
 
 
 def id_or_none(value: Any) -> Optional[Id]:
@@ -346,15 +349,15 @@ def _said(value: Any) -> str:
 
 
 def _check_ids(annotations: Annotations, report: Report) -> None:
-    first: dict[int, int] = {}
+    first: dict[Id, int] = {}
     for k, id_ in enumerate(annotations.column("id")):
-        if type(id_) is not int or not 0 <= id_ <= MAX_ID:
+        if not is_id(id_):
             report(k, "annotation-id", f"the id is {_said(id_)}")
         elif first.setdefault(id_, k) != k:
             place = annotations.indices[first[id_]] + 1
             report(k, "annotation-id-twice", f"entry {place} of the annotations has the id as well")
-        elif id_ == 0:
-            report(k, "annotation-id-zero", "the id is 0")
+        elif type(id_) is not int or not 1 <= id_ <= MAX_ANNOTATION_ID:
+            report(k, "annotation-id-odd", f"the id is {shown(id_)}")
 
 
 def _check_crowds(annotations: Annotations, report: Report) -> None:

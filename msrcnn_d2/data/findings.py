@@ -59,6 +59,7 @@ class Findings:
         all: as they were found.
         num_images, num_annotations, num_categories: entries of the file.
         num_files: images that were looked at; None if none were to be.
+        has_annotations: whether the file has a list of annotations, and be it empty.
         mask_format: of Detectron2 for training, "polygon" or "bitmask": the latter as soon as an
             object that is not a crowd has RLE.
     """
@@ -68,6 +69,7 @@ class Findings:
     num_annotations: int = 0
     num_categories: int = 0
     num_files: Optional[int] = None
+    has_annotations: bool = True
     mask_format: str = "polygon"
 
     def add(self, kind: str, message: str, **where: Any) -> None:
@@ -103,8 +105,20 @@ class Findings:
                 count = sum(map(len, of_level.values()))
                 lines += [f"{level.value.upper()}S: {count:,}"]
             for kind, findings in of_level.items():
-                lines += _lines_of_kind(kind, findings, max_shown)
+                lines += self._lines_of_kind(kind, findings, max_shown)
         return "\n".join(lines)
+
+    def _lines_of_kind(
+        self, kind: str, findings: list[Finding], max_shown: Optional[int]
+    ) -> list[str]:
+        about = KINDS[kind]
+        if not about.of:  # there is one, which says it all
+            return [f"  {kind}: {findings[0].message}", f"      {about.effect}"]
+        count = f"{len(findings):,}"
+        if kind == "area-differs":  # the share tells noise from another way to compute areas
+            count += f" of {self.num_annotations:,}"
+        lines = [f"  {kind} ({count}): {about.title}", f"      {about.effect}"]
+        return lines + [f"    - {x}" for x in first(findings, max_shown)]
 
     def totals(self) -> str:
         """Such as "2 errors, 1 warning, 3 notes"."""
@@ -124,14 +138,6 @@ class Findings:
 
 
 BAD_IMAGES = ("image-missing", "image-unreadable", "image-truncated", "image-size")
-
-
-def _lines_of_kind(kind: str, findings: list[Finding], max_shown: Optional[int]) -> list[str]:
-    about = KINDS[kind]
-    if not about.of:  # there is one, which says it all
-        return [f"  {kind}: {findings[0].message}", f"      {about.effect}"]
-    lines = [f"  {kind} ({len(findings):,}): {about.title}", f"      {about.effect}"]
-    return lines + [f"    - {x}" for x in first(findings, max_shown)]
 
 
 def first(items: list, max_shown: Optional[int]) -> Iterable[str]:

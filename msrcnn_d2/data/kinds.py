@@ -29,6 +29,9 @@ class Mend(str, Enum):
     DROP_WITH_IMAGE = "dropped the annotation with its image"
     DROP_POLYGON = "dropped the polygon"
     WRAP_POLYGON = "made the numbers a list of one polygon"
+    FLATTEN_POLYGONS = "made the points one list of numbers"
+    SCALE = "multiplied the coordinates by the width and height of the image"
+    WRITE_UTF8 = "wrote UTF-8 without the mark"
     SET_SIZE = "took height and width from the file of the image"
     SET_NAME = "gave it its id as a name"
     SET_BOX = "computed the box from the mask"
@@ -68,7 +71,23 @@ KINDS: dict[str, Kind] = {
         Level.ERROR,
         _WHOLE,
         "no image has an object that is not a crowd",
-        "Training fails for want of objects.",
+        "Training fails for want of objects, and an evaluation gives nan only.",
+    ),
+    # Detectron2 and pycocotools read the file with Python's `json.load`, which refuses the mark
+    "byte-order-mark": Kind(
+        Level.ERROR,
+        _WHOLE,
+        "the file starts with a byte order mark",
+        "Detectron2 cannot read it.",
+        Mend.WRITE_UTF8,
+    ),
+    "normalised": Kind(
+        Level.ERROR,
+        _WHOLE,
+        "coordinates are from 0 to 1 instead of pixels",
+        "Training and evaluation take all objects for less than a pixel. Multiply x by the width "
+        "and y by the height of the image.",
+        Mend.SCALE,
     ),
     "image-entry": Kind(
         Level.ERROR,
@@ -200,12 +219,11 @@ KINDS: dict[str, Kind] = {
         "Detectron2 fails.",
         Mend.DROP_ANNOTATION,
     ),
-    # faster-coco-eval and Detectron2's fast evaluation take integers only
     "annotation-id": Kind(
         Level.ERROR,
         _ANNOTATIONS,
-        "annotation ids that are not whole numbers from 1 on",
-        "The evaluation fails, or counts no match with them.",
+        "annotation ids that are neither a number nor text",
+        "Detectron2 fails.",
         Mend.RENUMBER,
     ),
     "annotation-id-twice": Kind(
@@ -297,6 +315,14 @@ KINDS: dict[str, Kind] = {
         "Detectron2 fails.",
         Mend.WRAP_POLYGON,
     ),
+    # Detectron2 drops what has few points, and takes some of the others
+    "polygon-pairs": Kind(
+        Level.ERROR,
+        _ANNOTATIONS,
+        "polygons that are lists of points [[x, y], ...] instead of [x, y, x, y, ...]",
+        "Training drops them, or some; the evaluation fails.",
+        Mend.FLATTEN_POLYGONS,
+    ),
     # Detectron2 drops them, but pycocotools takes a first polygon of four numbers for a box and
     # fails at a shorter one
     "polygon-points": Kind(
@@ -367,12 +393,14 @@ KINDS: dict[str, Kind] = {
         "Detectron2 drops them.",
         Mend.DROP_ANNOTATION,
     ),
-    # pycocotools and what follows it write 0 where a detection matches nothing
-    "annotation-id-zero": Kind(
+    # faster-coco-eval and Detectron2's fast evaluation take integers only, pycocotools keeps ids as
+    # floats; all write 0 where a detection matches nothing. Our evaluator numbers objects itself
+    "annotation-id-odd": Kind(
         Level.WARNING,
         _ANNOTATIONS,
-        "annotations with the id 0",
-        "COCO's evaluation counts whoever finds it as a mistake.",
+        "annotation ids that are text, or not whole numbers from 1 to 2^53",
+        "train_net.py takes them; other programs' COCO evaluation fails, or counts no match with "
+        "the id 0.",
         Mend.RENUMBER,
     ),
     "annotation-copy": Kind(
@@ -386,7 +414,7 @@ KINDS: dict[str, Kind] = {
         Level.WARNING,
         _ANNOTATIONS,
         "annotations without iscrowd",
-        "Training takes it for 0; the evaluation by pycocotools fails.",
+        "train_net.py takes it for 0; pycocotools' own evaluation fails.",
         Mend.SET_CROWD,
     ),
     "box-empty": Kind(
@@ -402,6 +430,13 @@ KINDS: dict[str, Kind] = {
         "boxes that are not those of their masks (by over 2 pixels and 5 % of a side)",
         "The model learns the box as it is, and the mask only inside of it.",
         Mend.SET_BOX,
+    ),
+    "area-differs": Kind(
+        Level.WARNING,
+        _ANNOTATIONS,
+        "areas that are not those of their masks",
+        "APs, APm and APl count the objects in wrong sizes.",
+        Mend.SET_AREA,
     ),
     "polygon-flat": Kind(
         Level.WARNING,

@@ -6,24 +6,26 @@ on arrays, and a Python loop sees only those with something to say.
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress, islice
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
 
 from ..evaluation.reading import MAX_COORDINATE, is_rle
-from .entries import MISSING, Annotations, Images, indices_of, to_floats, where
+from .entries import MAX_AREA, MISSING, Annotations, Images, indices_of, to_floats, where
 from .findings import Findings, plural, shown
 
-__all__ = ["check_masks", "compressed"]
+__all__ = ["check_masks", "compressed", "is_of_pairs"]
 
 CHUNK = 20_000  # annotations; their coordinates take about 10 MB
 MIN_AREA = 1e-3  # pixels; less is a line, up to rounding
 # How far an edge of a box may be from its mask's: annotators draw boxes, and tools round them
 TOLERANCE_PIXELS, TOLERANCE_SHARE = 2, 0.05
+# How far an area may be from its mask's: tools round outlines, and count pixels in their own ways
+AREA_PIXELS, AREA_SHARE = 20, 0.1
 OVER_EDGE = 1  # pixels
 
 Report = Callable[..., None]  # index of an annotation, kind, message, part=
@@ -34,16 +36,22 @@ def check_masks(annotations: Annotations, images: Images, findings: Findings) ->
         findings.add(kind, message, **where(k, annotations, images), **part)
 
     masks = annotations.column("segmentation")
+    normalised = _said_normalised(masks, annotations.column("bbox"))
+    if normalised:  # the rest is checked when they are pixels
+        findings.add("normalised", normalised)
+        return
     # Of the image of each annotation; the last row is for those of none, which have the index -1
     sizes = np.vstack([images.sizes, [np.nan, np.nan]])[annotations.images]
     polygons = [k for k, mask in enumerate(masks) if isinstance(mask, list) and mask]
     rles = [k for k, mask in enumerate(masks) if isinstance(mask, dict) and mask]
     _report_others(masks, report)
     extents = np.full((len(masks), 4), np.nan)
+    areas = np.full(len(masks), np.nan)
     for first in range(0, len(polygons), CHUNK):
-        _check_polygons(polygons[first : first + CHUNK], masks, sizes, extents, report)
+        _check_polygons(polygons[first : first + CHUNK], masks, sizes, extents, areas, report)
     for k in rles:
-        _check_rle(k, masks[k], sizes[k], extents, report)
+        _check_rle(k, masks[k], sizes[k], extents, areas, report)
+    _check_areas(annotations, sizes, areas, report)
     _check_boxes(annotations, sizes, extents, report)
     _check_copies(annotations, extents, report)
     if not annotations.crowds[rles].all():
@@ -51,6 +59,28 @@ def check_masks(annotations: Annotations, images: Images, findings: Findings) ->
     if polygons or rles:
         message = f"{plural(len(polygons), 'mask')} of polygons, {len(rles):,} of RLE"
         findings.add("mask-formats", f"{message}: mask format '{findings.mask_format}'")
+
+
+def _said_normalised(masks: list, boxes: list) -> str:
+    """Whether all coordinates of polygons, or all of boxes, are at most 1; empty if not."""
+    said = []
+    for noun, shapes in (("polygons", masks), ("boxes", boxes)):
+        lists = [x for x in shapes if isinstance(x, list) and x]
+        numbers = [x for shape in lists for x in islice(numbers_in(shape), 1)]
+        # The first number of each shape decides for nearly all files, at no cost
+        if numbers and all(abs(x) <= 1 for x in numbers):
+            if all(abs(x) <= 1 for shape in lists for x in numbers_in(shape)):
+                said.append(f"{len(lists):,} {noun}")
+    return f"all coordinates of {' and '.join(said)} are at most 1" if said else ""
+
+
+def numbers_in(shape: list) -> Iterator[float]:
+    """All numbers in lists of lists."""
+    for x in shape:
+        if isinstance(x, list):
+            yield from numbers_in(x)
+        elif isinstance(x, (int, float)) and type(x) is not bool:
+            yield x
 
 
 def _report_others(masks: list, report: Report) -> None:
@@ -100,23 +130,40 @@ class Polygons:
         return np.concatenate(edges, axis=1)
 
     def areas(self) -> np.ndarray:
+        """(P), in pixels, 0 for what crosses itself in the middle, such as a bow tie."""
+        return abs(np.add.reduceat(self._triangles(), self._starts())) / 2
+
+    def covered(self) -> np.ndarray:
         """
         (P), of the triangles between the first point of each and its sides, in pixels. All count as
         positive: what crosses itself, such as a bow tie, has an area.
         """
-        lengths = self.lengths // 2
-        starts = lengths.cumsum() - lengths
+        return np.add.reduceat(abs(self._triangles()), self._starts()) / 2
+
+    def _starts(self) -> np.ndarray:
+        """(P), place of the first point of each polygon among all points."""
+        return (self.lengths.cumsum() - self.lengths) // 2
+
+    def _triangles(self) -> np.ndarray:
+        """Of each point the triangle with the next and the first one of its polygon: twice the
+        area, negative if it turns the other way."""
+        starts = self._starts()
         points = self.coordinates.reshape(-1, 2)
-        x, y = (points - points[starts].repeat(lengths, axis=0)).T
+        x, y = (points - points[starts].repeat(self.lengths // 2, axis=0)).T
         # The side from the last point to the first has no triangle
         cross = np.zeros(len(x))
-        cross[:-1] = abs(x[:-1] * y[1:] - x[1:] * y[:-1])
+        cross[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
         cross[starts[1:] - 1] = 0
-        return np.add.reduceat(cross, starts) / 2
+        return cross
 
 
 def _check_polygons(
-    indices: Sequence[int], masks: list, sizes: np.ndarray, extents: np.ndarray, report: Report
+    indices: Sequence[int],
+    masks: list,
+    sizes: np.ndarray,
+    extents: np.ndarray,
+    areas: np.ndarray,
+    report: Report,
 ) -> None:
     """
     Args:
@@ -125,6 +172,7 @@ def _check_polygons(
         sizes: (all annotations, 2), height and width of the image, NaN if it is not known.
         extents: (all annotations, 4), to write those of the masks that have nothing wrong: left,
             top, right, bottom.
+        areas: (all annotations), to write likewise the sum of the areas of the polygons.
     """
     polygons = _read_polygons(indices, [masks[k] for k in indices], report)
     spoiled = set()
@@ -148,7 +196,7 @@ def _check_polygons(
     polygons = drop(
         farthest > MAX_COORDINATE, "polygon-far", lambda p: f"has the coordinate {farthest[p]:.4g}"
     )
-    polygons = drop(polygons.areas() < MIN_AREA, "polygon-flat", lambda p: "has no area")
+    polygons = drop(polygons.covered() < MIN_AREA, "polygon-flat", lambda p: "has no area")
     edges = polygons.extents()
     beyond = _beyond(edges, sizes[polygons.owners])
     polygons = drop(
@@ -163,7 +211,9 @@ def _check_polygons(
         part = int(polygons.parts[p])
         report(int(polygons.owners[p]), "polygon-over-edge", message, part=part)
     _write_extents(extents, polygons.owners, edges)
-    extents[list(spoiled)] = np.nan
+    areas[np.unique(polygons.owners)] = 0
+    np.add.at(areas, polygons.owners, polygons.areas())
+    extents[list(spoiled)] = areas[list(spoiled)] = np.nan
 
 
 def _said_length(length: int) -> str:
@@ -201,6 +251,17 @@ def _read_polygons(indices: Sequence[int], masks: Sequence[list], report: Report
         indices, masks = _numbers_only(indices, masks, report)
         coordinates, lengths = _flatten(masks)
     counts = np.array([len(mask) for mask in masks], dtype=int)
+    # Points in place of polygons: a mask of at least three parts of two numbers each
+    if len(lengths):
+        longest = np.maximum.reduceat(lengths, counts.cumsum() - counts)
+        of_points = (longest == 2) & (np.add.reduceat(lengths, counts.cumsum() - counts) >= 6)
+        if of_points.any():
+            for k, mask in compress(zip(indices, masks), of_points):
+                report(k, "polygon-pairs", f"the segmentation is {shown(mask)}")
+            kept = ~of_points
+            return _read_polygons(
+                list(compress(indices, kept)), list(compress(masks, kept)), report
+            )
     owners = np.asarray(indices, dtype=int).repeat(counts)
     parts = np.arange(len(owners)) - (counts.cumsum() - counts).repeat(counts)
     return Polygons(owners, parts, lengths, coordinates)
@@ -227,17 +288,40 @@ def _numbers_only(
     for k, mask in zip(indices, masks):
         if all(isinstance(x, (int, float)) for x in mask):
             report(k, "mask-flat", f"the segmentation is {shown(mask)}")
+        elif any(map(is_of_pairs, mask)):
+            report(k, "polygon-pairs", f"the segmentation is {shown(mask)}")
         else:
             kept.append(k)
             cleaned.append([_clean(polygon) for polygon in mask])
     return kept, cleaned
 
 
+def is_of_pairs(polygon: Any) -> bool:
+    """Whether a polygon is a list of points, which are lists of two numbers."""
+    return (
+        isinstance(polygon, list)
+        and bool(polygon)
+        and all(
+            isinstance(point, list)
+            and len(point) == 2
+            and all(isinstance(x, (int, float)) for x in point)
+            for point in polygon
+        )
+    )
+
+
 def _clean(polygon: Any) -> list[float]:
     return to_floats(polygon).tolist() if isinstance(polygon, list) else [np.nan] * 6
 
 
-def _check_rle(k: int, mask: dict, size: np.ndarray, extents: np.ndarray, report: Report) -> None:
+def _check_rle(
+    k: int,
+    mask: dict,
+    size: np.ndarray,
+    extents: np.ndarray,
+    areas: np.ndarray,
+    report: Report,
+) -> None:
     """For the arguments see :func:`_check_polygons`."""
     said = mask.get("size")
     if not is_rle(mask):
@@ -248,11 +332,42 @@ def _check_rle(k: int, mask: dict, size: np.ndarray, extents: np.ndarray, report
         report(k, "rle-size", f"the mask has the size {said}, its image has [{height}, {width}]")
     elif np.isfinite(size).all():  # else pycocotools might be asked for a size beyond its numbers
         rle = compressed(mask)
-        if mask_util.area(rle):
+        areas[k] = mask_util.area(rle)
+        if areas[k]:
             left, top, width, height = mask_util.toBbox(rle)
             extents[k] = left, top, left + width, top + height
         else:
             report(k, "rle-empty", "it has no pixels")
+            areas[k] = np.nan
+
+
+def _check_areas(
+    annotations: Annotations, sizes: np.ndarray, areas: np.ndarray, report: Report
+) -> None:
+    """
+    COCO's areas are those of the polygons, parts that overlap counted twice; other tools count
+    pixels. Only what is neither is wrong. For the arguments see :func:`_check_polygons`.
+    """
+    said = to_floats(annotations.column("area"))
+    with np.errstate(invalid="ignore"):
+        known = (said >= 0) & (said <= MAX_AREA) & np.isfinite(sizes).all(axis=1)
+    known &= ~annotations.crowds  # they have no size in the evaluation, and COCO's own are off
+    for k in indices_of(known & _differ(said, areas)):
+        height, width = sizes[k].astype(int).tolist()
+        mask = annotations.entries[k]["segmentation"]
+        if isinstance(mask, list):
+            pixels = int(
+                mask_util.area(mask_util.merge(mask_util.frPyObjects(mask, height, width)))
+            )
+        else:
+            pixels = int(areas[k])
+        if _differ(said[k], np.array(pixels)):
+            report(k, "area-differs", f"the area is {said[k]:.6g}, that of the mask {pixels}")
+
+
+def _differ(said: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return abs(said - areas) > np.maximum(AREA_PIXELS, AREA_SHARE * areas)
 
 
 def compressed(rle: dict) -> dict:

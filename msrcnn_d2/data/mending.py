@@ -19,7 +19,7 @@ from .entries import id_or_none, is_id, sides_of
 from .findings import Finding, Findings, Id, first, place_of
 from .images import ImageFile
 from .kinds import KINDS, Mend
-from .masks import compressed
+from .masks import compressed, is_of_pairs
 
 __all__ = ["Change", "Mended", "mend_contents"]
 
@@ -33,6 +33,7 @@ DROPS = {
     Mend.DROP_CATEGORY: "categories",
     Mend.DROP_ANNOTATION: "annotations",
 }
+UNSETTLED = (Mend.DROP_POLYGON, Mend.WRAP_POLYGON, Mend.FLATTEN_POLYGONS)
 REFERENCES = {"images": "image_id", "categories": "category_id"}  # keys of annotations
 
 
@@ -115,6 +116,7 @@ class _Round:
         # In this order: what is ignored becomes a crowd, whatever its iscrowd was
         self._menders: dict[Mend, Mender] = {
             Mend.WRAP_POLYGON: _wrap_polygon,
+            Mend.FLATTEN_POLYGONS: _flatten_polygons,
             Mend.SET_NAME: _set_name,
             Mend.SET_BOX: self._set_box,
             Mend.SET_AREA: self._set_area,
@@ -133,12 +135,12 @@ class _Round:
             self._dropped[key] |= {finding.index for finding in found[mend]}
             self._mended.changes += [Change(finding, mend) for finding in found[mend]]
         self._mend(found[Mend.SET_SIZE], self._set_size)
+        self._mended.changes += [Change(f, Mend.WRITE_UTF8) for f in found[Mend.WRITE_UTF8]]
+        self._scale(found[Mend.SCALE])
         self._drop_with_images()
         self._drop_polygons(found[Mend.DROP_POLYGON])
         # Where the mask itself is mended, the box and the area wait for the next round
-        self._unsettled = {
-            f.index for mend in (Mend.DROP_POLYGON, Mend.WRAP_POLYGON) for f in found[mend]
-        }
+        self._unsettled = {f.index for mend in UNSETTLED for f in found[mend]}
         for mend, mender in self._menders.items():
             self._mend(found[mend], mender)
         self._renumber(found[Mend.RENUMBER])
@@ -167,6 +169,22 @@ class _Round:
             return Mend.SET_SIZE
         self._dropped["images"].add(finding.index)
         return Mend.DROP_IMAGE
+
+    def _scale(self, findings: list[Finding]) -> None:
+        """Make pixels of coordinates from 0 to 1: polygons, boxes or both, as the finding says."""
+        if not findings:
+            return
+        sizes = _sizes_of(self._contents["images"])
+        keys = {"polygons": "segmentation", "boxes": "bbox"}
+        used = [key for noun, key in keys.items() if noun in findings[0].message]
+        for entry in self._contents["annotations"]:
+            if not isinstance(entry, dict) or not is_id(entry.get("image_id")):
+                continue
+            height, width = sizes.get(entry["image_id"], (1, 1))
+            for key in used:
+                if isinstance(entry.get(key), list):
+                    entry[key] = _scaled(entry[key], (width, height))
+        self._mended.changes += [Change(finding, Mend.SCALE) for finding in findings]
 
     def _drop_with_images(self) -> None:
         """Drop the annotations of images that are dropped; another one may have the same id."""
@@ -273,6 +291,25 @@ def _sizes_of(images: list) -> dict[Id, tuple[int, int]]:
 def _wrap_polygon(entry: dict, finding: Finding) -> Mend:
     entry["segmentation"] = [entry["segmentation"]]
     return Mend.WRAP_POLYGON
+
+
+def _flatten_polygons(entry: dict, finding: Finding) -> Mend:
+    mask = entry["segmentation"]
+    mask = [mask] if is_of_pairs(mask) else mask
+    entry["segmentation"] = [
+        list(itertools.chain.from_iterable(x)) if is_of_pairs(x) else x for x in mask
+    ]
+    return Mend.FLATTEN_POLYGONS
+
+
+def _scaled(shape: list, factors: tuple[int, int]) -> list:
+    """Lists of x, y, x, y, ..., at any depth, times the factors of x and y."""
+    return [
+        _scaled(x, factors)
+        if isinstance(x, list)
+        else (x * factors[k % 2] if isinstance(x, (int, float)) else x)
+        for k, x in enumerate(shape)
+    ]
 
 
 def _set_name(entry: dict, finding: Finding) -> Mend:

@@ -17,9 +17,8 @@ __all__ = ["check_data", "refuse_annotations"]
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 2  # examples of each kind
-# Kinds of errors that are none for the other use; a set to predict on may have no annotations
-ONLY_IN_TRAINING = ("no-objects",)
-ONLY_IN_EVALUATION = ("annotation-id", "area", "polygon-points")
+# Kinds of errors that are none for training
+ONLY_IN_EVALUATION = ("area", "polygon-points")
 # What the config mends, not another file; the message says how
 BY_SETTINGS = ("image-orientation", "image-pixels", "image-deep", "image-deep-color")
 # A few wrong boxes are noise; more, and they have been written in another format
@@ -44,10 +43,13 @@ def check_data(recipe: Recipe, training: bool) -> None:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
             logger.info("Checking dataset '%s' ...", name)
-            _check(name, metadata, recipe, name in train_names, name in test_names)
+            is_trained_on, is_tested_on = name in train_names, name in test_names
+            _check(name, metadata, recipe, is_trained_on, is_tested_on, training)
 
 
-def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_on: bool) -> None:
+def _check(
+    name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_on: bool, training: bool
+) -> None:
     json_file, image_root = metadata.json_file, metadata.get("image_root")
     looks_at_images = recipe.check_images and image_root
     findings = check_dataset(
@@ -57,7 +59,10 @@ def _check(name: str, metadata, recipe: Recipe, is_trained_on: bool, is_tested_o
         needs_annotations=is_trained_on,
         settings=recipe.images,
     )
-    _leave_out_other_uses(findings, is_trained_on, is_tested_on)
+    if not is_tested_on:
+        findings.all = [f for f in findings.all if f.kind not in ONLY_IN_EVALUATION]
+    if not is_trained_on:
+        _check_evaluation(name, findings, training)
     _log(name, findings)
     errors = [f for f in findings.of(Level.ERROR) if f.kind not in BAD_IMAGES]
     wrong_boxes = [f for f in errors if f.kind == "box-elsewhere"]
@@ -107,10 +112,22 @@ def _advice(json_file: str, image_root: "str | None") -> str:
     return f"`{command}` shows all of them, and with --fix OUT.json mends or leaves out what it can"
 
 
-def _leave_out_other_uses(findings: Findings, is_trained_on: bool, is_tested_on: bool) -> None:
-    in_training = () if is_trained_on else ONLY_IN_TRAINING
-    in_evaluation = () if is_tested_on else ONLY_IN_EVALUATION
-    findings.all = [f for f in findings.all if f.kind not in (*in_training, *in_evaluation)]
+def _check_evaluation(name: str, findings: Findings, training: bool) -> None:
+    """
+    Of a set that has nothing to find all results are nan. That stops an evaluation, and is a
+    warning before a training. A file without a list of annotations is one to predict on.
+    """
+    reasons = [f.message for f in findings.all if f.kind == "no-objects"]
+    findings.all = [f for f in findings.all if f.kind != "no-objects"]
+    if not (reasons and findings.has_annotations):
+        return
+    message = f"All results on dataset '{name}' would be nan: {reasons[0]}"
+    if not training:
+        raise UserError(
+            f"{message}. Correct the annotations; to predict only, give a file without "
+            '"annotations".'
+        )
+    logger.warning("%s.", message)
 
 
 def _log(name: str, findings: Findings) -> None:

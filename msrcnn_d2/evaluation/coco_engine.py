@@ -129,11 +129,29 @@ class _Pycocotools:
         # With a bbox, COCO would take the area of the box for that of the mask, and with a caption
         # all results for captions
         used = "image_id", "category_id", "segmentation" if task == "segm" else "bbox"
-        self._results = [{k: r[k] for k in used} for r in results]
+        # By their place in the order of the ids: pycocotools puts ids into arrays, where large ones
+        # become equal by rounding
+        self._images = {id_: k for k, id_ in enumerate(sorted(coco_gt.getImgIds()))}
+        classes = {id_: k for k, id_ in enumerate(sorted(coco_gt.getCatIds()))}
+
+        def placed(entry: dict) -> dict:
+            # -1 is no image and no class, so that pycocotools passes over it
+            image = self._images.get(entry["image_id"], -1)
+            return {
+                **entry,
+                "image_id": image,
+                "category_id": classes.get(entry["category_id"], -1),
+            }
+
+        self._results = [placed({k: r[k] for k in used}) for r in results]
         self._truth = copy.copy(coco_gt)
         # pycocotools writes into annotations, but only their own keys
-        annotations = _numbered(coco_gt.dataset["annotations"])
-        self._truth.dataset = {**coco_gt.dataset, "annotations": annotations}
+        self._truth.dataset = {
+            **coco_gt.dataset,
+            "images": [{**x, "id": self._images[x["id"]]} for x in coco_gt.dataset["images"]],
+            "categories": [{**x, "id": classes[x["id"]]} for x in coco_gt.dataset["categories"]],
+            "annotations": [placed(a) for a in _numbered(coco_gt.dataset["annotations"])],
+        }
         with _silence():
             self._truth.createIndex()
         self._task, self._max_dets, self._img_ids = task, max_dets, img_ids
@@ -144,7 +162,9 @@ class _Pycocotools:
             coco_eval = COCOeval(self._truth, self._truth.loadRes(ranked), self._task)
             coco_eval.params.maxDets = list(self._max_dets)
             if self._img_ids is not None:
-                coco_eval.params.imgIds = list(self._img_ids)
+                coco_eval.params.imgIds = [
+                    self._images[k] for k in self._img_ids if k in self._images
+                ]
             coco_eval.evaluate()
             coco_eval.accumulate()
         return _evaluation(coco_eval)
@@ -229,13 +249,12 @@ class _FasterCocoEval:
 
 def _numbered(annotations: Sequence[dict]) -> list[dict]:
     """
-    Copies with ids of their own. COCO takes objects with the same id for one, and of an id that is
-    negative or text the two libraries make different things.
+    Copies with ids from 1 on, and an iscrowd, which is 0 if it was missing.
 
-    An id of 0 stays, once: with it COCO takes an object for missed, whatever was found.
+    COCO takes objects with the same id for one, and an object with the id 0 for missed, whatever
+    was found; of an id that is negative or text the two libraries make different things.
     """
-    zero = next((k for k, a in enumerate(annotations) if a["id"] == 0), None)
-    return [{**a, "id": 0 if k == zero else k + 1} for k, a in enumerate(annotations)]
+    return [{**a, "id": k, "iscrowd": a.get("iscrowd", 0)} for k, a in enumerate(annotations, 1)]
 
 
 def _entry(place: Place, id_: int, area: float, iscrowd: int) -> dict:

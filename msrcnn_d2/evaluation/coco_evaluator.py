@@ -71,6 +71,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         self._engine = choose_engine(engine)
         # Detectron2's own fast implementation is not used: it is not part of every build
         super().__init__(*args, use_fast_impl=False, **kwargs)
+        for annotation in self._coco_api.dataset.get("annotations", []):
+            annotation.setdefault("iscrowd", 0)  # as in training
         self._measures_mask_quality = mask_quality
         self.mask_quality: Optional[MaskQuality] = None
 

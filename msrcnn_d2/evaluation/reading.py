@@ -1,5 +1,6 @@
 """Read files of predictions and of annotations in COCO's format, and say what is wrong in them."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -31,6 +32,8 @@ COMPRESSED_COUNTS = re.compile("([P-o]{0,6}[0-O])+")
 # than any image is wide
 MAX_COORDINATE = 1e6
 MAX_PIXELS = 2**32  # of an image; pycocotools counts with 32 bits
+# What East Asian systems wrote before UTF-8, and Python's names for them
+OLD_ENCODINGS = {"GBK": "gbk", "Big5": "big5", "Shift JIS": "cp932", "EUC-KR": "cp949"}
 
 
 def read_results(path: str) -> list[dict]:
@@ -128,17 +131,65 @@ def check_fits(results: Sequence[dict], coco_gt: COCO) -> list[dict]:
 
 
 def read_json(path: str, advice: str) -> Any:
+    """
+    The contents of a JSON file in UTF-8, with a byte order mark or without.
+
+    Args:
+        advice: what to give instead, for the message if it is something else.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or is in another encoding, which it names.
+    """
     if os.path.isdir(path):
         raise UserError(f"'{path}' is a folder: {advice}.")
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return json.load(f)
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist: {advice}.") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): check the path.") from error
     except (ValueError, RecursionError):  # of JSON and of UTF-8
+        encoding = _other_encoding(path)
+        if encoding:
+            raise UserError(f"'{path}' is {encoding} text, not UTF-8: save it as UTF-8.") from None
         raise UserError(f"'{path}' is not JSON, or it is cut off: {advice}.") from None
+
+
+def has_byte_order_mark(path: str) -> bool:
+    """Whether a file starts with UTF-8's mark, at which other programs fail."""
+    with open(path, "rb") as f:
+        return f.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
+def _other_encoding(path: str) -> str:
+    """In which encodings other than UTF-8 the file is JSON; empty if in none that is known."""
+    with open(path, "rb") as f:
+        data = f.read()
+    detected = json.detect_encoding(data)  # UTF-8, or what the first bytes show, such as UTF-16
+    if detected.startswith(("utf-16", "utf-32")):
+        start = data[:400].decode(detected, "ignore").lstrip("\ufeff \t\r\n")
+        return detected[:6].upper() if start.startswith(("{", "[")) else ""
+    try:
+        data.decode()
+        return ""
+    except UnicodeDecodeError:
+        pass
+    fitting = [name for name, codec in OLD_ENCODINGS.items() if _is_json_in(data, codec)]
+    # All that is left is what has any byte, so it is named where nothing else fits
+    # or where no word is long enough to tell
+    is_short = max(map(len, re.findall(rb"[\x80-\xff]+", data))) < 3
+    if (is_short or not fitting) and _is_json_in(data, "cp1252"):
+        fitting.append("Windows-1252")
+    return " or ".join(fitting)
+
+
+def _is_json_in(data: bytes, codec: str) -> bool:
+    try:
+        json.loads(data.decode(codec))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _problem_of_result(result: dict) -> str:
