@@ -12,6 +12,8 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils.colormap import random_color
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
+from .fonts import drawable, left_to_right
+
 __all__ = ["MaskScoringVisualizer", "mask_score_labels"]
 
 # All in pixels of the output
@@ -96,9 +98,12 @@ class MaskScoringVisualizer(Visualizer):
         scale = self.output.scale
         # Halfway to white: on their dark boxes texts of the full colour may be too dark to read
         colors = [(1 + np.array(mplc.to_rgb(color))) / 2 for color in colors]
+        labels, families = drawable(labels)
         for label, box, color in reversed(list(zip(labels, boxes, colors))):  # the last is on top
             self.draw_text(label, box[:2], font_size=10 / scale, color=color)
         texts = self.output.ax.texts[: -len(labels) - 1 : -1]
+        for text in texts:
+            text.set_fontfamily(families)
         self._set_font_size(texts)
         places = _place_labels(boxes * scale, self._sizes(texts), self._output_size()) / scale
         for text, box, place in zip(texts, boxes, places):
@@ -156,7 +161,7 @@ def mask_score_labels(
         if the mask scores are not these products, or "person IoU 0.81" without "scores".
     """
     classes = predictions.pred_classes.tolist()
-    names = [class_names[k] if class_names else str(k) for k in classes]
+    names = [left_to_right(class_names[k]) if class_names else str(k) for k in classes]
     ious = predictions.pred_mask_ious.tolist()
     if not predictions.has("scores"):
         return [f"{name} IoU {iou:.2f}" for name, iou in zip(names, ious)]

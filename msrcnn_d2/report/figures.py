@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.calibration import Bin
 from ..evaluation.mask_quality import TITLES, MaskQuality, Part
+from ..fonts import drawable
 
 __all__ = ["Chart", "charts", "reliability_figure"]
 
@@ -162,7 +163,8 @@ def ap_by_class(quality: MaskQuality) -> Chart:
     ceilings = [parts[name].ap["true_iou"] for name in names]
     axes.plot(ceilings, range(len(names)), "k|", markersize=15, label="ceiling")
     # Names are text, also with a dollar sign
-    axes.set_yticks(range(len(names)), [_shortened(name) for name in names], parse_math=False)
+    labels, families = drawable(_shortened(name) for name in names)
+    axes.set_yticks(range(len(names)), labels, parse_math=False, fontfamily=families)
     axes.set_ylim(-0.6, max(len(names), 2) - 0.4)
     axes.set_xlim(0, 1.02 * max([*ceilings, 1]))
     handles, labels = axes.get_legend_handles_labels()

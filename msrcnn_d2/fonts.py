@@ -1,0 +1,113 @@
+"""Fonts for names in any script, from those that are installed."""
+
+import functools
+import logging
+import unicodedata
+from collections.abc import Iterable
+
+from matplotlib import font_manager, rcParams
+from matplotlib.ft2font import FT2Font
+
+__all__ = ["drawable", "left_to_right"]
+
+logger = logging.getLogger(__name__)
+
+LEFT_TO_RIGHT_MARK = "\u200e"
+MISSING = "\N{WHITE SQUARE}"  # in place of a character that no font has
+LAST_RESORT = "lastresort"  # Matplotlib's own font has a frame for each character, and no letters
+
+
+def drawable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """
+    Args:
+        texts: in any script.
+
+    Returns:
+        The texts, in which a square stands for each character that no installed font has, and the
+        families of fonts to draw them with, Matplotlib's default first. A log message names the
+        characters without a font, once.
+    """
+    texts = list(texts)
+    default = list(rcParams["font.family"])
+    usual = font_manager.findfont(font_manager.FontProperties(family=default))
+    lacking = _visible("".join(texts)) - _characters_of(usual)
+    if not lacking:
+        return texts, default
+    families = []
+    for family, characters in _fallbacks("".join(sorted(lacking))):
+        families.append(family)
+        lacking -= characters
+    if lacking:
+        _say("".join(sorted(lacking)))
+    return ["".join(MISSING if c in lacking else c for c in x) for x in texts], default + families
+
+
+def left_to_right(name: str) -> str:
+    """A name, such as an Arabic one, that does not turn the order of the numbers beside it."""
+    if any(unicodedata.bidirectional(c) in ("R", "AL") for c in name):
+        return f"{LEFT_TO_RIGHT_MARK}{name}{LEFT_TO_RIGHT_MARK}"
+    return name
+
+
+def _visible(text: str) -> set[str]:
+    """Without controls, joiners and variation selectors, which are no letters."""
+    kept = {c for c in text if not unicodedata.category(c).startswith(("Cc", "Cf", "Z"))}
+    return {c for c in kept if not "\ufe00" <= c <= "\ufe0f"}
+
+
+@functools.lru_cache(maxsize=16)
+def _fallbacks(wanted: str) -> list[tuple[str, set[str]]]:
+    """Families, each with those of the characters that it adds, the most first."""
+    lacking = set(wanted)
+    found = [(family, lacking & _characters_of(path)) for family, path in _installed()]
+    chosen = []
+    while lacking:
+        family, added = max(
+            ((family, characters & lacking) for family, characters in found),
+            key=lambda x: len(x[1]),
+            default=("", set()),
+        )
+        if not added:
+            break
+        chosen.append((family, added))
+        lacking = lacking - added
+    return chosen
+
+
+def _installed() -> list[tuple[str, str]]:
+    """Families of upright fonts of usual weight, and their files; those without serifs first."""
+    manager = font_manager.fontManager
+    known = {entry.fname for entry in manager.ttflist}
+    for path in font_manager.findSystemFonts():  # Matplotlib's list may be older than a font
+        if path not in known:
+            try:
+                manager.addfont(path)
+            except Exception as error:  # such as a font of pictures, which Matplotlib cannot draw
+                logger.debug("Font '%s' cannot be used: %s", path, error)
+    usual = [
+        entry
+        for entry in manager.ttflist
+        if entry.style == "normal" and entry.weight in (400, "normal", "regular", "book")
+    ]
+    usual = [x for x in usual if LAST_RESORT not in x.name.replace(" ", "").lower()]
+    usual.sort(key=lambda entry: ("sans" not in entry.name.lower(), entry.name))
+    return [(entry.name, entry.fname) for entry in usual]
+
+
+@functools.cache
+def _characters_of(path: str) -> frozenset[str]:
+    try:
+        font = FT2Font(path)
+        return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()
+    except Exception as error:
+        logger.debug("Font '%s' cannot be read: %s", path, error)
+        return frozenset()
+
+
+@functools.cache
+def _say(characters: str) -> None:
+    logger.warning(
+        "No installed font has the characters '%s' of class names: figures show %s in their place, "
+        "and the tables of a report have the names. Install a font that has them, such as Noto.",
+        *(characters[:40], MISSING),
+    )
