@@ -351,12 +351,13 @@ def _said(value: Any) -> str:
 def _check_ids(annotations: Annotations, report: Report) -> None:
     first: dict[Id, int] = {}
     for k, id_ in enumerate(annotations.column("id")):
-        if not is_id(id_):
+        is_usual = type(id_) is int and 1 <= id_ <= MAX_ANNOTATION_ID
+        if not (is_usual or is_id(id_)):
             report(k, "annotation-id", f"the id is {_said(id_)}")
         elif first.setdefault(id_, k) != k:
             place = annotations.indices[first[id_]] + 1
             report(k, "annotation-id-twice", f"entry {place} of the annotations has the id as well")
-        elif type(id_) is not int or not 1 <= id_ <= MAX_ANNOTATION_ID:
+        elif not is_usual:
             report(k, "annotation-id-odd", f"the id is {shown(id_)}")
 
 

@@ -8,7 +8,7 @@ on arrays, and a Python loop sees only those with something to say.
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress, islice
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,11 @@ def _said_normalised(masks: list, boxes: list) -> str:
     """Whether all coordinates of polygons, or all of boxes, are at most 1; empty if not."""
     said = []
     for noun, shapes in (("polygons", masks), ("boxes", boxes)):
-        lists = [x for x in shapes if isinstance(x, list) and x]
-        numbers = [x for shape in lists for x in islice(numbers_in(shape), 1)]
-        # The first number of each shape decides for nearly all files, at no cost
-        if numbers and all(abs(x) <= 1 for x in numbers):
-            if all(abs(x) <= 1 for shape in lists for x in numbers_in(shape)):
-                said.append(f"{len(lists):,} {noun}")
+        lists = (x for x in shapes if isinstance(x, list) and x)
+        # In pixels the first shapes end it
+        if all(abs(x) <= 1 for shape in lists for x in numbers_in(shape)):
+            count = sum(isinstance(x, list) and any(True for _ in numbers_in(x)) for x in shapes)
+            said += [f"{count:,} {noun}"] if count else []
     return f"all coordinates of {' and '.join(said)} are at most 1" if said else ""
 
 
@@ -129,32 +128,22 @@ class Polygons:
         edges = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
         return np.concatenate(edges, axis=1)
 
-    def areas(self) -> np.ndarray:
-        """(P), in pixels, 0 for what crosses itself in the middle, such as a bow tie."""
-        return abs(np.add.reduceat(self._triangles(), self._starts())) / 2
-
-    def covered(self) -> np.ndarray:
+    def areas(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        (P), of the triangles between the first point of each and its sides, in pixels. All count as
-        positive: what crosses itself, such as a bow tie, has an area.
+        (P) each, in pixels, by the triangles between the first point of a polygon and its sides:
+        the area, in which parts that are run around the other way count as negative, and that of
+        all triangles as positive, which is not 0 for what crosses itself, such as a bow tie.
         """
-        return np.add.reduceat(abs(self._triangles()), self._starts()) / 2
-
-    def _starts(self) -> np.ndarray:
-        """(P), place of the first point of each polygon among all points."""
-        return (self.lengths.cumsum() - self.lengths) // 2
-
-    def _triangles(self) -> np.ndarray:
-        """Of each point the triangle with the next and the first one of its polygon: twice the
-        area, negative if it turns the other way."""
-        starts = self._starts()
+        lengths = self.lengths // 2
+        starts = lengths.cumsum() - lengths
         points = self.coordinates.reshape(-1, 2)
-        x, y = (points - points[starts].repeat(self.lengths // 2, axis=0)).T
+        x, y = (points - points[starts].repeat(lengths, axis=0)).T
         # The side from the last point to the first has no triangle
         cross = np.zeros(len(x))
         cross[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
         cross[starts[1:] - 1] = 0
-        return cross
+        areas = abs(np.add.reduceat(cross, starts)), np.add.reduceat(abs(cross), starts)
+        return areas[0] / 2, areas[1] / 2
 
 
 def _check_polygons(
@@ -196,7 +185,11 @@ def _check_polygons(
     polygons = drop(
         farthest > MAX_COORDINATE, "polygon-far", lambda p: f"has the coordinate {farthest[p]:.4g}"
     )
-    polygons = drop(polygons.covered() < MIN_AREA, "polygon-flat", lambda p: "has no area")
+    signed_areas, covered_areas = polygons.areas()
+    if len(polygons.owners):
+        starts = np.flatnonzero(np.diff(polygons.owners, prepend=-1))  # of each mask
+        areas[polygons.owners[starts]] = np.add.reduceat(signed_areas, starts)
+    polygons = drop(covered_areas < MIN_AREA, "polygon-flat", lambda p: "has no area")
     edges = polygons.extents()
     beyond = _beyond(edges, sizes[polygons.owners])
     polygons = drop(
@@ -211,8 +204,6 @@ def _check_polygons(
         part = int(polygons.parts[p])
         report(int(polygons.owners[p]), "polygon-over-edge", message, part=part)
     _write_extents(extents, polygons.owners, edges)
-    areas[np.unique(polygons.owners)] = 0
-    np.add.at(areas, polygons.owners, polygons.areas())
     extents[list(spoiled)] = areas[list(spoiled)] = np.nan
 
 
