@@ -160,20 +160,21 @@ KINDS: dict[str, Kind] = {
         Level.ERROR,
         _IMAGES,
         "images whose annotations follow EXIF's orientation in another way than they are read",
-        "Objects are elsewhere than their annotations say; Detectron2 stops where sizes differ.",
+        "Objects are elsewhere than their annotations say; Detectron2 stops where sizes differ. "
+        "--ignore-exif makes this check read images as they are stored.",
     ),
     "image-pixels": Kind(
         Level.ERROR,
         _IMAGES,
         "images of more pixels than the limit",
-        "They are not read.",
+        "They are not read. --max-pixels lets this check read them.",
     ),
     # Pillow's conversion to RGB clips them at 255, so that most are white or black all over
     "image-deep": Kind(
         Level.ERROR,
         _IMAGES,
         "images of more than 8 bits per pixel, for which there is no scale",
-        "They are not read.",
+        "They are not read. --intensity-range or --intensity-percentiles gives this check a scale.",
     ),
     "image-deep-color": Kind(
         Level.ERROR,
