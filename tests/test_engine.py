@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
-from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.config import LazyCall, LazyConfig
+from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
 from msrcnn_d2 import model_zoo
@@ -26,8 +26,10 @@ from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.engine.train import summary_table
 from msrcnn_d2.errors import UserError
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
+from msrcnn_d2.image_reading import ImageSettings
 from msrcnn_d2.model_zoo import Published
 
+recipe_module = sys.modules["msrcnn_d2.engine.recipe"]
 train_module = sys.modules["msrcnn_d2.engine.train"]  # the package has a function of this name
 TestSet.__test__ = False  # not a test
 
@@ -429,6 +431,164 @@ def test_steps_are_seeded_by_run_and_iteration():
 
     assert numbers(1, 5) == numbers(1, 5)
     assert len({numbers(1, 5), numbers(1, 6), numbers(2, 5)}) == 3
+
+
+class Images(Dataset):
+    """A map-style dataset that is neither a list nor Detectron2's."""
+
+    def __len__(self):
+        return len(dicts())
+
+    def __getitem__(self, index):
+        return dicts()[index]
+
+
+def batches_of_recipe(dataset, first_iter=0, mapper=mapper, seed=3, **arguments):
+    loader = recipe_module._train_loader(
+        dict(dataset=dataset, mapper=mapper, total_batch_size=3, **arguments),
+        ImageSettings(),
+        seed,
+        first_iter,
+        lambda bad: None,
+    )
+    return [[(x["index"], x["random"]) for x in batch] for batch, _ in zip(loader, range(6))]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [DatasetFromList, lambda images: Images(), lambda images: MapDataset(images, mapper)],
+    ids=["DatasetFromList", "torch", "MapDataset"],
+)
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_workers=2, prefetch_factor=3, persistent_workers=True, timeout=60)]
+)
+def test_a_map_style_dataset_is_read_in_the_order_of_a_list(wrap, options):
+    expected = batches_of_recipe(dicts())
+    dataset = wrap(dicts())
+    arguments = {"mapper": None if isinstance(dataset, MapDataset) else mapper, **options}
+    assert batches_of_recipe(dataset, **arguments) == expected
+    assert batches_of_recipe(dataset, first_iter=4, **arguments)[:2] == expected[4:]
+
+
+def test_the_seed_of_the_loader_is_that_of_the_data():
+    assert batches_of_recipe(dicts(), seed=8) != batches_of_recipe(dicts())
+    assert load_config(LAZY, ["dataloader.train.seed=3"]).dataloader.train.seed == 3
+    own = recipe_module._train_loader(
+        dict(dataset=dicts(), mapper=mapper, total_batch_size=3, seed=3),
+        ImageSettings(),
+        8,
+        0,
+        lambda bad: None,
+    )
+    batch = next(iter(own))
+    assert [(x["index"], x["random"]) for x in batch] == batches_of_recipe(dicts())[0]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_options_of_pytorchs_loader_are_known_on_the_command_line(part):
+    options = {"pin_memory": True, "prefetch_factor": 4, "persistent_workers": True}
+    overrides = [f"dataloader.{part}.{k}={v}" for k, v in options.items()]
+    assert options.items() <= dict(load_config(LAZY, overrides).dataloader[part]).items()
+    with pytest.raises(UserError, match="persistent_workers"):
+        load_config(LAZY, [f"dataloader.{part}.persistent_worker=True"])
+
+
+def test_what_pytorchs_loader_refuses_is_one_sentence():
+    for wrong in (dict(persistent_workers=True), dict(num_workers=-1), dict(prefetch=2)):
+        with pytest.raises(UserError, match="dataloader.train"):
+            batches_of_recipe(dicts(), **wrong)
+
+
+def test_options_reach_pytorchs_loader():
+    loader = build_test_loader(dicts(), mapper=mapper, num_workers=1, prefetch_factor=5)
+    assert loader.prefetch_factor == 5
+    loader = build_resumable_loader(
+        dicts(),
+        mapper=mapper,
+        seed=0,
+        first_iter=0,
+        total_batch_size=3,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_images_of_unknown_size_are_not_grouped_and_the_log_says_it(caplog):
+    images = DatasetFromList([{"index": k} for k in range(10)])
+    assert len(batches_of_recipe(images)) == 6
+    assert sum("aspect ratio" in x.message for x in caplog.records) == 1
+
+
+def test_images_that_are_read_already_are_not_read_for_their_sizes():
+    reads = []
+
+    class Samples(Images):
+        def __getitem__(self, index):
+            reads.append(index)
+            return mapper({**dicts()[index], "image": None})
+
+    loader = recipe_module._train_loader(
+        dict(dataset=Samples(), mapper=None, total_batch_size=3),
+        ImageSettings(),
+        0,
+        0,
+        lambda bad: None,
+    )
+    assert reads == [0]
+    assert len(next(iter(loader))) == 3
+
+
+def test_masks_in_rle_are_recognised_in_a_map_style_dataset():
+    class Format:
+        instance_mask_format = "polygon"
+
+        def __call__(self, image):
+            return mapper(image)
+
+    rle = {"segmentation": {"size": [2, 2], "counts": [4]}, "iscrowd": 0}
+    images = [{**d, "annotations": [rle]} for d in dicts()]
+    own, inside = Format(), Format()
+    batches_of_recipe(DatasetFromList(images), mapper=own)
+    batches_of_recipe(MapDataset(images, inside), mapper=None)
+    assert own.instance_mask_format == inside.instance_mask_format == "bitmask"
+
+
+def test_an_element_that_cannot_be_read_is_a_bad_image():
+    class Broken(Images):
+        def __getitem__(self, index):
+            if index == 4:
+                raise OSError("cut off")
+            return super().__getitem__(index)
+
+    found = []
+    loader = recipe_module._train_loader(
+        dict(dataset=Broken(), mapper=mapper, total_batch_size=3),
+        ImageSettings(),
+        0,
+        0,
+        found.extend,
+    )
+    indices = {x["index"] for batch, _ in zip(loader, range(8)) for x in batch}
+    assert 4 not in indices and {(image.reason) for image in found} == {"cut off"}
+    with pytest.raises(UserError, match="cut off"):
+        list(build_test_loader(Broken(), mapper=mapper))
+
+
+def test_a_stream_falls_back_to_detectron2s_loader_with_one_warning(caplog):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(3 * dicts())
+
+    batches = batches_of_recipe(Stream(), pin_memory=False)
+    assert len(batches) == 6
+    assert sum("resumed" in x.message for x in caplog.records) == 1
+
+
+def test_a_loader_of_ones_own_is_used_with_one_warning(caplog):
+    node = LazyCall(Images)()
+    assert isinstance(recipe_module._lazy_train_loader(node, ImageSettings(), 0, 0, None), Images)
+    assert sum("resumed" in x.message for x in caplog.records) == 1
 
 
 # Summary

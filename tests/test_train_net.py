@@ -108,6 +108,15 @@ def losses_of(monkeypatch):
         ("lazy", []),
         ("lazy", ["dataloader.train.aspect_ratio_grouping=False"]),
         ("lazy", ["dataloader.train.num_workers=2"]),
+        (
+            "lazy",
+            [
+                "dataloader.train.num_workers=1",
+                "dataloader.train.persistent_workers=True",
+                "dataloader.train.prefetch_factor=3",
+                "dataloader.train.seed=5",
+            ],
+        ),
         ("lazy", ["train.seed=-1"]),
         ("lazy", ["train.amp.enabled=True"]),
         ("yacs", []),

@@ -16,9 +16,17 @@ from detectron2.utils import comm
 from ..data.findings import plural
 from ..errors import UserError
 from .agreement import any_process
-from .stopping import worker_init_fn
+from .stopping import worker_init_fn as outlive_stop_signals
 
-__all__ = ["BadImage", "BadImageError", "BadImages", "ReadingLoader", "map_or_tell", "refuse"]
+__all__ = [
+    "BadImage",
+    "BadImageError",
+    "BadImages",
+    "ReadingLoader",
+    "map_or_tell",
+    "read_or_tell",
+    "refuse",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +73,23 @@ def map_or_tell(mapper: Callable, dataset_dict: dict) -> "dict | BadImage | None
         return mapper(dataset_dict)
     except DATA_ERRORS as error:
         name = dataset_dict.get("file_name", f"image {dataset_dict.get('image_id')}")
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return BadImage(name, reason.rstrip("."))
+        return BadImage(name, _reason(error))
+
+
+def read_or_tell(dataset, index: int, mapper: "Callable | None") -> "Any | BadImage | None":
+    """
+    :func:`map_or_tell` of an element of a map-style dataset, which may read images itself. Without
+    a mapper, the element.
+    """
+    try:
+        element = dataset[index]
+    except DATA_ERRORS as error:
+        return BadImage(f"element {index} of the dataset", _reason(error))
+    return element if mapper is None else map_or_tell(mapper, element)
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
 
 
 def refuse(images: list[BadImage]) -> None:
@@ -93,12 +116,13 @@ class ReadingLoader(DataLoader):
         *,
         collate_fn: Optional[Callable],
         on_bad_images: Callable[[list[BadImage]], object],
+        worker_init_fn: Optional[Callable[[int], object]] = None,
         **kwargs,
     ):
         super().__init__(
             dataset,
             collate_fn=_Collate(collate_fn or trivial_batch_collator),
-            worker_init_fn=worker_init_fn(),
+            worker_init_fn=_InitWorker(outlive_stop_signals(), worker_init_fn),
             **kwargs,
         )
         self._on_bad_images = on_bad_images
@@ -113,6 +137,17 @@ class ReadingLoader(DataLoader):
             if batch is None:
                 refuse(bad_images)
             yield batch
+
+
+class _InitWorker:
+    """Calls our function in a new worker process, then the user's, if there is one."""
+
+    def __init__(self, *functions: Optional[Callable[[int], object]]):
+        self.functions = [f for f in functions if f is not None]
+
+    def __call__(self, worker: int) -> None:
+        for function in self.functions:
+            function(worker)
 
 
 class _Collate:

@@ -5,7 +5,9 @@ in a step is a function of the run's seed, the process's rank and the step, so t
 interrupted goes on with the very losses it would have had.
 """
 
+import inspect
 import itertools
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,9 +23,20 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from .bad_images import BadImage, Read, ReadingLoader, map_or_tell, refuse
+from ..errors import UserError
+from .bad_images import DATA_ERRORS, BadImage, Read, ReadingLoader, read_or_tell, refuse
 
-__all__ = ["ResumableBatches", "StepSeeds", "build_resumable_loader"]
+__all__ = ["LOADER_OPTIONS", "ResumableBatches", "StepSeeds", "build_resumable_loader"]
+
+logger = logging.getLogger(__name__)
+
+# Arguments of PyTorch's DataLoader that say how images are read, not which ones or in what order
+LOADER_OPTIONS = [
+    name
+    for name in inspect.signature(DataLoader).parameters
+    if name not in ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last")
+    and name not in ("num_workers", "collate_fn")
+]
 
 
 class StepSeeds(HookBase):
@@ -102,43 +115,95 @@ class ResumableBatches:
 def build_resumable_loader(
     dataset,
     *,
-    mapper: Callable,
+    mapper: "Callable | None",
     seed: int,
     first_iter: int,
-    total_batch_size: int,
+    total_batch_size: "int | None" = None,
+    single_gpu_batch_size: "int | None" = None,
     sampler=None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     collate_fn: "Callable | None" = None,
+    drop_last: bool = True,
     on_bad_images: Callable[[list[BadImage]], object] = refuse,
+    **options,
 ) -> DataLoader:
     """
-    :func:`build_detection_train_loader` of a list of dataset dicts, from a given iteration on.
+    :func:`build_detection_train_loader` of a list or a map-style dataset, from a given iteration
+    on.
 
     Args:
+        dataset: list of dataset dicts, or what has `len()` and an element for each index.
+        mapper: makes a sample of an element; None if the elements are samples.
         seed: of the run: decides on the order of the data and on each sample's augmentation.
         first_iter: number of batches to leave out at the beginning; their images are not read.
-        dataset, mapper, total_batch_size, ...: as in Detectron2; `sampler`, if given, yields the
-            same indices in each run.
+        total_batch_size, ...: as in Detectron2; `sampler`, if given, yields the same indices in
+            each run.
+        single_gpu_batch_size: images per process, in place of `total_batch_size`.
+        aspect_ratio_grouping: takes effect if the elements say "width" and "height" before the
+            mapper reads images.
+        drop_last: has no effect, since a training's data never end.
         on_bad_images: called with the images of a batch that cannot be used, maybe none; by
             default they are an error. In the batch others at random take their place.
+        options: others of `DataLoader`, see LOADER_OPTIONS.
 
     Returns:
         loader of `total_batch_size / number of processes` mapped dataset dicts, forever.
+
+    Raises:
+        UserError: `DataLoader` refuses an option.
     """
+    batch_size = single_gpu_batch_size or (total_batch_size or 0) // comm.get_world_size()
     sampler = sampler if sampler is not None else TrainingSampler(len(dataset), seed=seed)
-    groups = [int(d["width"] > d["height"]) for d in dataset] if aspect_ratio_grouping else None
-    batches = _BatchSampler(
-        sampler, len(dataset), total_batch_size // comm.get_world_size(), groups, first_iter
-    )
-    samples = _SeededSamples(DatasetFromList(dataset, copy=False), mapper, seed)
-    return ReadingLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        on_bad_images=on_bad_images,
-    )
+    groups = _groups(dataset) if aspect_ratio_grouping else None
+    batches = _BatchSampler(sampler, len(dataset), batch_size, groups, first_iter)
+    if isinstance(dataset, list):
+        dataset = DatasetFromList(dataset, copy=False)
+    try:
+        return ReadingLoader(
+            _SeededSamples(dataset, mapper, seed),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            on_bad_images=on_bad_images,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"dataloader.train (yaml: DATALOADER) does not fit PyTorch's DataLoader: {error}"
+        ) from error
+
+
+def outlines(dataset) -> Iterator[dict]:
+    """
+    The elements of a list or a map-style dataset, as far as they are known without reading images.
+
+    An element that has been read already ("image") ends them: the next ones would cost as much. So
+    does one that is no dict. One that cannot be read is empty.
+    """
+    for k in range(len(dataset)):
+        try:
+            element = dataset[k]
+        except DATA_ERRORS:
+            element = {}
+        if not isinstance(element, dict) or "image" in element:
+            return
+        yield element
+
+
+def _groups(dataset) -> "list[int] | None":
+    """Of each image 1 if it is wider than high, else 0; None if the dataset does not say."""
+    groups = [
+        int(d["width"] > d["height"]) if "width" in d and "height" in d else -1
+        for d in outlines(dataset)
+    ]
+    if len(groups) < len(dataset) or -1 in groups:
+        logger.warning(
+            "Images are not grouped by aspect ratio, since the training set does not say the "
+            "width and height of all of them before they are read."
+        )
+        return None
+    return groups
 
 
 class _BatchSampler:
@@ -186,7 +251,7 @@ class _SeededSamples(Dataset):
 
     MAX_TRIES = 100
 
-    def __init__(self, dataset, mapper: Callable, seed: int):
+    def __init__(self, dataset, mapper: "Callable | None", seed: int):
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
@@ -200,7 +265,7 @@ class _SeededSamples(Dataset):
         bad_images: list[BadImage] = []
         with _temporary_seed(_derived_seed(self.seed, position, self.rank)):
             for _ in range(self.MAX_TRIES):
-                sample = map_or_tell(self.mapper, self.dataset[index])
+                sample = read_or_tell(self.dataset, index, self.mapper)
                 if isinstance(sample, BadImage):
                     bad_images.append(sample)
                 elif sample is not None:

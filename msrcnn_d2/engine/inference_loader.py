@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.samplers import InferenceSampler
 
-from .bad_images import BadImage, Read, ReadingLoader, map_or_tell, refuse
+from .bad_images import BadImage, Read, ReadingLoader, map_or_tell, read_or_tell, refuse
 
 __all__ = ["build_test_loader"]
 
@@ -20,6 +20,7 @@ def build_test_loader(
     batch_size: int = 1,
     num_workers: int = 0,
     collate_fn: "Callable | None" = None,
+    **options,
 ) -> DataLoader:
     """
     :func:`build_detection_test_loader` with a batch size, which Detectron2 0.6 does not have.
@@ -32,6 +33,7 @@ def build_test_loader(
         dataset: list of dataset dicts; or a torch Dataset, which stays in its order.
         mapper, sampler, num_workers, collate_fn: as in Detectron2.
         batch_size: images per batch and process.
+        options: others of `DataLoader`, see LOADER_OPTIONS.
 
     Returns:
         loader of lists of mapped dataset dicts, each of which comes once in all processes together.
@@ -41,9 +43,10 @@ def build_test_loader(
         if batch_size > 1 and sampler is None:
             dataset = sorted(dataset, key=_aspect_ratio)
         dataset = DatasetFromList(dataset, copy=False)
+    if not isinstance(dataset, IterableDataset):
+        sampler = InferenceSampler(len(dataset)) if sampler is None else sampler
+        dataset = _Elements(dataset)
     dataset = MapDataset(dataset, _Reader(mapper))
-    if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = InferenceSampler(len(dataset))
     return ReadingLoader(
         dataset,
         batch_size=batch_size,
@@ -51,7 +54,21 @@ def build_test_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         on_bad_images=refuse,
+        **options,
     )
+
+
+class _Elements(Dataset):
+    """Of a map-style dataset, which may read images itself: a bad one is told, not raised."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return read_or_tell(self.dataset, index, mapper=None)
 
 
 class _Reader:
@@ -61,7 +78,9 @@ class _Reader:
         self.mapper = mapper
 
     def __call__(self, element) -> "Read | None":
-        mapped = element if self.mapper is None else map_or_tell(self.mapper, element)
+        mapped = element
+        if self.mapper is not None and not isinstance(element, BadImage):
+            mapped = map_or_tell(self.mapper, element)
         if isinstance(mapped, BadImage):
             return Read(None, [mapped])
         return None if mapped is None else Read(mapped, [])

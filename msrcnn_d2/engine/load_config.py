@@ -11,7 +11,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.data.datasets import register_coco_instances
 
 from .. import model_zoo
@@ -19,6 +24,7 @@ from ..config import add_msrcnn_config, retrofit, target_of
 from ..errors import UserError
 from ..image_reading import IMAGE_KEYS
 from ..modeling import RetrofitRCNN
+from .data_order import LOADER_OPTIONS, build_resumable_loader
 from .inference_loader import build_test_loader
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
@@ -181,9 +187,14 @@ def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
     if "_target_" not in node:
         return keys, False
     target = target_of(node)
-    # Detectron2 0.6's own has no batch size; ours takes its place
-    replaced = target is build_detection_test_loader
-    names, open_ended = _arguments(build_test_loader if replaced else target)
+    # Ours take the place of Detectron2's, and have more arguments than those of 0.6
+    if target is build_detection_test_loader:
+        names, open_ended = [*_arguments(build_test_loader)[0], *LOADER_OPTIONS], False
+    elif target is build_detection_train_loader:
+        names, open_ended = [*_arguments(build_resumable_loader)[0], *LOADER_OPTIONS], False
+        names = [n for n in names if n not in ("first_iter", "on_bad_images")]
+    else:
+        names, open_ended = _arguments(target)
     return ["_target_", *dict.fromkeys(keys + names)], open_ended
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
+    MapDataset,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -29,11 +32,13 @@ from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.coco_engine import choose_engine
 from ..image_reading import ImageSettings, image_settings, read_with
 from ..modeling import MaskScoringRCNNWithTTA
-from .data_order import build_resumable_loader
+from .data_order import LOADER_OPTIONS, build_resumable_loader, outlines
 from .inference_loader import build_test_loader
 from .mask_format import fit_mask_format
 
 __all__ = ["Recipe", "TestSet", "build_recipe"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -161,11 +166,10 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
 def _lazy_train_loader(
     loader: DictConfig, images: ImageSettings, seed: int, first_iter: int, on_bad_images: Callable
 ):
-    arguments = _arguments_of(loader)
     if target_of(loader) is not build_detection_train_loader:
-        # A loader of the user's own keeps its own order
-        return target_of(loader)(**_reading(arguments, images))
-    return _train_loader(arguments, images, seed, first_iter, on_bad_images)
+        _warn_of_foreign_loader("dataloader.train is a loader of your own")
+        return target_of(loader)(**_reading(_arguments_of(loader), images))
+    return _train_loader(_arguments_of(loader), images, seed, first_iter, on_bad_images)
 
 
 def _arguments_of(loader: DictConfig) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def _arguments_of(loader: DictConfig) -> dict[str, Any]:
 
 def _reading(arguments: dict[str, Any], images: ImageSettings) -> dict[str, Any]:
     """Arguments of a loader whose mapper, if there is one, reads images by the settings."""
-    if "mapper" not in arguments:
+    if arguments.get("mapper") is None:
         return arguments
     return {**arguments, "mapper": read_with(images, arguments["mapper"])}
 
@@ -188,15 +192,47 @@ def _train_loader(
 ):
     """Our loader for the arguments of Detectron2's; that one where ours cannot replace it."""
     dataset = arguments["dataset"]
-    supported = set(inspect.signature(build_resumable_loader).parameters)
-    if not (isinstance(dataset, list) and set(arguments) <= supported):
-        return build_detection_train_loader(**_reading(arguments, images))
-    fit_mask_format(arguments["mapper"], dataset)
+    own_seed = arguments.pop("seed", None)
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
+        _warn_of_foreign_loader("The training set is a stream, without an element for each index")
+        return build_detection_train_loader(**_accepted_by_detectron2(_reading(arguments, images)))
+    if isinstance(dataset, MapDataset) and arguments["mapper"] is None:
+        dataset, arguments["mapper"] = dataset.__getnewargs__()  # what it was made of
+        arguments["dataset"] = dataset
+    known = set(inspect.signature(build_resumable_loader).parameters) | set(LOADER_OPTIONS)
+    known -= {"seed", "first_iter", "on_bad_images", "options"}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise UserError(
+            f"dataloader.train has an argument '{unknown[0]}' that is not known; those known are "
+            f"{', '.join(sorted(known | {'seed'}))}."
+        )
+    fit_mask_format(arguments["mapper"], outlines(dataset))
     return build_resumable_loader(
-        seed=seed,
+        seed=seed if own_seed is None else own_seed,
         first_iter=first_iter,
         on_bad_images=on_bad_images,
         **_reading(arguments, images),
+    )
+
+
+def _accepted_by_detectron2(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without those that version 0.6 does not have."""
+    parameters = inspect.signature(build_detection_train_loader).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    left_out = sorted(set(arguments) - set(parameters))
+    if left_out:
+        logger.warning("This Detectron2 leaves out dataloader.train.%s.", ", ".join(left_out))
+    return {k: v for k, v in arguments.items() if k in parameters}
+
+
+def _warn_of_foreign_loader(reason: str) -> None:
+    logger.warning(
+        "%s: a run that is resumed gets other images than one that was not interrupted, an image "
+        "that cannot be read ends the training, and masks in run-length encoding need "
+        "instance_mask_format='bitmask' in the mapper.",
+        reason,
     )
 
 
