@@ -86,6 +86,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.INPUT.MAX_IMAGE_PIXELS = 0
     # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the first if it is installed
     cfg.TEST.COCO_ENGINE = ""
+    # Of each image and class, so many detections count in evaluation; 0 for 100, or for
+    # TEST.DETECTIONS_PER_IMAGE if that is more
+    cfg.TEST.MAX_DETS_PER_IMAGE = 0
     # Whether evaluation on a GPU is in mixed precision; SOLVER.AMP is for training
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Whether torch.compile compiles backbone and heads, for training and evaluation

@@ -37,6 +37,7 @@ from .checkpoint.fitting import MASK_IOU_HEAD
 from .checkpoint.writing import WRITERS, check_target, write_weights
 from .errors import UserError, exit_on_user_error
 from .evaluation.coco_engine import ENGINES, build_engine
+from .evaluation.mask_quality import limit_of
 from .evaluation.reading import check_fits, read_annotations, read_results
 
 __all__ = ["EXPONENTS", "ExponentFit", "fit_exponent"]
@@ -203,8 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-dets",
         metavar="N",
         type=int,
-        default=100,
-        help="of each image and class, the N best count, by default 100",
+        help="of each image and class, the N best count, by default 100, or as many as the image "
+        "with the most predictions has",
     )
     parser.add_argument("--engine", choices=ENGINES, help="by default the first that is installed")
     return parser
@@ -224,7 +225,7 @@ def _check_combination(args: argparse.Namespace) -> None:
             "Give RESULTS.json and ANNOTATIONS.json, predictions and truth of held-out images, to "
             "fit an exponent, or --exponent to write one."
         )
-    if args.max_dets < 1:
+    if args.max_dets is not None and args.max_dets < 1:
         raise UserError(f"--max-dets is at least 1, not {args.max_dets}.")
 
 
@@ -247,7 +248,12 @@ def _fit_and_report(args: argparse.Namespace) -> float:
     results = check_fits(read_results(args.results), coco_gt)
     try:
         fit = fit_exponent(
-            coco_gt, results, args.exponents, args.max_dets, args.engine, progress=True
+            coco_gt,
+            results,
+            args.exponents,
+            args.max_dets or limit_of(results),
+            args.engine,
+            progress=True,
         )
     except ValueError as error:  # an engine that is not installed
         raise UserError(str(error)) from error

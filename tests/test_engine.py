@@ -591,6 +591,33 @@ def test_a_loader_of_ones_own_is_used_with_one_warning(caplog):
     assert sum("resumed" in x.message for x in caplog.records) == 1
 
 
+@pytest.mark.parametrize(
+    "path, overrides, limit",
+    [
+        (LAZY, ["model.roi_heads.box_predictor.test_topk_per_image=400"], 400),
+        (LAZY, ["model.roi_heads.box_predictor.test_topk_per_image=50"], 100),
+        (YACS, ["TEST.DETECTIONS_PER_IMAGE=400"], 400),
+        (YACS, ["TEST.DETECTIONS_PER_IMAGE=400", "TEST.MAX_DETS_PER_IMAGE=300"], 300),
+        (YACS, [], 100),
+    ],
+)
+def test_the_evaluation_counts_what_the_model_detects(path, overrides, limit, tmp_path, dataset):
+    name = f"limit_{limit}_{len(overrides)}"
+    dataset(name)
+    is_lazy = path == LAZY
+    names = f"dataloader.test.dataset.names={name}" if is_lazy else f"DATASETS.TEST=('{name}',)"
+    output = "train.output_dir" if is_lazy else "OUTPUT_DIR"
+    cfg = load_config(path, [*overrides, names, f"{output}={tmp_path}"])
+    evaluator = build_recipe(cfg).test_sets[0].build_evaluator()
+    assert evaluator._max_dets_per_image[-1] == limit
+
+
+def test_the_summary_has_the_comparable_number_where_more_than_100_count():
+    task = {"AP": 90.0, "AP50": 90.0, "AP75": 90.0, "AP@100": 31.0}
+    table = summary_table({"bbox": task, "segm": task})
+    assert table.count("31.00") == 2 and "AP@100" in table
+
+
 # Summary
 
 

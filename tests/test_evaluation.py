@@ -427,9 +427,45 @@ def test_another_limit_of_detections(max_dets, tmp_path):
         ("segm_by_class_score", "segm", "scores"),
     ]:
         expected = coco_metrics(json_file, coco_results(images, score), kind, max_dets)
+        if max_dets == 200:
+            at_100 = coco_metrics(json_file, coco_results(images, score), kind)
+            for metric in ("AP", "AP50", "AP75"):
+                assert results[task][f"{metric}@100"] == pytest.approx(at_100[metric], rel=1e-12)
         assert only_metrics(results[task]) == pytest.approx(expected, rel=1e-12, nan_ok=True)
     default = evaluate(json_file, images)
     assert default["segm"]["AP"] != results["segm"]["AP"]  # the limit matters here
+
+
+@pytest.mark.parametrize("engine", ["pycocotools", "faster-coco-eval"])
+def test_more_than_100_objects_count_and_the_comparable_number_is_there_too(
+    engine, tmp_path, caplog
+):
+    # 120 objects of one class, all found perfectly; the first 100 have a recall of 100 / 120, which
+    # reaches the 84 of COCO's 101 recalls up to 0.83
+    places = [(3 * (k % 12), 3 * (k // 12)) for k in range(120)]
+    truth = [[(0, square(x, y, 2)) for x, y in places]]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+    boxes = [(x, y, 2, 2) for x, y in places]
+    scores = np.linspace(0.9, 0.1, 120).tolist()
+    images = [detections(boxes, 120 * [0], scores, 120 * [0.5])]
+    options = dict(engine=engine, use_fast_impl=None)
+    results = evaluate(json_file, images, max_dets_per_image=130, **options)
+    for task in ("bbox", "segm", "segm_by_class_score"):
+        assert results[task]["AP"] == pytest.approx(100)
+        for metric in ("AP@100", "AP50@100", "AP75@100"):
+            assert results[task][metric] == pytest.approx(100 * 84 / 101)
+    caplog.clear()
+    for limit, warnings in ((100, 0), (None, 1)):
+        at_100 = evaluate(json_file, images, max_dets_per_image=limit, **options)
+        assert at_100["segm"]["AP"] == pytest.approx(100 * 84 / 101)
+        assert "AP@100" not in at_100["segm"]
+        assert sum("120 detections" in x.message for x in caplog.records) == warnings
+
+
+@pytest.mark.parametrize("limit", [0, 1.5, "400", [1, 10, 400], True])
+def test_a_limit_that_is_no_number_is_refused(limit):
+    with pytest.raises(ValueError, match="max_dets_per_image"):
+        MaskScoringCOCOEvaluator("any", max_dets_per_image=limit)
 
 
 def test_only_some_images_are_evaluated_on_request(tmp_path):

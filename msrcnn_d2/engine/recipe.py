@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -262,7 +262,19 @@ def _lazy_evaluator(cfg: DictConfig):
     target = target_of(evaluator) if "_target_" in evaluator else None
     if isinstance(target, type) and issubclass(target, COCOEvaluator):
         evaluator.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
+        limit = _detections_per_image(cfg)
+        if limit is not None and limit > 100 and evaluator.get("max_dets_per_image") is None:
+            evaluator.max_dets_per_image = limit
     return instantiate(evaluator)
+
+
+def _detections_per_image(cfg: DictConfig) -> Optional[int]:
+    """Of the model; None if the config does not say."""
+    predictor = OmegaConf.select(cfg, "model.roi_heads.box_predictor")
+    if isinstance(predictor, ListConfig):  # Cascade: the last stage's counts
+        predictor = predictor[-1]
+    limit = predictor.get("test_topk_per_image") if isinstance(predictor, DictConfig) else None
+    return limit if isinstance(limit, int) else None
 
 
 def _from_yacs(cfg: CfgNode) -> Recipe:
@@ -320,11 +332,14 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     if kind != "coco":
         raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
     engine = _check_engine(cfg.TEST.COCO_ENGINE or None)
+    # The model's, if it is more than COCO's 100; else the default
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 100 else None
+    limit = cfg.TEST.MAX_DETS_PER_IMAGE or limit
     return TestSet(
         names=(name,),
         build_loader=lambda: _yacs_test_loader(cfg, name),
         build_evaluator=lambda: MaskScoringCOCOEvaluator(
-            name, output_dir=output_dir, engine=engine
+            name, output_dir=output_dir, engine=engine, max_dets_per_image=limit
         ),
         batch_size=cfg.DATALOADER.TEST_BATCH_SIZE,
     )

@@ -315,7 +315,8 @@ def summary_table(results: dict, published: Optional[Published] = None) -> str:
         published: AP to show in a further column.
 
     Returns:
-        a table of AP, AP50 and AP75 of boxes and of masks under each ranking.
+        a table of AP, AP50 and AP75 of boxes and of masks under each ranking; and of AP@100, which
+        compares with published results, if more than 100 detections of an image count.
     """
     rows = [
         ("bbox", "boxes", published and published.box_ap),
@@ -324,7 +325,8 @@ def summary_table(results: dict, published: Optional[Published] = None) -> str:
     ]
     if "segm_by_class_score" not in results:  # a plain Mask R-CNN
         rows[1:] = [("segm", "masks", None)]
-    metrics = ("AP", "AP50", "AP75")
+    at_100 = ["AP@100"] if any("AP@100" in result for result in results.values()) else []
+    metrics = ("AP", "AP50", "AP75", *at_100)
     table = [
         [title, *(results[task].get(m) for m in metrics), *([ap] if published else [])]
         for task, title, ap in rows

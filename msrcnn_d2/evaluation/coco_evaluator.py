@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Optional
 
 from detectron2.evaluation import COCOEvaluator
@@ -12,7 +12,14 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
-from .coco_engine import COCO_MAX_DETS, Engine, Evaluation, build_engine, choose_engine
+from .coco_engine import (
+    COCO_MAX_DETS,
+    Engine,
+    Evaluation,
+    build_engine,
+    choose_engine,
+    coco_numbers,
+)
 from .mask_encoding import encode_predicted_masks
 from .mask_quality import MaskQuality, scores_of
 from .matching import MaskOverlaps
@@ -36,6 +43,10 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     entries of "coco_instances_results.json" have both, as "score" and "mask_score", and
     "pred_mask_iou".
 
+    Where more than 100 detections of an image count, "AP" and what else has no limit in its name
+    count all of them, and "AP@100", "AP50@100" and "AP75@100" are the numbers to compare with
+    others'.
+
     "pred_masks" may be full-size masks, or the `ROIMasks` (probabilities) of "pred_boxes".
     """
 
@@ -45,6 +56,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         engine: Optional[str] = None,
         use_fast_impl: Optional[bool] = None,
         mask_quality: bool = True,
+        max_dets_per_image: Optional[int] = None,
         **kwargs,
     ):
         """
@@ -55,12 +67,18 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 keypoints always takes pycocotools.
             use_fast_impl: as in Detectron2 False asks for the official implementation, here
                 engine="pycocotools".
+            max_dets_per_image: of each image and class, so many detections count, the best ones; by
+                default 100, with a warning where there are more.
             mask_quality: whether to measure it. After an evaluation of masks all of it is in the
                 attribute `mask_quality`, on the main process; else that is None.
 
         Raises:
-            ValueError: if the engine is unknown, not installed or not what `use_fast_impl` says.
+            ValueError: if the engine is unknown, not installed or not what `use_fast_impl` says; or
+                if `max_dets_per_image` is not a whole number from 1 on.
         """
+        limit = max_dets_per_image
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"max_dets_per_image is a whole number from 1 on, not {limit!r}.")
         if use_fast_impl is False and engine is None:
             engine = "pycocotools"
         official = engine == "pycocotools"
@@ -70,7 +88,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             )
         self._engine = choose_engine(engine)
         # Detectron2's own fast implementation is not used: it is not part of every build
-        super().__init__(*args, use_fast_impl=False, **kwargs)
+        super().__init__(*args, use_fast_impl=False, max_dets_per_image=limit, **kwargs)
+        self._limit_is_default = limit is None
         for annotation in self._coco_api.dataset.get("annotations", []):
             annotation.setdefault("iscrowd", 0)  # as in training
         self._measures_mask_quality = mask_quality
@@ -98,6 +117,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             logger.info("Annotations are not available for evaluation.")
             return
+        if self._limit_is_default:
+            _warn_of_more_than(self._max_dets_per_image[-1], results)
         logger.info("Evaluating predictions with %s ...", self._engine)
         for task in sorted(self._tasks or self._tasks_from_predictions(results)):
             if task == "keypoints":
@@ -126,9 +147,10 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
 
     def _ranked_results(self, task: str, results: list[dict], img_ids) -> dict[str, dict]:
         """AP of a task; of masks that have mask scores, under both rankings, and their quality."""
-        engine = build_engine(
-            self._coco_api, results, task, self._engine, self._max_dets_per_image, img_ids
-        )
+        limits = self._max_dets_per_image
+        if limits[-1] > COCO_MAX_DETS[-1]:
+            limits = [*COCO_MAX_DETS, limits[-1]]
+        engine = build_engine(self._coco_api, results, task, self._engine, limits, img_ids)
         scores = scores_of(results)
         evaluations = {"class_score": engine.evaluate(scores["class_score"])}
         by_class_score = self._results_of(evaluations["class_score"], task)
@@ -150,14 +172,23 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     def _mask_quality_of(self, engine: Engine, results, evaluations, img_ids) -> MaskQuality:
         overlaps = MaskOverlaps(self._coco_api, results)
         evaluations = {**evaluations, "true_iou": engine.evaluate(overlaps.largest)}
-        max_dets = (self._max_dets_per_image or COCO_MAX_DETS)[-1]
+        max_dets = self._max_dets_per_image[-1]
         return MaskQuality(self._coco_api, results, evaluations, overlaps, max_dets, img_ids)
 
     def _results_of(self, evaluation: Evaluation, task: str) -> dict[str, float]:
         recalls = {k: 100 * v for k, v in evaluation.numbers.items() if k.startswith("AR")}
         logger.info("Average recall for %s:\n%s", task, create_small_table(recalls))
         class_names = self._metadata.get("thing_classes")
-        return self._derive_coco_results(evaluation, task, class_names=class_names)
+        numbers = self._derive_coco_results(evaluation, task, class_names=class_names)
+        if self._max_dets_per_image[-1] > COCO_MAX_DETS[-1]:
+            number_of_limits = len(COCO_MAX_DETS)
+            at_100 = coco_numbers(
+                evaluation.eval["precision"][..., :number_of_limits],
+                evaluation.eval["recall"][..., :number_of_limits],
+                COCO_MAX_DETS,
+            )
+            numbers.update({f"{k}@100": 100 * at_100[k] for k in ("AP", "AP50", "AP75")})
+        return numbers
 
     def _keypoint_results(self, predictions: list[dict], img_ids) -> dict[str, float]:
         """Those of the base class, for a copy, since it changes the predictions."""
@@ -179,6 +210,17 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     def _write_json(self, name: str, entries: list[dict]) -> None:
         with PathManager.open(os.path.join(self._output_dir, name), "w") as f:
             f.write(json.dumps(entries))
+
+
+def _warn_of_more_than(limit: int, results: list[dict]) -> None:
+    counts = Counter((r["image_id"], r["category_id"]) for r in results)
+    most = max(counts.values(), default=0)
+    if most > limit:
+        logger.warning(
+            "An image has %d detections of one class, of which the best %d count: "
+            "max_dets_per_image=%d counts all of them.",
+            *(most, limit, most),
+        )
 
 
 def _on_cpu(output: dict) -> dict:

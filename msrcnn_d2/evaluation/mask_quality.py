@@ -1,6 +1,7 @@
 """What a mask score is worth: how well scores tell good masks from bad ones, and AP under each."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from .calibration import Bin, expected_calibration_error, mean, pearson, reliabi
 from .coco_engine import Evaluation, areas_of, build_engine, mean_of_defined
 from .matching import IOU_THRESHOLDS, MaskOverlaps
 
-__all__ = ["Agreement", "MaskQuality", "Part", "mask_ap", "measure_mask_quality"]
+__all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_mask_quality"]
 
 # How the masks of a model can be ranked; "true_iou" is the ceiling of the others
 RANKINGS = ("class_score", "mask_score", "true_iou")
@@ -313,6 +314,11 @@ class MaskQuality:
             "reliability": {k: [asdict(b) for b in v] for k, v in self.reliability().items()},
         }
         return _without_nan(numbers)
+
+
+def limit_of(results: Sequence[dict]) -> int:
+    """100, as in COCO, or the number of detections in the image that has the most, if larger."""
+    return max([100, *Counter(r["image_id"] for r in results).values()])
 
 
 def measure_mask_quality(

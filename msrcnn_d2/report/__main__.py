@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError, exit_on_user_error
 from ..evaluation.coco_engine import ENGINES, choose_engine
-from ..evaluation.mask_quality import measure_mask_quality
+from ..evaluation.mask_quality import limit_of, measure_mask_quality
 from ..evaluation.reading import check_fits, read_annotations, read_results
 from ..image_reading import add_image_arguments, settings_from
 from .page import write_report
@@ -39,9 +39,10 @@ def main() -> None:
         print(f"Reading {args.results} and {args.annotations} ...", flush=True)
         coco_gt = read_annotations(args.annotations)
         results = check_fits(read_results(args.results), coco_gt)
-        warn_of_more_than(args.max_dets, results)
+        max_dets = args.max_dets or limit_of(results)
+        warn_of_more_than(max_dets, results)
         print(f"Evaluating {len(results):,} predictions ...", flush=True)
-        quality = measure_mask_quality(coco_gt, results, engine, args.max_dets)
+        quality = measure_mask_quality(coco_gt, results, engine, max_dets)
         print(f"\n{quality.table()}\n\nDrawing ...", flush=True)
         title = args.title or f"Masks of {Path(args.results).name}"
         images = args.images and str(args.images)
@@ -71,16 +72,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-dets",
         type=int,
-        default=100,
         metavar="N",
-        help="of each image, so many predictions of each class count (default 100, as in COCO)",
+        help="of each image, so many predictions of each class count (default 100, as in COCO, or "
+        "as many as the image with the most predictions has)",
     )
     parser.add_argument(
         "--engine", choices=ENGINES, help="what counts AP (default: the first that is installed)"
     )
     add_image_arguments(parser)
     args = parser.parse_args()
-    if args.max_dets < 1:
+    if args.max_dets is not None and args.max_dets < 1:
         parser.error("--max-dets must be at least 1")
     return args
 
