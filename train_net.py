@@ -6,6 +6,7 @@ On one machine, or started by torchrun on many; see --help for examples.
 """
 
 import argparse
+from contextlib import nullcontext
 
 import msrcnn_d2  # noqa: F401  says how to get Detectron2, where the next lines would only fail
 
@@ -24,8 +25,10 @@ from msrcnn_d2.engine import (
     device_of,
     evaluate_checkpoint,
     find_config_file,
+    keep_config_of_training,
     launch,
     load_config,
+    refuse_other_run,
     register_dataset,
     train,
 )
@@ -88,8 +91,11 @@ def main(args: argparse.Namespace) -> None:
         with agree_on_user_errors():
             cfg = prepare(args)
             recipe = build_recipe(cfg)
+            if not (args.eval_only or args.resume):
+                refuse_other_run(recipe.output_dir)
             check_recipe(recipe, comm.get_world_size(), training=not args.eval_only)
-        default_setup(cfg, args)
+        with keep_config_of_training(recipe.output_dir) if args.eval_only else nullcontext():
+            default_setup(cfg, args)
         logger = setup_logger(recipe.output_dir, comm.get_rank(), name="msrcnn_d2")
         if not torch.cuda.is_available():
             logger.info("There is no GPU that PyTorch can use: running on the CPU.")

@@ -1,6 +1,6 @@
 """What `train_net.py` does: reads a config, checks it, trains and evaluates, on any machine."""
 
-from .check import check_recipe
+from .check import check_recipe, keep_config_of_training, refuse_other_run
 from .data_check import check_data
 from .launch import launch
 from .load_config import device_of, find_config_file, load_config, register_dataset
@@ -16,8 +16,10 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "find_config_file",
+    "keep_config_of_training",
     "launch",
     "load_config",
+    "refuse_other_run",
     "register_dataset",
     "train",
 ]

@@ -4,15 +4,22 @@ import difflib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint.checkpointer import numbered_checkpoints
 from ..errors import UserError
 from .data_check import refuse_annotations
 from .recipe import Recipe
 
-__all__ = ["check_recipe"]
+__all__ = ["check_recipe", "keep_config_of_training", "refuse_other_run"]
+
+# What Detectron2 registers when it is imported: below DETECTRON2_DATASETS
+OF_DETECTRON2 = frozenset(DatasetCatalog.list())
 
 
 def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
@@ -57,6 +64,47 @@ def _check_output_dir(path: str) -> None:
             f"Cannot write to the output folder '{path}' ({error.strerror}): set train.output_dir "
             "(yaml: OUTPUT_DIR) to another one."
         ) from error
+
+
+def refuse_other_run(output_dir: str) -> None:
+    """
+    A training from the start would mix its checkpoints and metrics with those of an earlier one.
+
+    Raises:
+        UserError: there are checkpoints of a training in the folder.
+    """
+    final = os.path.join(output_dir, "model_final.pth")
+    found = [final] if os.path.exists(final) else []
+    found += [path for _, path in numbered_checkpoints(output_dir)]
+    if found:
+        raise UserError(
+            f"'{output_dir}' holds the checkpoints of another run "
+            f"('{os.path.basename(found[0])}'): go on with it by --resume, or set "
+            "train.output_dir (yaml: OUTPUT_DIR) to another folder."
+        )
+
+
+@contextmanager
+def keep_config_of_training(output_dir: str) -> Iterator[None]:
+    """
+    Detectron2's `default_setup` writes the config of an evaluation over that of the training. In
+    this context it is written into the folder of the evaluation's results, `inference`.
+    """
+    written = os.path.join(output_dir, "config.yaml")
+    aside = os.path.join(output_dir, "config_of_training.yaml")
+    if not comm.is_main_process():
+        yield
+        return
+    if os.path.exists(written):
+        os.replace(written, aside)
+    try:
+        yield
+        if os.path.exists(written):
+            os.makedirs(os.path.join(output_dir, "inference"), exist_ok=True)
+            os.replace(written, os.path.join(output_dir, "inference", "config.yaml"))
+    finally:
+        if os.path.exists(aside):  # also after an evaluation that was killed in between
+            os.replace(aside, written)
 
 
 def _check_compiler(recipe: Recipe) -> None:
@@ -115,8 +163,8 @@ def _read_dataset(name: str, metadata) -> None:
 
 
 def _check_paths(name: str, metadata) -> None:
-    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    if str(metadata.get("json_file", "")).startswith(root):
+    if name in OF_DETECTRON2:
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         advice = (
             f"Set DETECTRON2_DATASETS (now '{root}') to the folder that contains coco/, or "
             "register your own data with --dataset."

@@ -56,12 +56,18 @@ def _join(main, device, args):
             f"RANK is set, as by a launcher of processes, but not {', '.join(missing)}: start with "
             "torchrun, or unset RANK to have --num-gpus start the processes."
         )
-    _check_devices(device, int(os.environ["LOCAL_WORLD_SIZE"]))
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    # SLURM's --gpus-per-task=1 and the like show each process its own GPU only
+    if not (device.startswith("cuda") and torch.cuda.device_count() == 1):
+        _check_devices(device, local_size)
+    store = _store_of_attempt()
+    if device.startswith("cuda"):
+        _check_that_no_device_is_shared(store)
     _run(
         main,
         args,
         device=device,
-        store=_store_of_attempt(),
+        store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
@@ -119,6 +125,40 @@ def _check_devices(device, local_size):
         )
 
 
+def _check_that_no_device_is_shared(store: dist.Store) -> None:
+    """NCCL would wait, or fail with words of its own. All processes raise together."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store.set(f"device_of_{rank}", f"{_device_name()} on {socket.gethostname()}")
+    if rank == 0:
+        ranks: dict[str, list[int]] = {}
+        for k in range(world_size):
+            ranks.setdefault(store.get(f"device_of_{k}").decode(), []).append(k)
+        shared = next((f"{k}: {v}" for k, v in ranks.items() if len(v) > 1), "")
+        store.set("shared_device", shared)
+    shared = store.get("shared_device").decode()
+    if shared:
+        raise UserError(
+            f"Each process needs a GPU of its own, but several would share one ({shared}): start "
+            "as many processes as there are GPUs, or show each process another GPU."
+        )
+
+
+def _device_name() -> str:
+    """What tells a GPU from the machine's others, whichever of them this process sees."""
+    index = _device_index(int(os.environ["LOCAL_RANK"]))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if "MIG-" in visible:  # parts of one GPU
+        return f"GPU {visible.split(',')[index]}"
+    # PyTorch tells it from 2.4 on
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return f"GPU {uuid or (visible.split(',')[index] if visible else index)}"
+
+
+def _device_index(local_rank: int) -> int:
+    """Of the GPUs that this process sees: the only one, or the one with the process's number."""
+    return 0 if torch.cuda.device_count() == 1 else local_rank
+
+
 def _spawned(local_rank, main, num_processes, num_machines, machine_rank, dist_url, device, args):
     _run(
         main,
@@ -146,7 +186,7 @@ def _run(
 ):
     use_cuda = device.startswith("cuda")
     if use_cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(_device_index(local_rank))
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group(

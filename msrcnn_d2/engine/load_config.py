@@ -4,12 +4,17 @@ import difflib
 import inspect
 import os
 import re
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+import detectron2
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.data import (
     DatasetCatalog,
@@ -24,8 +29,10 @@ from ..config import add_msrcnn_config, retrofit, target_of
 from ..errors import UserError
 from ..image_reading import IMAGE_KEYS
 from ..modeling import RetrofitRCNN
+from .config_values import check_values
 from .data_order import LOADER_OPTIONS, build_resumable_loader
 from .inference_loader import build_test_loader
+from .override_values import AS_IT_IS, value_of_text
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
 
@@ -114,19 +121,47 @@ def load_config(
         the config; its device is "cpu" where it asks for a GPU and there is none.
 
     Raises:
-        UserError: the file or an override cannot be read, a key does not exist, or there is no
-            trained model to retrofit.
+        UserError: the file or an override cannot be read, a key does not exist, a value makes no
+            sense, or there is no trained model to retrofit.
     """
     for late in (x for x in overrides if str(x).startswith("--")):
         raise UserError(f"Option '{late}' comes too late: give options before key=value.")
-    load = _load_lazy if _is_lazy(path) else _load_yacs
-    try:
-        cfg = load(path, overrides, retrofitted)
-    except (SyntaxError, ImportError, OSError, yaml.YAMLError) as error:
-        reason = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
-        raise UserError(f"Config file '{path}' cannot be read: {reason}.") from error
+    with _errors_of_file(path):
+        is_lazy = _is_lazy(path)
+    cfg = (_load_lazy if is_lazy else _load_yacs)(path, overrides, retrofitted)
+    check_values(cfg)
     _check_weights_of_retrofit(cfg)
     return _on_available_device(cfg)
+
+
+@contextmanager
+def _errors_of_file(path: str) -> Iterator[None]:
+    """The code of a config file can raise anything: its own words, and the line, help its user."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
+        message = (str(reason).splitlines() or [""])[0].rstrip(".")
+        if isinstance(reason, (SyntaxError, ImportError, OSError, UnicodeError)) or not (
+            path.endswith(".py")
+        ):
+            message = f"Config file '{path}' cannot be read: {str(reason).rstrip('.')}"
+        elif not isinstance(reason, (UserError, ValueError)) or not message:
+            message = f"{type(reason).__name__}: {message}"
+        line = _line_of_user(error)
+        raise UserError(f"{message}{f' ({line})' if line else ''}.") from error
+
+
+def _line_of_user(error: Exception) -> str:
+    """Where the error left a config file: the last line that is no library's."""
+    libraries = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
+    libraries += [os.path.dirname(detectron2.__file__), str(Path(__file__).parents[1])]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = os.path.abspath(frame.filename)
+        in_library = any(file.startswith(os.path.join(folder, "")) for folder in libraries)
+        if not (in_library or frame.filename.startswith("<")):
+            return f"'{frame.filename}', line {frame.lineno}"
+    return ""
 
 
 def _is_lazy(path: str) -> bool:
@@ -138,7 +173,8 @@ def _is_lazy(path: str) -> bool:
 
 
 def _load_lazy(path, overrides, retrofitted):
-    cfg = LazyConfig.load(path)
+    with _errors_of_file(path):
+        cfg = LazyConfig.load(path)
     if "train" not in cfg:
         raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
     if retrofitted:
@@ -150,12 +186,28 @@ def _load_lazy(path, overrides, retrofitted):
         for key, (_, default) in IMAGE_KEYS.items():
             if OmegaConf.select(cfg, f"dataloader.images.{key}") is None:
                 OmegaConf.update(cfg, f"dataloader.images.{key}", default, force_add=True)
-    for override in overrides:
+    for override in map(str, overrides):
         _check_override(cfg, override)
+        _apply_override(cfg, override)
+    return cfg
+
+
+def _apply_override(cfg: DictConfig, override: str) -> None:
+    """As text where the key is a path or another string, else by Hydra's grammar."""
+    key, text = override.split("=", 1)
+    key = key.lstrip("+")
     try:
-        return LazyConfig.apply_overrides(cfg, list(overrides))
+        current = OmegaConf.select(cfg, key)
+    except OmegaConfBaseException:  # a reference to a key that is not there
+        current = None
+    value = value_of_text(key, text, current)
+    try:
+        if value is AS_IT_IS:
+            LazyConfig.apply_overrides(cfg, [override])
+        else:
+            OmegaConf.update(cfg, key, value, force_add=True)
     except Exception as error:  # hydra's parser has its own exceptions, omegaconf others
-        raise UserError(f"Cannot override the config by {list(overrides)}: {error}") from error
+        raise UserError(f"Cannot override the config by '{override}': {error}") from error
 
 
 def _check_override(cfg: DictConfig, override: str) -> None:
@@ -218,15 +270,32 @@ def _arguments(target) -> "tuple[list[str], bool]":
 def _load_yacs(path, overrides, retrofitted):
     cfg = get_cfg()
     add_msrcnn_config(cfg)
-    try:
+    with _errors_of_file(path):
         cfg.merge_from_file(path)
-        if retrofitted:
-            cfg = _retrofit(cfg, path)
-        cfg.merge_from_list(_key_value_pairs(overrides))
+    if retrofitted:
+        cfg = _retrofit(cfg, path)
+    pairs = _key_value_pairs(map(str, overrides))
+    try:
+        for key, text in zip(pairs[::2], pairs[1::2]):
+            value = value_of_text(key, text, _yacs_value(cfg, key))
+            # yacs reads all text as a literal of Python, also '3' and '1e5' where it is a path
+            text = text if value is AS_IT_IS else repr(value)
+            cfg.merge_from_list([key, text])
+        cfg.merge_from_list(pairs[len(pairs) // 2 * 2 :])  # a key without a value, if any
     except (KeyError, ValueError, AssertionError) as error:
         message = error.args[0] if error.args else type(error).__name__
         raise UserError(f"Config '{path}' with overrides {list(overrides)}: {message}.") from error
     return cfg
+
+
+def _yacs_value(cfg: CfgNode, key: str):
+    """None if there is no such key; yacs itself says so."""
+    node = cfg
+    for name in key.split("."):
+        if not (isinstance(node, CfgNode) and name in node):
+            return None
+        node = node[name]
+    return node
 
 
 def _key_value_pairs(overrides) -> list[str]:

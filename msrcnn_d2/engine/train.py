@@ -157,8 +157,10 @@ def _verified(results: dict, recipe: Recipe) -> dict:
 
 
 def _distributed(model: nn.Module, recipe: Recipe) -> nn.Module:
-    on_cpu = not recipe.device.startswith("cuda")
-    return create_ddp_model(model, **recipe.ddp, **({"device_ids": None} if on_cpu else {}))
+    # Not the process's number on its machine, Detectron2's default: it may see its own GPU only
+    on_gpu = recipe.device.startswith("cuda")
+    device_ids = [torch.cuda.current_device()] if on_gpu else None
+    return create_ddp_model(model, **{**recipe.ddp, "device_ids": device_ids})
 
 
 def _build_trainer(model, batches, optimizer, recipe: Recipe, keeper: StepKeeper) -> SimpleTrainer:

@@ -48,6 +48,9 @@ def main() -> None:
     args = parse_args()
     data, training = args.output / "data", args.output / "training"
     size = ["--num-train", args.num_train, "--num-val", args.num_val]
+    # train_net.py does not mix a training with an earlier one's checkpoints
+    for checkpoint in [*training.glob("model_*.pth"), *training.glob("last_checkpoint")]:
+        checkpoint.unlink()
     seconds = {"draw": run(HERE / "draw.py", data, "--seed", args.seed, *size)}
     seconds["train and evaluate"] = run(*train_command(data, training, args.seed, args.max_iter))
 

@@ -1,0 +1,240 @@
+"""Values on the command line and in config files: what is taken, and what is refused."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from msrcnn_d2 import model_zoo
+from msrcnn_d2.engine import load_config
+from msrcnn_d2.engine.check import _check_paths
+from msrcnn_d2.engine.config_values import RULES, check_values
+from msrcnn_d2.errors import UserError
+
+from toy_training import run, write_dataset, write_lazy_config
+
+LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
+YACS = LAZY.replace(".py", ".yaml")
+# The package has functions of these names
+launch_module = sys.modules["msrcnn_d2.engine.launch"]
+train_module = sys.modules["msrcnn_d2.engine.train"]
+
+pytestmark = pytest.mark.usefixtures("leave_no_traces")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *["a=b", "a,b", "it's", "two words", "(x)", "[x]", "{x}", "#1", "größe/图", "a: b"],
+        *["epoch=3.safetensors", "s3://b/k?x=1", "1e5", "3", "True", "back\\slash", "'", '"a'],
+    ],
+)
+def test_paths_are_taken_as_they_are(path):
+    keys = ["train.output_dir", "train.init_checkpoint", "dataloader.evaluator.output_dir"]
+    cfg = load_config(LAZY, [f"{key}={path}" for key in keys])
+    assert (cfg.train.output_dir, cfg.train.init_checkpoint) == (path, path)
+    assert cfg.dataloader.evaluator.output_dir == path
+    cfg = load_config(YACS, [f"OUTPUT_DIR={path}", "MODEL.WEIGHTS", path])
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == (path, path)
+
+
+def test_quotes_of_hydra_and_of_yacs_still_work():
+    cfg = load_config(LAZY, ["train.output_dir='a b'", 'train.init_checkpoint="x=1"'])
+    assert (cfg.train.output_dir, cfg.train.init_checkpoint) == ("a b", "x=1")
+    assert load_config(YACS, ["OUTPUT_DIR='a b'"]).OUTPUT_DIR == "a b"
+
+
+def test_a_value_has_the_type_of_its_key():
+    cfg = load_config(
+        LAZY,
+        [
+            *["optimizer.lr=1", "train.max_iter=100", "train.amp.enabled=true"],
+            *["dataloader.train.dataset.names=[a,b]", "dataloader.test.dataset.names=1e5"],
+        ],
+    )
+    assert isinstance(cfg.optimizer.lr, float) and cfg.optimizer.lr == 1
+    assert isinstance(cfg.train.max_iter, int) and cfg.train.amp.enabled is True
+    assert cfg.dataloader.train.dataset.names == ["a", "b"]
+    assert cfg.dataloader.evaluator.dataset_name == "1e5"
+    assert load_config(LAZY, ["optimizer.lr=1e5"]).optimizer.lr == 1e5
+    cfg = load_config(YACS, ["SOLVER.BASE_LR", "1", "SOLVER.STEPS", "(3,4)"])
+    assert isinstance(cfg.SOLVER.BASE_LR, float) and cfg.SOLVER.STEPS == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "lazy, yaml, values",
+    [
+        ("train.max_iter", "SOLVER.MAX_ITER", ["0", "-1", "1e1", "2.0", "2.5", "nan", "x"]),
+        ("train.eval_period", "TEST.EVAL_PERIOD", ["-1", "nan"]),
+        ("train.log_period", None, ["0", "1e1"]),
+        ("train.checkpointer.period", "SOLVER.CHECKPOINT_PERIOD", ["0", "-5"]),
+        ("train.checkpointer.max_to_keep", None, ["0", "-1"]),
+        ("train.seed", "SEED", ["1e1", str(2**32), "nan"]),
+        ("train.amp.enabled", "SOLVER.AMP.ENABLED", ["no", "2"]),
+        ("train.output_dir", "OUTPUT_DIR", [""]),
+        ("dataloader.train.total_batch_size", "SOLVER.IMS_PER_BATCH", ["0", "-2", "nan"]),
+        ("dataloader.train.num_workers", "DATALOADER.NUM_WORKERS", ["-1", "1.5"]),
+        ("dataloader.test.batch_size", "DATALOADER.TEST_BATCH_SIZE", ["0", "-1"]),
+        ("model.roi_heads.num_classes", "MODEL.ROI_HEADS.NUM_CLASSES", ["'4'", "0", "-1"]),
+        ("optimizer.lr", "SOLVER.BASE_LR", ["0,001", "nan", "inf", "-1"]),
+        ("lr_multiplier.warmup_length", "SOLVER.WARMUP_ITERS", ["-1", "nan"]),
+    ],
+)
+def test_a_value_that_makes_no_training_is_refused(lazy, yaml, values):
+    for path, key in ((LAZY, lazy), (YACS, yaml)):
+        for value in values if key else []:
+            with pytest.raises(UserError) as error:
+                load_config(path, [f"{key}={value}"])
+            assert key in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_same_values_are_refused_in_a_file(tmp_path):
+    base = f"from detectron2.config import LazyConfig\ncfg = LazyConfig.load({LAZY!r})\n"
+    base += "model, dataloader, train = cfg.model, cfg.dataloader, cfg.train\n"
+    base += "optimizer, lr_multiplier = cfg.optimizer, cfg.lr_multiplier\n"
+    path = tmp_path / "config.py"
+    for line in ("train.max_iter = 9e4", "train.max_iter = None", "train.seed = '1'"):
+        path.write_text(base + line)
+        with pytest.raises(UserError, match=line.split()[0]):
+            load_config(str(path))
+    path = tmp_path / "config.yaml"
+    path.write_text(f"_BASE_: {YACS}\nSOLVER:\n  IMS_PER_BATCH: 0\n")
+    with pytest.raises(UserError, match="IMS_PER_BATCH"):
+        load_config(str(path))
+
+
+def test_each_rule_names_keys_that_exist():
+    cfg, yacs = load_config(LAZY), load_config(YACS)
+    check_values(cfg)
+    check_values(yacs)
+    for rule in RULES:
+        if rule.yaml:
+            node = yacs
+            for name in rule.yaml.split("."):
+                node = node[name]
+            assert rule.holds(node)
+        assert not rule.holds(math.nan) and not rule.holds([])
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("raise ValueError('the third fold is empty')", "the third fold is empty"),
+        ("{}['fold']", "KeyError"),
+        ("train.nosuch.key = 1", "Attribute"),
+        ("int.nosuch", "nosuch"),
+        ("open('nosuch.txt')", "nosuch.txt"),
+        ("from msrcnn_d2 import model_zoo; model_zoo.get_config_file('nosuch')", "nosuch"),
+    ],
+)
+def test_an_error_of_a_config_file_is_its_own_sentence_and_line(line, words, tmp_path, capsys):
+    path = tmp_path / "config.py"
+    path.write_text(f"from omegaconf import DictConfig\ntrain = DictConfig({{}})\n{line}\n")
+    with pytest.raises(SystemExit) as left:
+        run("--config-file", path)
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in told
+    assert words in told and f"'{path}', line 3" in told
+
+
+def test_the_root_of_detectron2s_datasets_is_advised_for_those_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("datasets_mine/a.json", "datasets/mine/a.json"):
+        mine = {"json_file": file, "image_root": "x"}
+        with pytest.raises(UserError) as error:
+            _check_paths("mine", mine)
+        assert "DETECTRON2_DATASETS" not in str(error.value)
+    assert "coco_2017_val" in DatasetCatalog.list()
+    known = MetadataCatalog.get("coco_2017_val")
+    away = {"json_file": str(tmp_path / "nosuch.json"), "image_root": known.image_root}
+    with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
+        _check_paths("coco_2017_val", away)
+
+
+def test_runs_are_not_mixed_and_the_trainings_config_stays(tmp_path, capsys):
+    dataset = write_dataset(tmp_path)
+    config = write_lazy_config(tmp_path / "lazy.yaml")
+    output = tmp_path / "a=b, (c)"
+    command = ["--config-file", config, *dataset, f"train.output_dir={output}"]
+    output.mkdir()
+    (output / "log.txt").write_text("of a run that failed early\n")
+    run(*command, "train.max_iter=1")
+    left = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+    with pytest.raises(SystemExit) as refused:
+        run(*command, "train.max_iter=2")
+    assert refused.value.code == 2 and "--resume" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == left
+
+    config_of_training = (output / "config.yaml").read_bytes()
+    weights = f"train.init_checkpoint={output}/model_final.pth"
+    run("--eval-only", *command, weights, "dataloader.test.batch_size=3")
+    assert (output / "config.yaml").read_bytes() == config_of_training
+    evaluated = load_config(str(output / "inference" / "config.yaml"))
+    assert evaluated.dataloader.test.batch_size == 3
+
+    run("--resume", *command, "train.max_iter=2")
+    assert (output / "model_final.pth").read_bytes() != left[output / "model_final.pth"]
+
+
+# One GPU for each process
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Stands in for torch.cuda and the group of processes; returns a function that starts rank 0
+    of two, of which the other one has the GPU `other`."""
+
+    def start(visible: int, other: str):
+        used = []
+        store = dist.HashStore()
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        for name, value in {**variables, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.setattr(torch.cuda, "set_device", used.append)
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda index: SimpleNamespace(uuid=f"{index}" if visible > 1 else "first"),
+        )
+        monkeypatch.setattr(launch_module.socket, "gethostname", lambda: "host")
+        monkeypatch.setattr(launch_module, "_store_of_attempt", lambda: store)
+        monkeypatch.setattr(launch_module, "_create_local_process_group", lambda size: None)
+        monkeypatch.setattr(launch_module, "_end_process_groups", lambda: None)
+        monkeypatch.setattr(dist, "init_process_group", lambda **_: None)
+        store.set("device_of_1", f"GPU {other} on host")
+        launch_module.launch(lambda: used.append("ran"), 1)
+        return used
+
+    return start
+
+
+def test_each_process_may_see_its_own_gpu_only(gpus):
+    assert gpus(visible=1, other="second") == [0, "ran"]
+    assert gpus(visible=2, other="1") == [0, "ran"]
+
+
+def test_processes_do_not_share_a_gpu(gpus):
+    with pytest.raises(UserError, match="first"):
+        gpus(visible=1, other="first")
+
+
+def test_the_second_process_uses_the_only_gpu_it_sees(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch_module._device_index(5) == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert launch_module._device_index(5) == 5
+
+
+def test_ddp_is_given_the_device_of_the_process(monkeypatch):
+    monkeypatch.setattr(train_module, "create_ddp_model", lambda model, **options: options)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    recipe = SimpleNamespace(device="cuda", ddp={"broadcast_buffers": False})
+    expected = {"broadcast_buffers": False, "device_ids": [0]}
+    assert train_module._distributed(None, recipe) == expected
