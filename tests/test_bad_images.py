@@ -205,6 +205,8 @@ def checked(base, tmp_path, capsys):
         first, rest = base[:num_first], base[num_first:]
         options = [*first, *options, *rest, "train.check_images=True", "train.max_iter=1"]
         code = 0
+        for checkpoint in (tmp_path / "output").glob("*.pth"):
+            checkpoint.unlink()  # runs are not mixed
         try:
             run(*options, f"train.output_dir={tmp_path}/output")
         except SystemExit as left:
