@@ -31,7 +31,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 from tqdm import tqdm
 
-from .checkpoint.conversion import SCORE_EXPONENT, Weights, read_weights
+from .checkpoint.conversion import SCORE_EXPONENT, Weights, check_finite, read_weights
 from .checkpoint.fetching import find_file
 from .checkpoint.fitting import MASK_IOU_HEAD
 from .checkpoint.writing import WRITERS, check_target, write_weights
@@ -235,6 +235,7 @@ def _weights_to_change(checkpoint: str, output: str) -> Weights:
     file = find_file(checkpoint)
     check_target(output, file)
     weights = read_weights(file)
+    check_finite(weights.state_dict, checkpoint)
     if not any(k.startswith(MASK_IOU_HEAD) and k != SCORE_EXPONENT for k in weights.state_dict):
         raise UserError(
             f"'{checkpoint}' ({weights.source}) has no mask IoU head, whose exponent it is: give "

@@ -131,12 +131,60 @@ def test_content_decides_not_the_suffix(kind, suffix, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.module."])
 def test_wrappers_and_prefixes_of_parallel_and_compiled_models(wrapper, prefix, tiny, tmp_path):
     expected = weights_for(tiny)
     theirs = {prefix + k: v for k, v in expected.items()}
     load(tiny, saved({wrapper: theirs} if wrapper else theirs, tmp_path / "x.pth"))
     assert_has(tiny, expected)
+
+
+# Where a file keeps weights, and where averages of them: both as functions of state dicts
+NESTED = {
+    "averages beside": lambda weights, other: {"model": weights, "ema": {"module": other}},
+    "averages beside, nested": lambda weights, other: {
+        "state_dict": {"model": prefixed("model.", weights)},
+        "ema_state_dict": other,
+    },
+    "averages among them": lambda weights, other: {
+        "state_dict": {**prefixed("ema_model.module.", other), **prefixed("model.", weights)}
+    },
+    "averages only": lambda weights, other: {"ema_state_dict": prefixed("module.", weights)},
+    "averages only, by names": lambda weights, other: prefixed("ema.", weights),
+    "inside of names": lambda weights, other: {
+        re.sub(r"^(backbone|roi_heads)\.", r"\1._orig_mod.", k): v for k, v in weights.items()
+    },
+}
+
+
+def prefixed(prefix, state_dict):
+    return {prefix + k: v for k, v in state_dict.items()}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_weights_are_taken_from_wrappers_and_what_is_taken_is_said(case, tiny, tmp_path):
+    expected = weights_for(tiny)
+    other = {k: v + 1 for k, v in expected.items()}
+    lines = load(tiny, saved(NESTED[case](expected, other), tmp_path / "x.pth"))
+    assert_has(tiny, expected)
+    told = [line for line in lines if "averaged weights (EMA)" in line]
+    assert len(told) == ("averages" in case)
+    assert all(("only" in case) == ("those are taken" in line) for line in told)
+
+
+def test_an_unknown_prefix_is_refused_by_name(tiny, monkeypatch, capsys, tmp_path):
+    file = saved({"model": prefixed("teacher.", weights_for(tiny))}, tmp_path / "x.pth")
+    assert "its names begin with 'teacher.'" in error_of(tiny, file, strict=False)
+    code, _, err = run_cli(monkeypatch, capsys, file, tmp_path / "out.pth")
+    assert code == 2 and "such as teacher.backbone." in err
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_two_sets_of_weights_are_refused_by_name(tiny, tmp_path):
+    name = RPN + "conv.weight"
+    state_dict = {**weights_for(tiny), f"module.{name}": torch.ones(1)}
+    message = error_of(tiny, saved({"model": state_dict}, tmp_path / "x.pth"))
+    assert f"'{name}' and 'module.{name}' are the same parameter" in message
 
 
 # ---- strictness
@@ -309,11 +357,22 @@ def test_classes_of_a_cascade(tmp_path):
     assert f"5 classes, the model {NUM_CLASSES}" in message
 
 
-def test_numbers_that_are_not_finite_are_loaded(tiny, tmp_path):
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("value, kind", [("nan", "NaN"), ("-inf", "infinite")])
+def test_weights_that_are_not_finite_are_refused_by_name(value, kind, strict, tiny, tmp_path):
     state_dict = weights_for(tiny)
-    state_dict[IOUS + "bias"][0] = float("nan")
-    load(tiny, saved({"model": state_dict}, tmp_path / "x.pth"))
-    assert tiny.roi_heads.mask_iou_head.predictor.bias[0].isnan()
+    state_dict[IOUS + "bias"][0] = float(value)
+    message = error_of(tiny, saved({"model": state_dict}, tmp_path / "x.pth"), strict)
+    assert f"'{IOUS}bias' has values that are {kind} (1 of {NUM_CLASSES})" in message
+
+
+def test_a_run_does_not_go_on_from_weights_that_are_not_finite(tiny, tmp_path):
+    weights = weights_for(tiny)
+    weights[IOUS + "bias"][0] = float("nan")
+    tiny.load_state_dict({**tiny.state_dict(), **weights})
+    MaskScoringCheckpointer(tiny, str(tmp_path)).save("model_0000001")
+    with pytest.raises(UserError, match=re.escape(IOUS + "bias")):
+        MaskScoringCheckpointer(tiny, str(tmp_path)).resume_or_load("", resume=True)
 
 
 # ---- the exponent of the mask scores
@@ -438,13 +497,17 @@ def test_convert_says_what_differs(slim, monkeypatch, capsys, tmp_path):
 
 def test_convert_parameters_that_share_memory(monkeypatch, capsys, tmp_path):
     shared = torch.arange(6.0)
-    source = saved({"model": {"a": shared, "b": shared[:2]}}, tmp_path / "in.pth")
+    source = saved({"model": {"backbone.a": shared, "backbone.b": shared[:2]}}, tmp_path / "in.pth")
     assert run_cli(monkeypatch, capsys, source, tmp_path / "out.safetensors")[0] == 0
-    assert load_file(tmp_path / "out.safetensors")["b"].tolist() == [0, 1]
+    assert load_file(tmp_path / "out.safetensors")["backbone.b"].tolist() == [0, 1]
 
 
 def caffe2_file(folder):
     return pickled({"conv1_w": np.ones(1, "f4")}, folder / "caffe2.pkl")
+
+
+def nan_file(folder):
+    return saved({"model": {"backbone.a": torch.tensor([1, float("nan")])}}, folder / "nan.pth")
 
 
 CLI_ERRORS = {
@@ -460,6 +523,7 @@ CLI_ERRORS = {
     ),
     "caffe2": (lambda f: (caffe2_file(f), f / "out.pth"), "has no names of its own to convert"),
     "missing": (lambda f: (f / "none.pth", f / "out.pth"), "none.pth' does not exist"),
+    "nan": (lambda f: (nan_file(f), f / "out.pth"), "'backbone.a' has values that are NaN"),
     "not weights": (lambda f: (f / "page.pth", f / "out.pth"), "is a web page"),
 }
 

@@ -23,6 +23,7 @@ from weights import (
     FILLED,
     HEADS,
     IOUS,
+    MASKIOU,
     MASKS,
     MMDETECTION,
     PAPER,
@@ -195,6 +196,46 @@ def test_frozen_batch_norm_without_an_eps(tmp_path):
     expected = expected * scale[:, None, None] + shift[:, None, None]
     norm = slim.backbone.bottom_up.res2[0].conv1.norm
     torch.testing.assert_close(norm(images), expected, rtol=1e-4, atol=1e-3)
+
+
+# ---- ports to Detectron2 with a head of the paper's names
+
+
+def with_maskiou_head(state_dict):
+    return {
+        next((k.replace(ours, MASKIOU[ours]) for ours in MASKIOU if k.startswith(ours)), k): v
+        for k, v in state_dict.items()
+    }
+
+
+def test_maskscoring_rcnn_detectron2(slim, tmp_path):
+    """lsrock1/maskscoring_rcnn.detectron2: classes are in Detectron2's order."""
+    expected = weights_for(slim)
+    theirs = with_maskiou_head(expected)
+    assert f"{HEADS}maskiou_head.maskiou_fcn4.bias" in theirs
+    assert f"{HEADS}maskiou_head.maskiou_fc2.weight" in theirs
+    theirs["proposal_generator.anchor_generator.cell_anchors.0"] = torch.ones(3, 4)
+    lines = load(slim, saved({"model": theirs, "iteration": 5}, tmp_path / "x.pth"))
+    assert_has(slim, expected)
+    assert f"{len(expected)} of {len(expected)} parameters" in lines[0]
+
+
+def test_centermask2(slim, tmp_path):
+    """youngwanLEE/centermask2 has the same head in another model: what is not there is said."""
+    weights = weights_for(slim)
+    absent = ("proposal_generator.", HEADS + "box_head.", HEADS + "box_predictor.")
+    theirs = {k: v for k, v in with_maskiou_head(weights).items() if not k.startswith(absent)}
+    theirs["proposal_generator.fcos_head.cls_logits.weight"] = torch.ones(3)
+    theirs[HEADS + "mask_head.spatialAtt.conv1.weight"] = torch.ones(3)
+    file = saved({"model": theirs}, tmp_path / "x.pth")
+    message = error_of(slim, file)
+    for name in ("proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.box_predictor"):
+        assert name in message
+    assert "but has proposal_generator.fcos_head, roi_heads.mask_head" in message
+
+    lines = load(slim, file, strict=False)
+    assert_has(slim, weights, but=absent)
+    assert "Starting fresh" in lines[0] and "proposal_generator.fcos_head" in lines[1]
 
 
 # ---- torchvision

@@ -183,6 +183,13 @@ PAPER = {
     IOUS: "roi_heads.maskiou.predictor.maskiou.",
 }
 
+# Ports to Detectron2, which name only this head in a way of their own
+MASKIOU = {
+    HEADS + "mask_iou_head.convs.conv": "roi_heads.maskiou_head.maskiou_fcn",
+    HEADS + "mask_iou_head.fcs.fc": "roi_heads.maskiou_head.maskiou_fc",
+    IOUS: "roi_heads.maskiou_head.maskiou.",
+}
+
 
 def renamed(state_dict, heads, body="backbone."):
     result = {}

@@ -8,9 +8,20 @@ no conversion is needed.) What else the input holds, such as its optimizer's sta
 import argparse
 
 from ..errors import UserError, exit_on_user_error
-from .conversion import CLASS_SCORE, COUNTER, SCORE_EXPONENT, Weights, read_weights
+from .conversion import (
+    CLASS_SCORE,
+    COUNTER,
+    SCORE_EXPONENT,
+    Weights,
+    check_finite,
+    read_weights,
+)
 from .fetching import find_file
+from .fitting import shown
 from .writing import WRITERS, check_target, write_weights
+
+# How the names of a detector's parameters begin in Detectron2
+DETECTOR = ("backbone.", "proposal_generator.", "roi_heads.")
 
 
 def main() -> None:
@@ -47,7 +58,17 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
             f"'{source}' ({weights.source}) has no names of its own to convert: they are matched "
             "to a model's when it is loaded, by Detectron2 as well as by this package."
         )
+    check_finite(weights.state_dict, source)
+    unknown = [n for n in weights.state_dict if not n.startswith(DETECTOR)]
+    if len(unknown) == len(weights.state_dict):
+        raise UserError(
+            f"'{source}' has names that no model of Detectron2 has, such as {shown(unknown)}, and "
+            "that are of no framework known here. Save the state_dict() of the detector itself, "
+            f"whose names begin with {', '.join(DETECTOR)}."
+        )
     write_weights(weights.state_dict, target, half)
+    if unknown:
+        print(f"Note: names that are not a Mask R-CNN's stay as they are: {shown(unknown)}.")
     if weights.note:
         print(f"Note: {weights.note}")
     return f"{source} ({weights.source}): {_summary(weights)} -> {target}"

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from ..errors import UserError
 from ..whole_file import INCOMPLETE, write_whole
-from .conversion import Pixels, Weights, read_weights
+from .conversion import Pixels, Weights, check_finite, read_weights
 from .fetching import find_file
 from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
 from .reading import NotWeightsError, check_whole, reason
@@ -62,8 +62,8 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             what the file has besides.
 
         Raises:
-            UserError: the file cannot be had or read, or its parameters do not fit; the model is
-                as it was.
+            UserError: the file cannot be had or read, or its parameters do not fit or are NaN or
+                infinite; the model is as it was.
         """
         if not path:
             self.logger.info("No checkpoint is given: the model starts from random weights.")
@@ -185,6 +185,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
     def _load_weights(self, weights: Weights, file: str, strict: bool) -> None:
         state_dict = weights.state_dict
+        check_finite(state_dict, file)
         if weights.matched_by_suffix:
             state_dict = _matched(self.model, weights, file)
         fit = compare(self.model, state_dict)

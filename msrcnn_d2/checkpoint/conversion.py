@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.layers import FrozenBatchNorm2d
@@ -17,7 +16,7 @@ from ..errors import UserError
 from . import names
 from .reading import read_file
 
-__all__ = ["Weights", "read_weights"]
+__all__ = ["Weights", "check_finite", "read_weights"]
 
 
 # Mean and standard deviation of each channel, in the order of the model's input
@@ -76,9 +75,18 @@ class _Source:
 COCO_IDS = [c["id"] for c in COCO_CATEGORIES if c["isthing"]]
 NUM_COCO_IDS = 91
 
+# Of Detectron2's older versions; they follow from the config
+DERIVED = re.compile(r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_(mean|std)")
+
 IMAGENET_RGB = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 SOURCES = [
+    _Source(
+        "Detectron2's names, with a maskiou_head",
+        marks=r"roi_heads\.maskiou_head\.",
+        table=names.MASKIOU_HEAD,
+        dropped=rf"({DERIVED.pattern})$",
+    ),
     _Source(
         "the paper's maskrcnn-benchmark",
         marks=r"roi_heads\.(box|mask|maskiou)\.(feature_extractor|predictor)\.",
@@ -110,7 +118,8 @@ SOURCES = [
         "MMDetection",
         marks=r"(neck|rpn_head|roi_head)\.|backbone\.(conv1|layer1)\.",
         table=names.MMDETECTION,
-        dropped=r"head\.fc\.",  # of a classifier
+        # Of a classifier; and what MMCV's EMA keeps besides, which saves the averages as weights
+        dropped=r"head\.fc\.|ema_\w+$",
     ),
     _Source(
         "torchvision",
@@ -133,12 +142,28 @@ WRAPPERS = {
     "model": None,
     "state_dict": None,
     "model_state_dict": None,
+    "module": None,
     "model_state": "pycls",
     "blobs": "Caffe2",
 }
+MAX_NESTED = 5  # of them, one in another
+# Under which key they have averages of the parameters
+AVERAGES = (
+    "ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema_model",
+    "ema_state",
+    "model_ema_state_dict",
+    "state_dict_ema",
+)
+# How names begin if a model was a part of another module
+PREFIX = re.compile(
+    rf"(?P<averages>{'|'.join(AVERAGES)})\.|module\.|model\.|state_dict\.|model_state_dict\."
+)
+# What compiling, sharding and checkpointing put into the middle of names as well
+INNER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-# Of Detectron2's older versions; they follow from the config
-DERIVED = re.compile(r"(.*\.)?anchor_generator\.cell_anchors\.\d+|pixel_(mean|std)")
 # A counter that only batch norm in training would use, and then only with momentum=None
 COUNTER = "num_batches_tracked"
 # A setting that MaskIoUHead keeps with its weights; only files of this package have it
@@ -157,17 +182,96 @@ def read_weights(file: str) -> Weights:
         UserError: it cannot be read, or has no weights.
     """
     contents = read_file(file)
-    found, extras = _find_weights(contents)
+    found, extras, averages = _find_weights(contents)
     _check(found, file)
     if extras.pop("matching_heuristics", False):
         return Weights(str(extras.get("__author__", "Detectron2")), found, extras, True)
-    for prefix in ("module.", "_orig_mod."):  # of models trained in parallel, or compiled
-        consume_prefix_in_state_dict_if_present(found, prefix)
+    found, prefixed_averages = _without_prefixes(found, file)
+    weights = _with_names_of_detectron2(found, extras)
+    weights.note = " ".join(filter(None, (weights.note, averages or prefixed_averages)))
+    return weights
+
+
+def _with_names_of_detectron2(found: "OrderedDict[str, torch.Tensor]", extras: dict) -> Weights:
     for source in SOURCES:
         if any(re.match(source.marks, name) for name in found):
             return _from_source(source, found, extras)
     _remove(found, DERIVED.fullmatch)
     return Weights("Detectron2", found, extras)
+
+
+def _without_prefixes(
+    found: "OrderedDict[str, torch.Tensor]", file: str
+) -> "tuple[OrderedDict[str, torch.Tensor], str]":
+    """
+    Parameters without what wrappers put before their names, nested ones too; if there are averages
+    of them as well, only the parameters; and a sentence about that.
+    """
+    plain: OrderedDict[str, torch.Tensor] = OrderedDict()
+    averages: OrderedDict[str, torch.Tensor] = OrderedDict()
+    originals: dict[str, str] = {}
+    for name, value in found.items():
+        bare, averaged_by = _without_prefix(name)
+        target = averages if averaged_by else plain
+        if bare in target:
+            raise UserError(
+                f"'{file}' has two sets of weights: '{originals[bare]}' and '{name}' are the same "
+                "parameter. Save the state_dict() of the one model that is meant."
+            )
+        target[bare] = value
+        if target is plain or bare not in plain:
+            originals[bare] = name
+    metadata = getattr(found, "_metadata", {})
+    renamed = {_without_prefix(f"{k}.")[0].rstrip("."): v for k, v in metadata.items()}
+    note = ""
+    if averages:
+        prefix = _without_prefix(next(n for n in found if _without_prefix(n)[1]))[1]
+        if averages.keys() & plain.keys():
+            note = _about_averages(f"{prefix}.", taken=False)
+        else:
+            plain.update(averages)
+            note = _about_averages(f"{prefix}.", taken=True)
+    plain._metadata = renamed  # type: ignore[attr-defined]
+    return plain, note
+
+
+def _without_prefix(name: str) -> tuple[str, str]:
+    """A name without prefixes, and the one of them that says that it is an average, or ""."""
+    name, averaged_by = INNER.sub("", name), ""
+    while True:
+        match = PREFIX.match(name)
+        if not match:
+            return name, averaged_by
+        name, averaged_by = name[match.end() :], averaged_by or match["averages"] or ""
+
+
+def _about_averages(key: str, taken: bool) -> str:
+    if taken:
+        return f"The file has averaged weights (EMA) only, as '{key}': those are taken."
+    return f"The file also has averaged weights (EMA), as '{key}': they are not taken."
+
+
+def check_finite(state_dict: Mapping[str, torch.Tensor], file: str) -> None:
+    """
+    Raises:
+        UserError: a parameter has a value that is NaN or infinite; it names the parameters.
+    """
+    wrong = [
+        name
+        for name, value in state_dict.items()
+        if value.is_floating_point() and name != SCORE_EXPONENT and not value.float().isfinite().all()
+    ]
+    if not wrong:
+        return
+    value = state_dict[wrong[0]].float()
+    count = int((~value.isfinite()).sum())
+    kind = "NaN" if value.isnan().any() else "infinite"
+    more = f", and so do {len(wrong) - 1} more parameters" if len(wrong) > 1 else ""
+    raise UserError(
+        f"'{file}' cannot be used: '{wrong[0]}' has values that are {kind} ({count} of "
+        f"{value.numel()}){more}. The training that wrote it has failed before: take an earlier "
+        "checkpoint of it."
+    )
 
 
 def _check(found: Mapping[str, Any], file: str) -> None:
@@ -195,15 +299,26 @@ def _kind(value: Any) -> str:
     return ""
 
 
-def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any]]":
-    """The parameters, and what the file has besides."""
-    contents = _plain(contents)
-    for key in WRAPPERS:
-        if isinstance(contents.get(key), dict):
-            extras = {k: v for k, v in contents.items() if k != key}
-            return _tensors(contents[key]), {**extras, **_matching(WRAPPERS[key])}
-    is_caffe2 = any(isinstance(v, np.ndarray) for v in contents.values())
-    return _tensors(contents), _matching("Caffe2" if is_caffe2 else None)
+def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any], str]":
+    """The parameters, what the file has besides, and a sentence about averages of them."""
+    values: Any = contents
+    extras: dict[str, Any] = {}
+    note, author = "", None
+    for _ in range(MAX_NESTED):  # a file can have a dict that contains itself
+        items = _plain(values)
+        key = next((k for k in WRAPPERS if isinstance(items.get(k), dict)), None)
+        averages = next((k for k in AVERAGES if isinstance(items.get(k), dict)), None)
+        if averages:
+            note = _about_averages(averages, taken=key is None)
+        inner = key or averages
+        if inner is None:
+            break
+        # What is nested more deeply has less to say
+        extras = {**{k: v for k, v in items.items() if k not in (inner, averages)}, **extras}
+        values, author = items[inner], author or WRAPPERS.get(inner)
+    if values is contents and any(isinstance(v, np.ndarray) for v in items.values()):
+        author = "Caffe2"
+    return _tensors(values), {**extras, **_matching(author)}, note
 
 
 def _matching(author: Optional[str]) -> dict[str, Any]:

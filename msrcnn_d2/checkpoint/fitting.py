@@ -126,7 +126,7 @@ def misfit(fit: Fit) -> str:
     if fit.missing and _is_backbone(fit):
         return _only_backbone(fit)
     if fit.missing:
-        return f"it does not provide {shown(fit.missing)}. The config describes another model."
+        return f"it does not provide {_by_module(fit)}. The config describes another model."
     # A retrofitted Mask R-CNN is still a Mask R-CNN
     unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
     if unexpected:
@@ -137,10 +137,31 @@ def misfit(fit: Fit) -> str:
 def _nothing_fits(fit: Fit) -> str:
     if fit.shapes:
         return _shapes_differ(fit)
+    missing = set(fit.missing)
+    for name in fit.unexpected:
+        for dot in re.finditer(r"\.", name):
+            if name[dot.end() :] in missing:
+                return (
+                    f"its names begin with '{name[: dot.end()]}', which is not known here. Save "
+                    "the state_dict() of the model itself, without what is wrapped around it."
+                )
     return (
         "it has none of the model's parameters. It belongs to another kind of model, or names its "
         "parameters in a way that is not known here."
     )
+
+
+def _by_module(fit: Fit) -> str:
+    """Parameters that the file lacks; if they are many, in which modules, and what it has there."""
+    if len(fit.missing) <= NUM_SHOWN:
+        return shown(fit.missing)
+    text = f"{shown(fit.missing)} (in {', '.join(_modules(fit.missing))})"
+    unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
+    return f"{text}, but has {', '.join(_modules(unexpected))}" if unexpected else text
+
+
+def _modules(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
 def _is_backbone(fit: Fit) -> bool:
@@ -208,10 +229,9 @@ def summary(fit: Fit, file: str, source: str) -> str:
     text = f"{len(fit.given)} of {fit.total} parameters from '{file}' ({source})"
     if not fit.absent:
         return text + "."
-    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in fit.absent)
     classes = _classes(fit)
     why = f" (the file has {_plural(classes[0])}, the model {classes[1]})" if classes else ""
-    return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(modules)}."
+    return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(_modules(fit.absent))}."
 
 
 def shown(names: list[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 __all__ = [
     "MASKRCNN_BENCHMARK",
+    "MASKIOU_HEAD",
     "MMDETECTION",
     "TORCHVISION_DETECTOR",
     "TORCHVISION_RESNET",
@@ -74,6 +75,13 @@ MASKRCNN_BENCHMARK = {
     ),
     "roi_heads.maskiou.feature_extractor.maskiou_fc{i}.": "roi_heads.mask_iou_head.fcs.fc{i}.",
     "roi_heads.maskiou.predictor.maskiou.": "roi_heads.mask_iou_head.predictor.",
+}
+
+# lsrock1/maskscoring_rcnn.detectron2 and youngwanLEE/centermask2; the rest has Detectron2's names
+MASKIOU_HEAD = {
+    "roi_heads.maskiou_head.maskiou_fcn{i}.": "roi_heads.mask_iou_head.convs.conv{i}.",
+    "roi_heads.maskiou_head.maskiou_fc{i}.": "roi_heads.mask_iou_head.fcs.fc{i}.",
+    "roi_heads.maskiou_head.maskiou.": "roi_heads.mask_iou_head.predictor.",
 }
 
 # maskrcnn_resnet50_fpn; its convolutions became sequences of one in torchvision 0.13
