@@ -96,14 +96,14 @@ def keep_config_of_training(output_dir: str) -> Iterator[None]:
         yield
         return
     if os.path.exists(written):
-        os.replace(written, aside)
+        shutil.copyfile(written, aside)  # not moved: it may be the config of the evaluation too
     try:
         yield
         if os.path.exists(written):
             os.makedirs(os.path.join(output_dir, "inference"), exist_ok=True)
             os.replace(written, os.path.join(output_dir, "inference", "config.yaml"))
     finally:
-        if os.path.exists(aside):  # also after an evaluation that was killed in between
+        if os.path.exists(aside):
             os.replace(aside, written)
 
 
