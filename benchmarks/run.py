@@ -19,10 +19,16 @@ import msrcnn_d2  # noqa: F401  imports Detectron2 without the warnings that oth
 from measuring import ROUNDS
 from report import Part, machine
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for train_net
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "tests")]  # for train_net and simulated_cuda
 
 PARTS = ("inference", "training", "targets", "evaluation", "throughput", "memory")
-ON_REQUEST = ("growth", "scaling", "data_check")  # the others take a quarter of an hour on 2 cores
+ON_REQUEST = (
+    "growth",
+    "scaling",
+    "data_check",
+    "memory_simulated",
+)  # the others take a quarter of an hour on 2 cores
 
 
 def main() -> None:

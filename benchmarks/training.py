@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from detectron2.modeling.roi_heads import select_foreground_proposals
 from detectron2.structures import Boxes, Instances, PolygonMasks
@@ -38,9 +39,16 @@ def polygons_in(boxes: torch.Tensor, num_vertices: int = NUM_VERTICES) -> Polygo
     return PolygonMasks(polygons)
 
 
-def training_input(seed: int) -> dict:
-    """The photograph with objects drawn at random."""
+def training_input(seed: int, size: tuple[int, int] | None = None) -> dict:
+    """
+    The photograph with objects drawn at random.
+
+    Args:
+        size: height and width that the photograph is resized to; by default its shape is kept.
+    """
     inputs = model_input()
+    if size is not None:
+        inputs["image"] = functional.interpolate(inputs["image"][None], size)[0]
     size = tuple(inputs["image"].shape[1:])
     boxes = random_boxes(NUM_OBJECTS, size, seed)
     classes = torch.arange(NUM_OBJECTS) * 10

@@ -8,11 +8,22 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+from simulated_cuda import SimulatedCuda, SimulatedTensor
+
+from detectron2.config import instantiate
+
+from msrcnn_d2 import model_zoo
+
 import evaluation
 import measuring
+import memory
+import memory_simulated
+from memory_simulated import GB, ShapesOnly, peak_of_training
 from models import model_input, random_boxes
 from report import Part, Target
 from synthetic_coco import draw_dataset
+from toy import tiny_mask_scoring_rcnn
+from training import training_input
 
 
 def test_ratios_are_taken_within_rounds():
@@ -62,6 +73,82 @@ def test_inputs_are_a_photograph_and_boxes_within_it():
     boxes = random_boxes(500, (213, 160))
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([160, 213])).all()
     assert torch.equal(boxes, random_boxes(500, (213, 160)))
+
+
+def test_memory_is_measured_for_images_of_the_published_size():
+    inputs = training_input(0, memory.SIZE)
+    assert inputs["image"].shape == (3, 800, 1333)
+    assert inputs["instances"].image_size == (800, 1333)
+
+
+# ---- simulated memory
+
+
+def test_simulated_memory_of_a_layer():
+    KB = 1024
+    device = ShapesOnly()
+    with device.running():
+        weight = torch.nn.Parameter(device.empty(256, 256))
+        x = device.empty(64, 256)
+        assert device.live == (256 + 64) * KB
+        device.peak = device.live
+        loss = (x @ weight).relu().sum()
+        assert loss.value.is_meta
+        # The product is gone; what relu() returned waits for the backward pass
+        assert device.live == (256 + 64 + 64) * KB + 512
+        assert device.peak == (256 + 64 + 2 * 64) * KB
+        loss.backward()
+        assert device.live == (256 + 64 + 256) * KB + 512
+        # The gradients of the product and of the weight, and the loss and its gradient
+        assert device.peak == (256 + 64 + 64 + 256) * KB + 2 * 512
+        assert weight.grad.shape == (256, 256) and weight.grad.value.is_meta
+        del loss
+        weight.grad = None
+        assert device.live == (256 + 64) * KB
+
+
+def test_what_is_known_keeps_its_value_beside_shapes():
+    device = ShapesOnly()
+    with device.running():
+        unknown, known = device.empty(4, 3), torch.tensor([True, False, True, True]).cuda()
+        assert unknown[known].shape == (3, 3)
+        assert known.sum().item() == 3
+        assert unknown[:, 0].sum().item() == 0 and unknown.nonzero().shape == (0, 2)
+        assert unknown.cpu().tolist() == [[0.0] * 3] * 4
+        filled = torch.zeros(4, 3, device="cuda")
+        filled[known] = unknown[known]
+        assert isinstance(filled, SimulatedTensor) and filled.value.is_meta
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_memory_of_shapes_is_that_of_values(amp):
+    def build():
+        return instantiate(tiny_mask_scoring_rcnn().model)
+
+    with_values = SimulatedCuda(track_memory=True)
+    expected = peak_of_training(build, amp, (64, 96), with_values)
+    assert peak_of_training(build, amp, (64, 96)) == expected > 2**20
+
+
+def test_simulated_memory_stands_beside_published_numbers(monkeypatch):
+    built = []
+
+    def peak(build, amp=False):
+        build()
+        kind, name = built.pop()
+        return (2 if kind == "theirs" else 3 - amp) * GB
+
+    monkeypatch.setattr(memory_simulated, "peak_of_training", peak)
+    for name, kind in (("detectron2_model", "theirs"), ("our_model", "ours")):
+        monkeypatch.setattr(memory_simulated, name, lambda x, kind=kind: built.append((kind, x)))
+    calibration, part = memory_simulated.run(None)
+    assert [row[1:3] for row in calibration.rows] == [[2, 3.4], [2, 4.6], [2, 7.2]]
+    assert [row[3] for row in calibration.rows] == pytest.approx([1.4, 2.6, 5.2])
+    assert [row[0] for row in part.rows] == list(memory.NAMES)
+    assert [row[1:] for row in part.rows] == [
+        [3, "4.4 to 8.2", 2, model_zoo.PUBLISHED[name].memory] for name in memory.NAMES
+    ]
+    assert [row[4] for row in part.rows] == [4.5, 6.5, 7.9, 11.0]
 
 
 def test_both_engines_are_timed_on_the_same_work():
