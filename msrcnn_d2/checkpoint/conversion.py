@@ -256,11 +256,8 @@ def check_finite(state_dict: Mapping[str, torch.Tensor], file: str) -> None:
     Raises:
         UserError: a parameter has a value that is NaN or infinite; it names the parameters.
     """
-    wrong = [
-        name
-        for name, value in state_dict.items()
-        if value.is_floating_point() and name != SCORE_EXPONENT and not value.float().isfinite().all()
-    ]
+    numbers = {k: v for k, v in state_dict.items() if v.is_floating_point() and k != SCORE_EXPONENT}
+    wrong = [name for name, value in numbers.items() if not value.float().isfinite().all()]
     if not wrong:
         return
     value = state_dict[wrong[0]].float()
