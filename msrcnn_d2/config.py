@@ -67,9 +67,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.FC_DIM = 1024
     # Multiplier of loss_mask_iou, which is half a mean squared error
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
-    # Masks are ranked by class score x mask IoU ** exponent; 1.0, the paper's, gives way to what
-    # the weights have been fitted to
-    cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = 1.0
+    # Masks are ranked by class score x mask IoU ** exponent. None takes that of the weights: the
+    # paper's 1.0, unless another one was fitted to them
+    cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = None
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Training images that may be left out since they cannot be read; 0 stops at the first
@@ -91,6 +91,8 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.TEST.MAX_DETS_PER_IMAGE = 0
     # Whether evaluation on a GPU is in mixed precision; SOLVER.AMP is for training
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
+    # Steps in a row that the gradient scaler of mixed precision may skip before training stops
+    cfg.SOLVER.AMP.MAX_SKIPPED_STEPS = 50
     # Whether torch.compile compiles backbone and heads, for training and evaluation
     cfg.SOLVER.COMPILE = False
     # Steps that may be left out since a loss, or its gradient, is not finite; 0 stops at the first

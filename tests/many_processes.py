@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, default_setup
@@ -13,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 import train_net
-from msrcnn_d2.engine import build_recipe, launch, train
+from msrcnn_d2.engine import build_recipe, failed_forward, launch, train
 from msrcnn_d2.engine.data_order import build_resumable_loader
 
 from toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
@@ -56,6 +57,20 @@ class FailingRCNN(GeneralizedRCNN):
     def forward(self, images):
         if self.training and comm.get_rank() == 1 and get_event_storage().iter == MAX_ITER - 1:
             raise ValueError("the second process has failed")
+        return super().forward(images)
+
+
+class WaitingRCNN(GeneralizedRCNN):
+    """
+    Waits for the other process in each forward pass, as a synchronised batch norm does; in the
+    second one it fails in one of them before that.
+    """
+
+    def forward(self, images):
+        failed_forward.PATIENCE_SECONDS = 2.0
+        if self.training and comm.get_rank() == 1 and get_event_storage().iter == 1:
+            raise FloatingPointError("The predictions are\nnot finite.")
+        dist.all_reduce(torch.ones(3))
         return super().forward(images)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from detectron2.data import DatasetMapper
 
+from msrcnn_d2.engine.agreement import StepAgreement
 from msrcnn_d2.engine.bad_images import BadImage, BadImageError, BadImages
 from msrcnn_d2.engine.data_order import build_resumable_loader
 from msrcnn_d2.engine.inference_loader import build_test_loader
@@ -138,7 +139,7 @@ class Trainer:
 
 
 def test_a_resumed_training_goes_on_counting():
-    counter, resumed = BadImages(1), BadImages(1)
+    counter, resumed = BadImages(1, StepAgreement()), BadImages(1, StepAgreement())
     counter.trainer = resumed.trainer = Trainer()
     counter.found([BadImage("a.png", "it is broken")])
     counter.after_step()
@@ -152,7 +153,7 @@ def test_a_resumed_training_goes_on_counting():
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_images_are_counted_once_and_up_to_the_limit(limit, caplog):
-    counter = BadImages(limit)
+    counter = BadImages(limit, StepAgreement())
     counter.trainer = Trainer()
     names = ["a.png", "a.png", "b.png", "a.png", "c.png"]
     for known, name in enumerate(names):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from msrcnn_d2.checkpoint.reading import check_whole
+from msrcnn_d2.engine.agreement import StepAgreement
 from msrcnn_d2.engine.stopping import StopOnSignal
 
 from killable import Training
@@ -146,7 +147,7 @@ def test_a_signal_to_stop_does_not_wait_for_an_evaluation(base, tmp_path):
 
 
 def test_only_a_second_keyboard_interrupt_does_not_wait_for_the_step():
-    stop = StopOnSignal(lambda: 0)
+    stop = StopOnSignal(lambda: 0, StepAgreement())
     before = signal.getsignal(signal.SIGTERM)
     with stop.listening():
         signal.raise_signal(signal.SIGTERM)

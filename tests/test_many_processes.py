@@ -435,6 +435,21 @@ def test_a_process_that_fails_in_the_last_iteration_ends_the_others(options, sta
     assert not (tmp_path / "model_final.pth").exists()
 
 
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_a_process_that_fails_while_the_other_waits_for_it_ends_both(
+    launcher, options, start, tmp_path
+):
+    spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
+    model = "model._target_=many_processes.WaitingRCNN"
+    output_dir = f"train.output_dir={tmp_path}"
+    job = start(*torchrun, ROOT / "train_net.py", *spawn, *options, model, output_dir)
+    assert job.wait() == (2 if launcher == "spawn" else 1)  # torchrun has an exit code of its own
+    assert job.output.count("error: The predictions are not finite.") == 1
+    if launcher == "spawn":  # torchrun shows its own
+        assert "Traceback" not in job.output
+    assert "Exception during training" not in job.output
+
+
 def test_a_machine_that_is_gone_ends_the_other(options, start, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -387,16 +387,17 @@ def test_weights_without_an_exponent_leave_it_alone(strict):
         assert head.score_exponent == before
 
 
-def test_an_exponent_of_the_config_wins_over_that_of_the_weights(caplog):
+@pytest.mark.parametrize("exponent", [3.0, 1.0])  # the paper's as well
+def test_an_exponent_of_the_config_wins_over_that_of_the_weights(exponent, caplog):
     caplog.set_level(logging.INFO)
-    head = build_head(score_exponent=3.0)
+    head = build_head(score_exponent=exponent)
 
-    head.load_state_dict(state_with(3.0))
+    head.load_state_dict(state_with(exponent))
     assert "not" not in caplog.text
     head.load_state_dict(state_with(4.0))
 
-    assert head.score_exponent == 3.0
-    assert "with the exponent 3 of the config, not 4 of the weights" in caplog.text
+    assert head.score_exponent == exponent
+    assert f"with the exponent {exponent:g} of the config, not 4 of the weights" in caplog.text
 
 
 def test_an_exponent_that_float32_rounds_is_no_other(caplog):

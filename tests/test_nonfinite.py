@@ -2,17 +2,20 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from detectron2.engine import hooks
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
 from msrcnn_d2.checkpoint.reading import read_file
 from msrcnn_d2.engine import replay as replay_module
+from msrcnn_d2.engine.agreement import StepAgreement
 from msrcnn_d2.engine.plain_batch import from_plain, to_plain
-from msrcnn_d2.engine.trainer import FiniteTrainer
+from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 from msrcnn_d2.errors import UserError
 
 from toy import toy_instances
@@ -53,6 +56,7 @@ def trainer_of(inputs, model=None, max_nonfinite_steps=0):
         *(model, [torch.tensor(float(x)) for x in inputs]),
         torch.optim.SGD(model.parameters(), lr=1.0),
         max_nonfinite_steps=max_nonfinite_steps,
+        agreement=StepAgreement(),
         describe=lambda losses, gradients: f"{losses} {gradients}",
         stop=stop,
     )
@@ -100,6 +104,112 @@ def test_a_resumed_training_goes_on_counting_steps_left_out():
     old = trainer_of([])
     del state["num_nonfinite_steps"]  # of a checkpoint from before there was such a count
     old.load_state_dict(state)
+
+
+# Mixed precision
+
+
+class Scaled(Line):
+    """Its loss is finite, and its gradient NaN where the input is negative."""
+
+    def forward(self, x):
+        return {"root": x.abs() + 0 * (self.weight * x).sqrt().nan_to_num()}
+
+
+@pytest.fixture
+def amp_trainer_of(monkeypatch):
+    """A function like `trainer_of`, with the gradient scaler on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # Detectron2 asserts it
+
+    def build(inputs, max_skipped_steps=50, scale=65536.0):
+        model = Scaled()
+
+        def stop(description, advice):
+            raise Stopped(description, advice)
+
+        trainer = FiniteAMPTrainer(
+            *(model, [torch.tensor(float(x)) for x in inputs]),
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            torch.amp.GradScaler("cpu", init_scale=scale),
+            max_nonfinite_steps=0,
+            max_skipped_steps=max_skipped_steps,
+            agreement=StepAgreement(),
+            describe=lambda losses, gradients: f"{losses} {gradients}",
+            stop=stop,
+        )
+        scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
+        trainer.register_hooks([hooks.LRScheduler(trainer.optimizer, scheduler)])
+        return trainer
+
+    return build
+
+
+def test_so_many_steps_in_a_row_may_be_skipped(amp_trainer_of):
+    trainer = amp_trainer_of([-1, -1, 1, -1, -1, -1, 1], max_skipped_steps=3)
+    with pytest.raises(Stopped) as stopped:
+        trainer.train(0, 7)
+    description, advice = stopped.value.args
+    assert trainer.iter == 5 and description == "[] ['weight']" and "3 steps" in advice
+    assert trainer.model.weight.item() == 1
+
+
+def test_a_scale_that_has_fallen_to_nothing_stops(amp_trainer_of):
+    trainer = amp_trainer_of([-1] * 9, scale=2.0**-17)  # 2 ** -20 is under 1e-6
+    with pytest.raises(Stopped):
+        trainer.train(0, 9)
+    assert trainer.iter == 2
+
+
+def test_a_scale_that_is_looked_for_is_no_reason_for_a_word(amp_trainer_of, caplog, recwarn):
+    trainer = amp_trainer_of([-1, -1, 1, 1])
+    trainer.train(0, 4)
+    assert trainer.grad_scaler.get_scale() == 65536 / 4
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+    assert not [r for r in caplog.records if r.name.startswith("msrcnn_d2")]
+
+
+def test_a_resumed_training_goes_on_counting_skipped_steps(amp_trainer_of):
+    trainer = amp_trainer_of([-1, -1], max_skipped_steps=3)
+    trainer.train(0, 2)
+    resumed = amp_trainer_of([-1], max_skipped_steps=3)
+    resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    with pytest.raises(Stopped):
+        resumed.train(2, 3)
+
+
+# Copies
+
+
+class Watchful(nn.Module):
+    """Its loss is weight x input; like Detectron2's RPN it refuses what is not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        if not self.weight.isfinite():
+            raise FloatingPointError("the weight is not finite")
+        return {"weight": self.weight * inputs}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_in_training_calls_its_own_weights(copied, autocast):
+    model = Watchful()
+    adapt_forward(model, autocast_on_cpu=autocast)
+    twin = copied(model)
+    with torch.no_grad():
+        twin.weight.fill_(3)
+    assert twin(1.0)["weight"].item() == 3 and model(1.0)["weight"].item() == 1
+    assert twin.state_dict().keys() == {"weight"}
+    with torch.no_grad():
+        twin.weight.fill_(math.nan)
+    (loss,) = twin(1.0).values()
+    loss.backward()
+    assert loss.isnan() and twin.weight.grad.isnan() and model.weight.grad is None
+    with pytest.raises(FloatingPointError):
+        twin.eval()(1.0)
 
 
 # The step that is kept
@@ -180,11 +290,11 @@ def test_a_step_that_is_finite_is_repeated_to_the_last_bit(base, tmp_path, monke
     """Everything random in a step follows from its seed."""
     losses = {}
 
-    def too_high(loss_dict):
+    def too_high(trainer, loss_dict):
         losses.update({k: v.item() for k, v in loss_dict.items()})
-        return ["loss_cls is too high"]
+        return loss_dict, ["loss_cls is too high"], []
 
-    monkeypatch.setattr("msrcnn_d2.engine.trainer._nonfinite_losses", too_high)
+    monkeypatch.setattr(FiniteTrainer, "_fetch", too_high)
     with pytest.raises(SystemExit):
         run(*base, f"train.output_dir={tmp_path}")
     (step,) = (tmp_path / "nonfinite").iterdir()

@@ -47,7 +47,12 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
     """
 
     def load(
-        self, path: str, checkpointables: Optional[list[str]] = None, *, strict: bool = False
+        self,
+        path: str,
+        checkpointables: Optional[list[str]] = None,
+        *,
+        strict: bool = False,
+        finite: bool = True,
     ) -> dict[str, Any]:
         """
         Args:
@@ -57,6 +62,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             checkpointables: names of those to load besides the model, all by default.
             strict: whether the file has to provide all parameters, as an evaluation needs. If
                 not, those that it does not provide start fresh, unless they are frozen.
+            finite: whether NaN and infinity are refused.
 
         Returns:
             what the file has besides.
@@ -73,6 +79,8 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         weights = read_weights(file)
         if matching:
             weights.matched_by_suffix = True
+        if finite:
+            check_finite(weights.state_dict, file)
         self._load_weights(weights, file, strict)
         extras = weights.extras
         for key in self.checkpointables if checkpointables is None else checkpointables:
@@ -185,7 +193,6 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
     def _load_weights(self, weights: Weights, file: str, strict: bool) -> None:
         state_dict = weights.state_dict
-        check_finite(state_dict, file)
         if weights.matched_by_suffix:
             state_dict = _matched(self.model, weights, file)
         fit = compare(self.model, state_dict)

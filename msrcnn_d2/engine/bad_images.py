@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from ..data.findings import plural
 from ..errors import UserError
-from .agreement import any_process
+from .agreement import StepAgreement
 from .stopping import worker_init_fn as outlive_stop_signals
 
 __all__ = [
@@ -169,12 +169,14 @@ class BadImages(HookBase):
     there are too many.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, agreement: StepAgreement):
         """
         Args:
             limit: how many may be left out.
+            agreement: of the processes in each step, before its hooks are called.
         """
         self.limit = limit
+        self._any_process_has_new = agreement.add(lambda: bool(self._new))
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
@@ -189,7 +191,7 @@ class BadImages(HookBase):
         self._new.update((i.name, i.reason) for i in images if i.name not in self._known)
 
     def after_step(self):
-        if not any_process(bool(self._new)):
+        if not self._any_process_has_new():
             return
         new = {k: v for found in comm.all_gather(self._new) for k, v in found.items()}
         self._new = {}

@@ -43,6 +43,7 @@ OPTIONAL_TRAIN_KEYS = {
     "float32_precision": "",
     "compile": False,
     "amp.test": False,
+    "amp.max_skipped_steps": 50,
     "max_bad_images": 10,
     "max_nonfinite_steps": 0,
     "check_images": True,

@@ -49,21 +49,24 @@ class StepKeeper:
         images = (x for x in self._batches.current if isinstance(x, dict))
         return [str(x.get("image_id", x.get("file_name"))) for x in images]
 
-    def stop(self, description: str) -> None:
+    def stop(self, description: str, advice: str = "") -> None:
         """
         Write the step to "nonfinite/" in the output folder.
+
+        Args:
+            advice: what to do, if it is not about the learning rate and `max_nonfinite_steps`.
 
         Raises:
             UserError: with the description, and what to do.
         """
         kept = comm.all_gather(self._keep())[0]
-        raise UserError(
-            f"{description} {kept} Most often the learning rate (optimizer.lr, yaml: "
-            "SOLVER.BASE_LR) is too high, or the warm-up too short. To leave out up to N such "
-            "steps instead, set train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now "
-            f"{self._recipe.max_nonfinite_steps}).",
-            on_all_processes=True,
+        advice = advice or (
+            "Most often the learning rate (optimizer.lr, yaml: SOLVER.BASE_LR) is too high, or the "
+            "warm-up too short. To leave out up to N such steps instead, set "
+            "train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now "
+            f"{self._recipe.max_nonfinite_steps})."
         )
+        raise UserError(f"{description} {kept} {advice}", on_all_processes=True)
 
     def _keep(self) -> str:
         """Write the step, on the main process; return a sentence about it."""

@@ -76,6 +76,7 @@ class Recipe:
         seed: negative for a random one.
         eval_period, checkpoint_period, log_period, max_iter: in iterations.
         amp, test_amp: whether training and evaluation are in mixed precision.
+        max_skipped_steps: in a row, by the gradient scaler of mixed precision.
         compile: whether `torch.compile` compiles what consists of layers only.
         max_bad_images: images that may be left out in training since they cannot be used.
         max_nonfinite_steps: steps that may be left out since their loss is not finite.
@@ -104,6 +105,7 @@ class Recipe:
     checkpointer: dict
     amp: bool
     test_amp: bool = False
+    max_skipped_steps: int = 50
     compile: bool = False
     ddp: dict = field(default_factory=dict)
     max_bad_images: int = 10
@@ -154,6 +156,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         checkpointer=dict(train.checkpointer),
         amp=train.amp.enabled,
         test_amp=train.amp.get("test", False),
+        max_skipped_steps=train.amp.get("max_skipped_steps", 50),
         compile=train.get("compile", False),
         ddp=dict(train.ddp),
         max_bad_images=train.get("max_bad_images", 10),
@@ -299,6 +302,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         checkpointer={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
         amp=cfg.SOLVER.AMP.ENABLED,
         test_amp=cfg.TEST.AMP.ENABLED,
+        max_skipped_steps=cfg.SOLVER.AMP.MAX_SKIPPED_STEPS,
         compile=cfg.SOLVER.COMPILE,
         ddp={"broadcast_buffers": False},
         max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,

@@ -23,7 +23,7 @@ from ..errors import UserError, exit_on_user_error
 from .load_config import find_config_file, load_config
 from .plain_batch import from_plain
 from .recipe import build_recipe
-from .trainer import is_finite, losses_instead_of_errors, nonfinite_gradients
+from .trainer import adapt_forward, is_finite, nonfinite_gradients
 
 __all__ = ["replay"]
 
@@ -53,8 +53,9 @@ def replay(path: str, config_file: str, overrides: "list[str] | None" = None) ->
     """
     recipe = build_recipe(load_config(config_file, overrides or []))
     model = recipe.build_model().to(recipe.device).train()
-    losses_instead_of_errors(model)
-    step = MaskScoringCheckpointer(model).load(path, strict=True)
+    adapt_forward(model)
+    # Statistics of batch norm may be infinite already
+    step = MaskScoringCheckpointer(model).load(path, strict=True, finite=False)
     if "batches" not in step:
         raise UserError(
             f"'{path}' is no step of a training: give a file in nonfinite/ of an output folder."

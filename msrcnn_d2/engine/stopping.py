@@ -15,7 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..errors import agree_on_user_errors
-from .agreement import any_process
+from .agreement import StepAgreement
 
 __all__ = ["STOP_SIGNALS", "StopOnSignal", "stop_signals_handled", "worker_init_fn"]
 
@@ -34,13 +34,15 @@ class StopOnSignal(HookBase):
     It has to come after the hooks whose state is saved, and before those that may take long.
     """
 
-    def __init__(self, save: Callable[[], int]):
+    def __init__(self, save: Callable[[], int], agreement: StepAgreement):
         """
         Args:
             save: writes a checkpoint of the iteration done last, and returns its number; called on
                 the main process.
+            agreement: of the processes in each step, before its hooks are called.
         """
         self._save = save
+        self._any_process_got_signal = agreement.add(lambda: bool(self._signal))
         self._signal = 0
         self._interrupted = False
         self._leaves_at_once = False
@@ -69,7 +71,7 @@ class StopOnSignal(HookBase):
             os.write(2, f"{name}: this step is finished and saved before leaving.\n".encode())
 
     def after_step(self):
-        if any_process(bool(self._signal)):
+        if self._any_process_got_signal():
             # A process that got no signal itself leaves with those that did
             self._signal = self._signal or signal.SIGTERM
             with agree_on_user_errors():

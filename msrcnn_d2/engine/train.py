@@ -5,7 +5,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -30,14 +30,16 @@ from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
 from ..model_zoo import Published
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
+from .agreement import StepAgreement
 from .bad_images import BadImages
 from .checkpoints import PeriodicCheckpoints
 from .data_order import ResumableBatches, StepSeeds
+from .failed_forward import job_is_ending, watching_forwards
 from .nonfinite import StepKeeper
 from .quality import log_reliability, write_report_of
 from .recipe import Recipe, TestSet
 from .stopping import StopOnSignal
-from .trainer import FiniteAMPTrainer, FiniteTrainer, losses_instead_of_errors
+from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 
 __all__ = ["evaluate", "evaluate_checkpoint", "train"]
 
@@ -55,19 +57,34 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         results of the evaluation at the end, as :func:`evaluate` returns them.
     """
     model = _build_model(recipe)
-    losses_instead_of_errors(model)
+    scaled = recipe.amp and recipe.device.startswith("cuda")
+    if recipe.amp and not scaled:
+        logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")
+    adapt_forward(model, autocast_on_cpu=recipe.amp and not scaled)
     logger.info("Model:\n%s", model)
     optimizer = recipe.build_optimizer(model)
     seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())
-    bad_images = BadImages(recipe.max_bad_images)
+    agreement = StepAgreement()
+    bad_images = BadImages(recipe.max_bad_images, agreement)
     batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     precise_bn_batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     model = _distributed(model, recipe)
     keeper = StepKeeper(recipe, model, batches, seeds)
-    trainer = _build_trainer(model, batches, optimizer, recipe, keeper)
+    trainer_args: dict[str, Any] = {
+        "max_nonfinite_steps": recipe.max_nonfinite_steps,
+        "agreement": agreement,
+        "describe": keeper.describe,
+        "stop": keeper.stop,
+    }
+    trainer: SimpleTrainer
+    if scaled:
+        trainer_args["max_skipped_steps"] = recipe.max_skipped_steps
+        trainer = FiniteAMPTrainer(model, batches, optimizer, **trainer_args)
+    else:
+        trainer = FiniteTrainer(model, batches, optimizer, **trainer_args)
     checkpointer = MaskScoringCheckpointer(model, recipe.output_dir, trainer=trainer)
     checkpoints = PeriodicCheckpoints(checkpointer, **recipe.checkpointer)
-    stop = StopOnSignal(checkpoints.save_now)
+    stop = StopOnSignal(checkpoints.save_now, agreement)
 
     results: dict = {}
 
@@ -87,15 +104,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             checkpoints,
             stop,
             _EvalHook(recipe.eval_period, evaluate_and_keep),
-            _on_main_process(_periodic_writer, recipe),
+            _on_main_process(_Writer, recipe),
         ]
     )
     trainer.iter = -1  # what a checkpoint replaces
     with agree_on_user_errors():
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
     batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
-    with stop.listening(), closing(batches), closing(precise_bn_batches), _told_once():
-        with _full_disk_is_a_user_error(recipe.output_dir):
+    with stop.listening(), closing(batches), closing(precise_bn_batches), watching_forwards():
+        with _told_once(), _full_disk_is_a_user_error(recipe.output_dir):
             trainer.train(batches.first_iter, recipe.max_iter)
     return _verified(results, recipe)
 
@@ -114,7 +131,7 @@ def _told_once() -> Iterator[None]:
 
     def is_new(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not (isinstance(error, UserError) or _is_full_disk(error))
+        return not (isinstance(error, UserError) or _is_full_disk(error) or job_is_ending())
 
     of_trainer = logging.getLogger(TrainerBase.__module__)
     of_trainer.addFilter(is_new)
@@ -163,30 +180,6 @@ def _distributed(model: nn.Module, recipe: Recipe) -> nn.Module:
     return create_ddp_model(model, **{**recipe.ddp, "device_ids": device_ids})
 
 
-def _build_trainer(model, batches, optimizer, recipe: Recipe, keeper: StepKeeper) -> SimpleTrainer:
-    scaled = recipe.amp and recipe.device.startswith("cuda")
-    if recipe.amp and not scaled:
-        logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")
-        _autocast_in_training(model)
-    return (FiniteAMPTrainer if scaled else FiniteTrainer)(
-        *(model, batches, optimizer),
-        max_nonfinite_steps=recipe.max_nonfinite_steps,
-        describe=keeper.describe,
-        stop=keeper.stop,
-    )
-
-
-def _autocast_in_training(model: nn.Module) -> None:
-    """As `AMPTrainer` does on a GPU, which leaves evaluation at full precision."""
-    forward = model.forward
-
-    def autocast_forward(inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.training):
-            return forward(inputs)
-
-    model.forward = autocast_forward  # type: ignore[method-assign]
-
-
 def _precise_bn(recipe: Recipe, model, batches: ResumableBatches) -> Optional[hooks.PreciseBN]:
     if not (recipe.precise_bn_iters and get_bn_modules(model)):
         return None
@@ -197,9 +190,23 @@ def _on_main_process(build_hook, *args, **kwargs):
     return build_hook(*args, **kwargs) if comm.is_main_process() else None
 
 
-def _periodic_writer(recipe: Recipe) -> hooks.PeriodicWriter:
-    writers = default_writers(recipe.output_dir, recipe.max_iter)
-    return hooks.PeriodicWriter(writers, period=recipe.log_period)
+class _Writer(hooks.PeriodicWriter):
+    """
+    Detectron2's writes the last value of each metric, each `log_period` iterations. Of several
+    evaluations between two of them it would write one.
+    """
+
+    def __init__(self, recipe: Recipe):
+        writers = default_writers(recipe.output_dir, recipe.max_iter)
+        super().__init__(writers, period=recipe.log_period)
+        self._eval_period = recipe.eval_period
+
+    def after_step(self):
+        if self._eval_period > 0 and (self.trainer.iter + 1) % self._eval_period == 0:
+            for writer in self._writers:
+                writer.write()
+        else:
+            super().after_step()
 
 
 def evaluate(

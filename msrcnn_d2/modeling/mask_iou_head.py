@@ -7,6 +7,7 @@ better for some models (see :mod:`msrcnn_d2.fit_exponent`), and it is a part of 
 
 import logging
 import math
+from typing import Optional
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -118,9 +119,9 @@ class MaskIoUHead(nn.Module):
 
     Attributes:
         score_exponent: masks are ranked by class score x mask IoU ** `score_exponent`. It is saved
-            with the weights. Where the constructor was given another value than 1, loading leaves
-            it at that; else it becomes the one that was saved. Weights without it, such as older
-            ones, leave it alone.
+            with the weights. Where the constructor was given a value, loading leaves it at that;
+            else it becomes the one that was saved. Weights without it, such as older ones, leave
+            it alone.
     """
 
     @configurable
@@ -134,7 +135,7 @@ class MaskIoUHead(nn.Module):
         fc_dim: int = 1024,
         num_fc: int = 2,
         loss_weight: float = 1.0,
-        score_exponent: float = 1.0,
+        score_exponent: Optional[float] = None,
     ):
         """
         Args:
@@ -147,20 +148,20 @@ class MaskIoUHead(nn.Module):
             fc_dim: width of each fully connected layer.
             num_fc: number of fully connected layers before the predictor.
             loss_weight: multiplier of the loss.
-            score_exponent: finite, at least 0; 1 in the paper, or what the weights have been
-                fitted to. See the attribute.
+            score_exponent: finite, at least 0. By default that of the weights, which is the
+                paper's 1 unless another one was fitted to them. See the attribute.
         """
         super().__init__()
         if num_conv < 1:
             raise ValueError(f"num_conv is {num_conv}; the MaskIoU head has at least 1 convolution")
-        if not _is_exponent(score_exponent):
+        if score_exponent is not None and not _is_exponent(score_exponent):
             raise ValueError(
                 f"score_exponent is {score_exponent}; it is a finite number, at least 0, and 1 in "
                 "the paper"
             )
         self.loss_weight = loss_weight
-        self.score_exponent = float(score_exponent)
-        self._configured_exponent = self.score_exponent
+        self.score_exponent = 1.0 if score_exponent is None else float(score_exponent)
+        self._takes_exponent_of_weights = score_exponent is None
 
         channels = input_shape.channels + 1
         self.convs = nn.Sequential()
@@ -271,12 +272,13 @@ class MaskIoUHead(nn.Module):
         if tensor.numel() != 1 or not _is_exponent(tensor.item()):
             error_msgs.append(f"score_exponent is {tensor}, not a finite number of at least 0.")
             return
-        saved, configured = float(tensor), self._configured_exponent
-        self.score_exponent = saved if configured == 1 else configured
+        saved = float(tensor)
+        if self._takes_exponent_of_weights:
+            self.score_exponent = saved
         if not math.isclose(saved, self.score_exponent, rel_tol=1e-6):  # saved as float32
             logger.info(
                 "Masks are ranked with the exponent %g of the config, not %g of the weights.",
-                *(configured, saved),
+                *(self.score_exponent, saved),
             )
         elif saved != 1:
             logger.info("Masks are ranked by class score x mask IoU ** %g.", saved)
