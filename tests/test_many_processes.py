@@ -299,6 +299,50 @@ def test_the_order_of_images_hardly_depends_on_the_number_of_processes(both):
             assert sum((before - others).values()) <= 4
 
 
+# ---- two GPUs
+
+
+@pytest.fixture(scope="module")
+def two_gpus(options, tmp_path_factory):
+    """What two processes on GPUs have kept; on simulated ones where there are not two."""
+    folder = tmp_path_factory.mktemp("gpus")
+    finished(folder, *TORCHRUN, ROOT / "tests" / "simulated_nccl.py", folder, *options)
+    return [torch.load(folder / f"rank_{k}.pth", weights_only=False) for k in (0, 1)]
+
+
+def test_processes_on_gpus_compute_what_those_on_cpus_do(two_gpus, spawn):
+    """Nothing that NCCL refuses is on the way, from train_net.py's config to the evaluation."""
+    first, second = (x["run"] for x in two_gpus)
+    assert different(first["first"], second["first"])  # as they were built
+    last = {k: v.cpu() for k, v in first["last"].items()}
+    assert not different(last, {k: v.cpu() for k, v in second["last"].items()})
+    expected = spawn[1]["run"]
+    if "refused" in two_gpus[0]:  # simulated
+        assert not different(last, expected["last"])
+        assert as_text(first["results"]) == as_text(expected["results"])
+    else:
+        for name, value in expected["last"].items():
+            assert torch.allclose(last[name], value, rtol=1e-3, atol=1e-4), name
+        assert first["results"].keys() == expected["results"].keys()
+
+
+def test_the_stand_in_refuses_what_nccl_refuses(two_gpus):
+    for kept in with_simulation(two_gpus):
+        assert len(kept["refused"]) == 9 and all(kept["refused"].values()), kept["refused"]
+
+
+def test_processes_agree_once_a_step(two_gpus):
+    """On the CPU, over gloo; each agreement of its own would wait for the slowest process."""
+    for kept in with_simulation(two_gpus):
+        assert kept["collectives"]["all_reduce", "gloo"] == MAX_ITER
+
+
+def with_simulation(kept: list[dict]) -> list[dict]:
+    if "refused" not in kept[0]:
+        pytest.skip("this machine has two GPUs and the real NCCL")
+    return kept
+
+
 # ---- evaluation
 
 
