@@ -619,6 +619,26 @@ def test_the_summary_has_the_comparable_number_where_more_than_100_count():
     assert table.count("31.00") == 2 and "AP@100" in table
 
 
+def test_several_test_sets_and_evaluators_of_a_lazy_config(tmp_path, dataset):
+    for name in ("several_a", "several_b"):
+        dataset(name)
+    cfg = load_config(LAZY, [f"train.output_dir={tmp_path}"])
+    loader = LazyCall(build_test_loader)(dataset={"names": "several_a"})
+    other = LazyCall(build_test_loader)(dataset={"names": "several_b"})
+    a, b = (LazyCall(MaskScoringCOCOEvaluator)(dataset_name=f"several_{x}") for x in "ab")
+    cfg.dataloader.test, cfg.dataloader.evaluator = [loader, other], [a, b]
+    first, second = build_recipe(cfg).test_sets
+    assert (first.names, second.names) == (("several_a",), ("several_b",))
+    folders = [t.build_evaluator()._output_dir for t in (first, second)]
+    assert folders == [f"{tmp_path}/inference/several_{x}" for x in "ab"]
+    cfg.dataloader.test, cfg.dataloader.evaluator = loader, [a, a]
+    (both,) = build_recipe(cfg).test_sets
+    assert len(both.build_evaluator()._evaluators) == 2
+    cfg.dataloader.test, cfg.dataloader.evaluator = [loader, other], [a]
+    with pytest.raises(UserError, match="2 loaders"):
+        build_recipe(cfg)
+
+
 # Summary
 
 

@@ -21,7 +21,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -242,15 +242,35 @@ def _warn_of_foreign_loader(reason: str) -> None:
 def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
     if "test" not in cfg.dataloader or "evaluator" not in cfg.dataloader:
         return []
-    _check_engine(OmegaConf.select(cfg, "dataloader.evaluator.engine"))
+    tests, evaluators = _as_list(cfg.dataloader.test), _as_list(cfg.dataloader.evaluator)
+    for evaluator in evaluators:
+        _check_engine(evaluator.get("engine"))
+    # One loader may have several evaluators; several loaders have one each
+    shares = [range(len(evaluators))] if len(tests) == 1 else [[k] for k in range(len(tests))]
+    if len(tests) > 1 and len(tests) != len(evaluators):
+        raise UserError(
+            f"dataloader.test has {len(tests)} loaders and dataloader.evaluator "
+            f"{len(evaluators)}: give each loader its evaluator."
+        )
     return [
         TestSet(
-            names=_names(OmegaConf.select(cfg, "dataloader.test.dataset.names")),
-            build_loader=lambda: _lazy_test_loader(cfg.dataloader.test, images),
-            build_evaluator=lambda: _lazy_evaluator(cfg),
-            batch_size=cfg.dataloader.test.get("batch_size"),
+            names=_names(OmegaConf.select(test, "dataset.names")),
+            build_loader=functools.partial(_lazy_test_loader, test, images),
+            build_evaluator=functools.partial(_lazy_evaluators, cfg, share, len(tests) > 1),
+            batch_size=test.get("batch_size"),
         )
+        for test, share in zip(tests, shares)
     ]
+
+
+def _as_list(node) -> list:
+    return list(node) if isinstance(node, ListConfig) else [node]
+
+
+def _lazy_evaluators(cfg: DictConfig, share, in_own_folder: bool):
+    """The evaluator of a loader; several are one of Detectron2's `DatasetEvaluators`."""
+    built = [_lazy_evaluator(cfg, k, in_own_folder) for k in share]
+    return built[0] if len(built) == 1 else DatasetEvaluators(built)
 
 
 def _lazy_test_loader(loader: DictConfig, images: ImageSettings):
@@ -259,12 +279,16 @@ def _lazy_test_loader(loader: DictConfig, images: ImageSettings):
     return (build_test_loader if build is build_detection_test_loader else build)(**arguments)
 
 
-def _lazy_evaluator(cfg: DictConfig):
+def _lazy_evaluator(cfg: DictConfig, index: int, in_own_folder: bool):
     """The evaluator; one of COCO writes its files into the output folder if not told otherwise."""
-    evaluator = copy.deepcopy(cfg.dataloader).evaluator  # the config is what the user gave
+    # A copy: the config is what the user gave
+    evaluator = _as_list(copy.deepcopy(cfg.dataloader).evaluator)[index]
     target = target_of(evaluator) if "_target_" in evaluator else None
     if isinstance(target, type) and issubclass(target, COCOEvaluator):
-        evaluator.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
+        folder = os.path.join(cfg.train.output_dir, "inference")
+        if in_own_folder:
+            folder = os.path.join(folder, ", ".join(_names(evaluator.get("dataset_name"))))
+        evaluator.setdefault("output_dir", folder)
         limit = _detections_per_image(cfg)
         if limit is not None and limit > 100 and evaluator.get("max_dets_per_image") is None:
             evaluator.max_dets_per_image = limit
