@@ -150,6 +150,9 @@ NESTED = {
         "state_dict": {**prefixed("ema_model.module.", other), **prefixed("model.", weights)}
     },
     "averages only": lambda weights, other: {"ema_state_dict": prefixed("module.", weights)},
+    "counted by PyTorch's AveragedModel": lambda weights, other: {
+        "model": {"n_averaged": torch.tensor(3), **prefixed("module.", weights)}
+    },
     "averages only, by names": lambda weights, other: prefixed("ema.", weights),
     "inside of names": lambda weights, other: {
         re.sub(r"^(backbone|roi_heads)\.", r"\1._orig_mod.", k): v for k, v in weights.items()

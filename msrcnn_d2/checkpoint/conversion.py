@@ -164,6 +164,8 @@ PREFIX = re.compile(
 # What compiling, sharding and checkpointing put into the middle of names as well
 INNER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+# What PyTorch's AveragedModel keeps beside the weights: how many it has averaged
+NUM_AVERAGED = "n_averaged"
 # A counter that only batch norm in training would use, and then only with momentum=None
 COUNTER = "num_batches_tracked"
 # A setting that MaskIoUHead keeps with its weights; only files of this package have it
@@ -212,6 +214,8 @@ def _without_prefixes(
     originals: dict[str, str] = {}
     for name, value in found.items():
         bare, averaged_by = _without_prefix(name)
+        if bare == NUM_AVERAGED:
+            continue
         target = averages if averaged_by else plain
         if bare in target:
             raise UserError(
