@@ -128,3 +128,31 @@ def test_a_compiled_model_trains_and_predicts_the_same(tiny):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@torch.no_grad()
+def test_heads_are_compiled_for_few_numbers_of_regions(tiny):
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_dense_parts(tiny.eval(), backend=backend)
+    heads = tiny.roi_heads
+
+    def compiled_for(count):
+        """How many graphs the box, mask and mask IoU head add for a number of regions."""
+        features, masks = torch.rand(count, CHANNELS, 14, 14), torch.rand(count, 1, 28, 28)
+        before = len(graphs)
+        heads.box_head(torch.rand(count, CHANNELS, 7, 7))
+        heads.mask_head.layers(features)
+        heads.mask_iou_head.layers(features, masks)
+        return len(graphs) - before
+
+    assert compiled_for(20) == 3
+    assert [compiled_for(count) for count in (16, 17, 100, 512)] == [0] * 4
+    assert compiled_for(15) <= 2  # the convolutions of a CPU
+    assert [compiled_for(count) for count in (2, 3, 14, 30, 200)] == [0] * 5
+    assert compiled_for(1) <= 3 and compiled_for(0) <= 3
+    assert [compiled_for(count) for count in (1, 0, 2, 15, 16, 300)] == [0] * 6

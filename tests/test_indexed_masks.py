@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from rasterised import assert_areas_are_rasterised
 
 from detectron2.config import instantiate
 from detectron2.modeling.roi_heads import StandardROIHeads, select_foreground_proposals
@@ -13,7 +14,9 @@ from msrcnn_d2 import retrofit
 from msrcnn_d2.modeling import MaskScoringROIHeads
 from msrcnn_d2.modeling.indexed_masks import (
     BITMASKS_AT_A_TIME,
+    BITMASKS_AT_A_TIME_ON_GPU,
     IndexedMasks,
+    _crop_all_boxes,
     with_indexed_masks,
 )
 from msrcnn_d2.modeling.mask_iou_target import crop_gt_masks
@@ -73,9 +76,9 @@ def assert_stands_in_for(indexed, masks):
         crops, expected = (x.crop_and_resize(boxes, mask_size) for x in (indexed, masks))
         assert crops.dtype == torch.bool and torch.equal(crops, expected)
     if isinstance(masks, BitMasks):
-        assert indexed.area().tolist() == masks.tensor.sum(dim=(1, 2)).tolist()
+        assert indexed.area((HEIGHT, WIDTH)).tolist() == masks.tensor.sum(dim=(1, 2)).tolist()
     else:
-        torch.testing.assert_close(indexed.area(), masks.area().double(), rtol=1e-12, atol=1e-9)
+        assert_areas_are_rasterised(masks, (HEIGHT, WIDTH), indexed.area((HEIGHT, WIDTH)))
 
 
 EVERY_THIRD = torch.arange(NUM_OBJECTS) % 3 == 0
@@ -105,6 +108,16 @@ def test_indexing_is_that_of_detectron2(mask_format, item):
     assert_stands_in_for(IndexedMasks(masks)[item], masks[item])
 
 
+@pytest.mark.parametrize("count", [1, BITMASKS_AT_A_TIME_ON_GPU + 1])
+def test_a_gpu_crops_the_same(count):
+    masks = BitMasks(random_masks("bitmask", count).tensor)
+    indices = torch.arange(50) * 7 % count
+    boxes = random_boxes(50)
+    expected = masks[indices].crop_and_resize(boxes, 28)
+    assert expected.any() or count == 1
+    assert torch.equal(_crop_all_boxes(masks.tensor, indices, boxes, 28), expected)
+
+
 @pytest.mark.parametrize("mask_format", FORMATS)
 def test_indexing_again_and_again_is_that_of_detectron2(mask_format):
     masks, indexed = random_masks(mask_format), IndexedMasks(random_masks(mask_format))
@@ -121,7 +134,7 @@ def test_masks_of_an_image_without_objects(mask_format):
 
     indexed = IndexedMasks(masks)
 
-    assert len(indexed) == len(indexed[:3]) == len(indexed.area()) == 0
+    assert len(indexed) == len(indexed[:3]) == len(indexed.area((HEIGHT, WIDTH))) == 0
     assert indexed.crop_and_resize(torch.zeros(0, 4), 28).shape == (0, 28, 28)
 
 

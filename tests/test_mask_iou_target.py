@@ -7,7 +7,12 @@ from matplotlib.path import Path
 
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from msrcnn_d2.modeling.mask_iou_target import CroppedMasks, crop_gt_masks, mask_iou_targets
+from msrcnn_d2.modeling.mask_iou_target import (
+    CroppedMasks,
+    _in_one_copy,
+    crop_gt_masks,
+    mask_iou_targets,
+)
 
 from toy import toy_instances, without_objects
 
@@ -29,10 +34,10 @@ def cropped(masks, boxes, image_size=(100, 100)):
     return crop_gt_masks([proposals], S)[0].gt_masks
 
 
-def targets(pred_masks, masks, boxes):
+def targets(pred_masks, masks, boxes, image_size=(100, 100)):
     """The targets of `pred_masks` (N, S, S) in `boxes`, for ground truth of either form."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    gt = cropped(masks, boxes)
+    gt = cropped(masks, boxes, image_size)
     return mask_iou_targets(pred_masks, gt.crops, gt.areas, boxes)
 
 
@@ -102,6 +107,34 @@ def test_an_object_cut_by_the_image_border_is_what_is_left_of_it(mask_format):
 )
 def test_an_object_that_augmentation_removed_has_iou_zero(masks, prediction):
     assert targets(prediction, masks, [0, 0, 28, 28]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("mask_format", FORMATS)
+@pytest.mark.parametrize("image_size", [(100, 100), (100.0, 100.0)], ids=["int", "float"])
+@pytest.mark.parametrize(
+    "parts, box",
+    [
+        pytest.param([(72, 10, 128, 38)], (72, 10, 100, 38), id="half-outside"),
+        pytest.param([(-56, -28, 28, 28)], (0, 0, 28, 28), id="a-corner-is-inside"),
+        pytest.param([(-200, -200, 300, 300)], (0, 0, 100, 100), id="covers-the-image"),
+        pytest.param([(10, 10, 38, 38)] * 2, (10, 10, 38, 38), id="twice"),
+        pytest.param([(10, 10, 30, 38), (20, 10, 40, 38)], (10, 10, 40, 38), id="half-overlaps"),
+        pytest.param([(10, 10, 38, 38), (15, 15, 20, 20)], (10, 10, 38, 38), id="one-in-another"),
+        pytest.param([(10, 10, 11, 90)] * 2, (10, 10, 11, 90), id="thin-and-twice"),
+        pytest.param([(72, 10, 128, 38)] * 2, (72, 10, 100, 38), id="twice-and-half-outside"),
+        pytest.param([(72, 10, 100, 38), (200, 0, 300, 9)], (72, 10, 100, 38), id="a-part-outside"),
+        pytest.param([(72, 10, 1e6, 38)], (72, 10, 100, 38), id="far-outside"),
+    ],
+)
+def test_a_perfect_mask_has_iou_one(parts, box, image_size, mask_format):
+    polygons = [[p for part in parts for p in rectangle(*part)]]
+    masks = gt_masks(polygons, mask_format)
+
+    found = targets(columns(0, 28), masks, box, image_size)
+
+    torch.testing.assert_close(found, torch.tensor([1.0]), rtol=0, atol=1e-4)
+    half = targets(columns(0, 14), masks, box, image_size)
+    torch.testing.assert_close(half, torch.tensor([0.5]), rtol=0, atol=1e-4)
 
 
 def test_several_polygons_are_one_object():
@@ -206,7 +239,7 @@ def test_agrees_with_a_slow_count_at_full_resolution(mask_format):
     polygons, boxes, predictions = random_cases(150)
     masks = gt_masks([[p.reshape(-1)] for p in polygons], mask_format, image_size=(160, 160))
 
-    ious = targets(torch.from_numpy(predictions), masks, boxes)
+    ious = targets(torch.from_numpy(predictions), masks, boxes, (160, 160))
 
     truth = [slow_iou(*case) for case in zip(polygons, boxes, predictions)]
     assert np.std(truth) > 0.1  # good masks and bad ones
@@ -225,6 +258,7 @@ def test_polygons_and_bitmasks_of_the_same_objects_agree():
             torch.from_numpy(predictions),
             gt_masks([[p.reshape(-1)] for p in polygons], mask_format, image_size=(160, 160)),
             boxes,
+            (160, 160),
         )
         for mask_format in FORMATS
     )
@@ -359,3 +393,12 @@ def test_polygons_without_an_end_are_refused(value):
 def test_polygons_may_be_as_far_from_a_tiny_box_as_images_are_wide():
     masks = PolygonMasks([rectangle(-9000, -9000, 9000, 9000)])
     assert cropped(masks, torch.tensor([[0.0, 0, 0.1, 0.1]])).crops.all()
+
+
+@pytest.mark.parametrize("size", [7, 28])
+def test_crops_and_areas_travel_in_one_copy(size):
+    torch.manual_seed(0)
+    crops, areas = torch.rand(5, size, size) > 0.5, torch.rand(5)
+    copies = _in_one_copy(crops, areas, torch.device("cpu"))
+    assert copies[0].dtype == torch.bool and torch.equal(copies[0], crops)
+    assert copies[1].dtype == torch.float32 and torch.equal(copies[1], areas)

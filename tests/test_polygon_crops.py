@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from rasterised import assert_areas_are_rasterised
 
 from detectron2.structures import PolygonMasks
 
@@ -9,6 +10,17 @@ from msrcnn_d2.modeling.polygon_crops import crop_polygons, polygon_areas
 SQUARE = [10.0, 10, 30, 10, 30, 30, 10, 30]
 TRIANGLE = [5.0, 40, 60.5, 44.25, 20.1, 70.7]
 BOW_TIE = [0.0, 0, 40, 40, 40, 0, 0, 40]  # intersects itself
+APART = [50.0, 10, 70, 10, 70, 30, 50, 30]
+HALF_OVER = [20.0, 10, 40, 10, 40, 30, 20, 30]
+INSIDE = [12.0, 12, 17, 12, 17, 17, 12, 17]
+MOVED = [90.0, 110, 90, 90, 110, 90]  # a triangle of 200 pixels
+AROUND = [-50.0, -50, 900, -50, 900, 900, -50, 900]
+OUTSIDE = [-30.0, 10, -10, 10, -10, 30]
+# A comb: three teeth of 20 x 10 pixels in the image, their back outside of it
+CUT_TWICE = [
+    *(120.0, 0, 80, 0, 80, 10, 110, 10, 110, 20, 80, 20),
+    *(80, 30, 110, 30, 110, 40, 80, 40, 80, 50, 120, 50),
+]
 
 
 def assert_same_crops(masks, boxes, mask_size=28):
@@ -88,7 +100,7 @@ def test_crops_and_areas_of_random_objects_are_those_of_detectron2(mask_size):
     crops = assert_same_crops(masks, random_boxes(rng, objects), mask_size)
 
     assert crops.flatten(1).any(dim=1).sum() > 300  # of about 400 that have polygons
-    assert_same_areas(masks)
+    assert_areas_are_rasterised(masks, (640, 640), polygon_areas(masks, (640, 640)))
 
 
 def test_thousands_of_polygons_are_cropped_at_once():
@@ -99,12 +111,7 @@ def test_thousands_of_polygons_are_cropped_at_once():
     crops = assert_same_crops(masks, random_boxes(rng, masks.polygons))
 
     assert len(crops) == 5000
-    assert_same_areas(masks)
-
-
-def assert_same_areas(masks):
-    # Detectron2's are integers if all objects were removed
-    torch.testing.assert_close(polygon_areas(masks), masks.area().double(), rtol=1e-10, atol=1e-8)
+    assert_areas_are_rasterised(masks, (640, 640), polygon_areas(masks, (640, 640)))
 
 
 @pytest.mark.parametrize(
@@ -114,21 +121,30 @@ def assert_same_areas(masks):
         pytest.param([[SQUARE[::-1]]], [400], id="other-direction"),
         pytest.param([[[0.0, 0, 8, 0, 0, 6]]], [24], id="triangle"),
         pytest.param([[[0.0, 0, 8, 0, 8, 6, 4, 6, 4, 3, 0, 3]]], [36], id="L-shape"),
-        pytest.param([[BOW_TIE]], [0], id="intersects-itself-so-that-parts-cancel"),
+        pytest.param([[BOW_TIE]], [800], id="intersects-itself"),
+        pytest.param([[SQUARE + SQUARE]], [0], id="even-and-odd-as-pycocotools"),
+        pytest.param([[MOVED]], [100], id="a-corner-of-the-image"),
+        pytest.param([[AROUND]], [10_000], id="covers-the-image"),
+        pytest.param([[CUT_TWICE]], [3 * 20 * 10], id="leaves-and-comes-back"),
+        pytest.param([[OUTSIDE], [SQUARE, OUTSIDE]], [0, 400], id="outside"),
+        pytest.param([[SQUARE, INSIDE], [INSIDE]], [400, 25], id="one-in-another"),
         pytest.param([[[3.0, 3, 3, 3, 3, 3]]], [0], id="a-point"),
-        pytest.param([[SQUARE, SQUARE]], [800], id="polygons-add-up"),
-        pytest.param([[SQUARE, SQUARE[::-1]]], [800], id="whatever-their-direction"),
+        pytest.param([[SQUARE, APART]], [800], id="polygons-add-up"),
+        pytest.param([[SQUARE, SQUARE]], [400], id="the-same-counts-once"),
+        pytest.param([[SQUARE, SQUARE[::-1]]], [400], id="whatever-their-direction"),
+        pytest.param([[SQUARE, HALF_OVER]], [600], id="half-overlap"),
         pytest.param([[]], [0], id="removed"),
-        pytest.param([[], [SQUARE], [], [SQUARE] * 2, []], [0, 400, 0, 800, 0], id="some-removed"),
+        pytest.param([[], [SQUARE], [], [SQUARE] * 2, []], [0, 400, 0, 400, 0], id="some-removed"),
         pytest.param([], [], id="no-objects"),
     ],
 )
 def test_areas_of_polygons(objects, expected):
     masks = PolygonMasks(objects)
 
-    assert polygon_areas(masks).dtype == torch.float64
-    assert polygon_areas(masks).tolist() == expected
-    assert_same_areas(masks)
+    areas = polygon_areas(masks, (100, 100))
+
+    assert areas.dtype == torch.float64
+    torch.testing.assert_close(areas, torch.tensor(expected).double(), rtol=0.01, atol=1e-9)
 
 
 def test_no_objects_have_no_crops():
@@ -144,7 +160,27 @@ def test_polygons_and_boxes_are_left_as_they_are():
     masks, boxes = PolygonMasks([[SQUARE, TRIANGLE]]), torch.tensor([[5.0, 8, 61, 71]])
 
     crop_polygons(masks, boxes, 28)
-    polygon_areas(masks)
+    polygon_areas(masks, (50, 50))
 
     assert [p.tolist() for p in masks.polygons[0]] == [SQUARE, TRIANGLE]
     assert boxes.tolist() == [[5, 8, 61, 71]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_polygons_that_are_not_finite_have_no_area(value):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        polygon_areas(PolygonMasks([[[value, *SQUARE[1:]]]]), (100, 100))
+
+
+def test_areas_of_objects_beyond_any_image_take_no_time():
+    # pycocotools walks along polygons cell by cell
+    beyond = [50.0, 50, 1e30, 50, 1e30, 1e30, 50, 1e30]
+    areas = polygon_areas(PolygonMasks([[beyond], [AROUND]]), (100, 40_000))
+    torch.testing.assert_close(areas, torch.tensor([39_950 * 50.0, 900 * 100]).double())
+
+
+def test_areas_of_simple_polygons_inside_the_image_are_exact():
+    # Rasterised, the triangle would have 0 or 1 pixels
+    tiny = [10.25, 10.25, 11.0, 10.25, 10.25, 10.75]
+    areas = polygon_areas(PolygonMasks([[tiny], [SQUARE, APART]]), (100, 100))
+    assert areas.tolist() == [0.1875, 800]

@@ -6,6 +6,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
@@ -16,6 +17,7 @@ from detectron2.modeling import (
     DatasetMapperTTA,
     GeneralizedRCNNWithTTA,
     build_model,
+    detector_postprocess,
 )
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 
@@ -25,6 +27,7 @@ from msrcnn_d2.modeling import (
     MaskScoringROIHeads,
     mask_iou_inference,
 )
+from msrcnn_d2.modeling.roi_heads import DetectedBoxes
 
 from toy import (
     IMAGE_SIZE,
@@ -175,8 +178,8 @@ def test_masks_are_pooled_predicted_and_rasterised_once(
 
         monkeypatch.setattr(owner, name, wrapper)
 
-    # What any crop of polygons comes down to, and any crop of bitmasks to 28 x 28 cells
-    counted(mask_util, "frPyObjects")
+    # What any crop to 28 x 28 cells comes down to, of polygons and of bitmasks
+    counted(mask_util, "frPyObjects", lambda polygons, *size: size == (28, 28))
     counted(ROIAlign, "__call__", lambda align, *_: align.output_size == (28, 28))
     counted(heads.mask_pooler, "forward")
     counted(heads.mask_head, "layers")
@@ -667,3 +670,73 @@ def test_trains_on_crops_that_cut_objects_away(side, expected_counts, tmp_path, 
         model.zero_grad()
         assert_trains_every_parameter(losses, model.roi_heads)
     assert counts == expected_counts  # of the two objects, what is left in the crops
+
+
+# ---- what the mask branch converts, and what postprocessing waits for
+
+
+class Converted(TorchDispatchMode):
+    """Remembers the shapes of tensors that are converted to float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype != torch.float32:
+            if result.dtype == torch.float32:
+                self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("mode", ["train", "infer", "retrofit"])
+def test_under_autocast_only_the_masks_of_one_class_become_float32(mode, heads, event_storage):
+    with torch.autocast("cpu", dtype=torch.bfloat16), Converted() as converted:
+        if mode == "train":
+            losses = train(heads)
+        elif mode == "infer":
+            infer(heads)
+        else:
+            sampled = heads.train().label_and_sample_proposals(toy_proposals(), toy_instances())
+            heads.mask_iou_losses(toy_features(), sampled)
+    masks = [shape for shape in converted.shapes if shape[1:] == (1, 28, 28)]
+    assert masks  # of the class of each region
+    assert not [shape for shape in converted.shapes if shape[1:] == (NUM_CLASSES, 28, 28)]
+    if mode == "train":
+        expected = train(heads)
+        assert losses["loss_mask"].dtype == torch.float32
+        torch.testing.assert_close(losses["loss_mask"], expected["loss_mask"], rtol=0.02, atol=0)
+
+
+def test_gradients_of_loss_mask_are_those_of_detectron2(cascade, event_storage):
+    gradients = []
+    for heads in twins(cascade):
+        train(heads)["loss_mask"].backward()
+        gradients.append([x.grad for x in heads.mask_head.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients))
+
+
+def test_postprocessing_asks_once_which_boxes_are_left():
+    boxes = torch.tensor([[0.0, 0, 8, 8], [5, 5, 5, 9], [90, 2, 96, 60], [200, 0, 300, 9]])
+    plain = Instances(
+        IMAGE_SIZE, pred_boxes=Boxes(boxes), scores=torch.rand(4), pred_masks=torch.rand(4, 1, 9, 9)
+    )
+    ours = Instances(IMAGE_SIZE, **plain.get_fields())
+    ours.pred_boxes = DetectedBoxes(boxes.clone())
+    assert DetectedBoxes(boxes).nonempty().tolist() == [0, 2, 3]
+    assert DetectedBoxes(boxes).nonempty(7.0).tolist() == [0, 3]
+    for kept in (ours[:3], ours.to("cpu")):
+        assert type(kept.pred_boxes) is Boxes
+
+    expected, found = (detector_postprocess(x, 128, 192) for x in (plain, ours))
+
+    assert len(found) == len(expected) == 2  # the last one is outside of the image
+    assert type(found.pred_boxes) is Boxes
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_masks, expected.pred_masks)
+
+
+def test_boxes_of_predictions_are_detected_boxes(cascade):
+    assert all(type(x.pred_boxes) is DetectedBoxes for x in infer(twins(cascade)[1]))

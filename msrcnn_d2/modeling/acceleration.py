@@ -43,9 +43,13 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
     Have `torch.compile` compile the parts of a Mask R-CNN that are only layers, when they are
     called for the first time: backbone, RPN head, and the heads over regions.
 
-    What selects boxes and masks between them depends on data and stays as it is. Images may have
-    any size, and there may be any number of regions from two on, without compiling again. Names in
-    the state dict stay.
+    What selects boxes and masks between them depends on data and stays as it is. Names in the state
+    dict stay.
+
+    Images may have any size without compiling again. The heads over regions are compiled for any
+    number of regions from two on, and again when they first meet one region and none. On a CPU,
+    mask head and mask IoU head are also compiled separately for fewer than 16 regions, for which
+    PyTorch's convolutions may take another library. So a part is compiled at most four times.
 
     Args:
         backend: of `torch.compile`.

@@ -77,14 +77,19 @@ class IndexedMasks:
             return crop_polygons(self.masks[self.indices], boxes, mask_size)
         return _crop_bitmasks(self.masks.tensor, self.indices, boxes, mask_size)
 
-    def area(self) -> torch.Tensor:
+    def area(self, image_size: tuple[int, int]) -> torch.Tensor:
         """
+        Args:
+            image_size: height and width of the image in pixels.
+
         Returns:
-            Tensor of shape (N,), the area of each whole object in pixels; 0 of one that
-            augmentation removed.
+            Tensor of shape (N,), the area in pixels of each whole object inside the image, see
+            :func:`polygon_areas`; 0 of one that augmentation removed.
         """
         if isinstance(self.masks, PolygonMasks):
-            return polygon_areas(self.masks)[self.indices]
+            # Each object once, however many proposals it has, and none that has no proposal
+            distinct, positions = self.indices.unique(return_inverse=True)
+            return polygon_areas(self.masks[distinct], image_size)[positions]
         return count_pixels(self.masks.tensor)[self.indices]
 
 
@@ -92,29 +97,48 @@ def _crop_bitmasks(
     masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, mask_size: int
 ) -> torch.Tensor:
     """The steps of `BitMasks.crop_and_resize`, but with boxes that share the mask they crop."""
-    roi_align = ROIAlign((mask_size, mask_size), 1.0, 0, aligned=True)
     boxes = boxes.to(masks.device)
-    crops = torch.empty(len(boxes), mask_size, mask_size, dtype=torch.bool, device=masks.device)
+    if masks.is_cuda:
+        return _crop_all_boxes(masks, indices, boxes, mask_size)
+    crops = torch.empty(len(boxes), mask_size, mask_size, dtype=torch.bool)
     distinct, positions = indices.unique(return_inverse=True)
-    size = _at_a_time(masks)
-    for start, group in enumerate(distinct.split(size)):
-        (members,) = torch.where(positions // size == start)
-        rows = positions[members] % size  # for each box its mask in the group
-        rois = torch.cat([rows[:, None].to(boxes.dtype), boxes[members]], dim=1)
-        output = roi_align(masks[group][:, None].float(), rois)
-        crops[members] = output.squeeze(1) >= 0.5
+    for start, group in enumerate(distinct.split(BITMASKS_AT_A_TIME)):
+        (members,) = torch.where(positions // BITMASKS_AT_A_TIME == start)
+        rows = positions[members] % BITMASKS_AT_A_TIME  # for each box its mask in the group
+        crops[members] = _roi_align(masks[group], rows, boxes[members], mask_size)
     return crops
 
 
-def _at_a_time(masks: torch.Tensor) -> int:
-    return BITMASKS_AT_A_TIME_ON_GPU if masks.is_cuda else BITMASKS_AT_A_TIME
+def _crop_all_boxes(
+    masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, mask_size: int
+) -> torch.Tensor:
+    """
+    The same without a wait for a GPU, which to learn the boxes of a group of masks would be: each
+    group crops all boxes, and only the crops of its own masks are kept. Few images have more than
+    one group.
+    """
+    crops = torch.zeros(len(boxes), mask_size, mask_size, dtype=torch.bool, device=masks.device)
+    for start in range(0, len(masks), BITMASKS_AT_A_TIME_ON_GPU):
+        group = masks[start : start + BITMASKS_AT_A_TIME_ON_GPU]
+        rows = indices - start
+        found = _roi_align(group, rows.clamp(0, len(group) - 1), boxes, mask_size)
+        crops |= found & ((rows >= 0) & (rows < len(group)))[:, None, None]
+    return crops
+
+
+def _roi_align(
+    masks: torch.Tensor, rows: torch.Tensor, boxes: torch.Tensor, mask_size: int
+) -> torch.Tensor:
+    roi_align = ROIAlign((mask_size, mask_size), 1.0, 0, aligned=True)
+    rois = torch.cat([rows[:, None].to(boxes.dtype), boxes], dim=1)
+    return roi_align(masks[:, None].float(), rois).squeeze(1) >= 0.5
 
 
 def count_pixels(masks: torch.Tensor) -> torch.Tensor:
     """The number of pixels (M,) of the bitmasks (M, H, W)."""
     if masks.device.type == "cpu":  # where NumPy counts many times faster, without a copy
         return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()])
-    parts = masks.split(_at_a_time(masks))
+    parts = masks.split(BITMASKS_AT_A_TIME_ON_GPU)
     return cat([part.bool().sum(dim=(1, 2), dtype=torch.int32) for part in parts])
 
 

@@ -9,6 +9,7 @@ import torch
 from detectron2.structures import Instances, PolygonMasks
 
 from .indexed_masks import IndexedMasks, count_pixels, with_indexed_masks
+from .polygon_crops import polygon_areas
 
 __all__ = ["CroppedMasks", "crop_gt_masks", "mask_iou_targets"]
 
@@ -27,8 +28,8 @@ class CroppedMasks:
     Attributes:
         crops: bool Tensor of shape (N, S, S), the part of each object inside its box,
             S x S cells to a box.
-        areas: float Tensor of shape (N,), the area of each whole object in pixels, the part
-            outside of its box included.
+        areas: float Tensor of shape (N,), the area in pixels of each whole object inside the
+            image, the part outside of its box included.
     """
 
     def __init__(self, crops: torch.Tensor, areas: torch.Tensor):
@@ -71,15 +72,36 @@ def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]
 def _crop_gt_masks_per_image(instances: Instances, mask_size: int) -> Instances:
     fields = with_indexed_masks(instances).get_fields()
     masks, boxes = fields["gt_masks"], instances.proposal_boxes.tensor
-    crops = masks.crop_and_resize(boxes, mask_size).to(boxes.device) > 0.5
-    areas = _areas(masks).float().to(boxes.device)
-    return Instances(instances.image_size, **{**fields, "gt_masks": CroppedMasks(crops, areas)})
+    # Crops of polygons come from the CPU, with the areas in the same copy
+    crops = masks.crop_and_resize(boxes.cpu() if _on_cpu(masks) else boxes, mask_size) > 0.5
+    areas = _areas(masks, instances.image_size).float()
+    if crops.device != boxes.device and areas.device == crops.device:
+        crops, areas = _in_one_copy(crops, areas, boxes.device)
+    gt_masks = CroppedMasks(crops.to(boxes.device), areas.to(boxes.device))
+    return Instances(instances.image_size, **{**fields, "gt_masks": gt_masks})
 
 
-def _areas(masks) -> torch.Tensor:
+def _on_cpu(masks) -> bool:
+    """Whether crops are made on the CPU whatever the device of the boxes is."""
+    return isinstance(masks, IndexedMasks) and isinstance(masks.masks, PolygonMasks)
+
+
+def _in_one_copy(
+    crops: torch.Tensor, areas: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bool `crops` and the float32 `areas` on another device, for one wait of it."""
+    parts = torch.cat([areas.view(torch.uint8), crops.reshape(-1).view(torch.uint8)]).to(device)
+    areas_, crops_ = parts.split([4 * len(areas), crops.numel()])
+    return crops_.view(torch.bool).reshape(crops.shape), areas_.view(torch.float32)
+
+
+def _areas(masks, image_size: tuple[int, int]) -> torch.Tensor:
     """Areas in pixels, one for each of `masks`; an object that augmentation removed has 0."""
-    if isinstance(masks, (IndexedMasks, PolygonMasks)):
-        return masks.area()
+    if isinstance(masks, IndexedMasks):
+        return masks.area(image_size)
+    if isinstance(masks, PolygonMasks):
+        own = type(masks).area is not PolygonMasks.area
+        return masks.area() if own else polygon_areas(masks, image_size)
     return count_pixels(masks.tensor)
 
 
@@ -97,7 +119,8 @@ def mask_iou_targets(
     Args:
         pred_masks: bool Tensor of shape (N, S, S), the binarised mask predicted in each box.
         gt_crops: bool Tensor of shape (N, S, S), the part of the matched object in each box.
-        gt_areas: Tensor of shape (N,), the area of the whole matched object in pixels.
+        gt_areas: Tensor of shape (N,), the area in pixels of the whole matched object inside the
+            image.
         boxes: Tensor of shape (N, 4), the boxes, (x0, y0, x1, y1) in pixels.
 
     Returns:

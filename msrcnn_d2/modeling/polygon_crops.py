@@ -19,6 +19,17 @@ __all__ = ["crop_polygons", "polygon_areas"]
 # pixel, these are the 36,000 pixels of the largest images. pycocotools walks along polygons cell by
 # cell, for hours if there is no end to them.
 MAX_CELLS = 1e7
+NOT_FINITE = (
+    "A polygon of the ground truth or the box of a proposal is not finite, or far outside "
+    "of any image: look for such numbers in the annotations, or training has diverged."
+)
+
+# Cells along a side of an object's box. Of 842 objects of COCO, areas in few cells were off by
+# 0.3 % on average and by 1.1 % in 99 of 100, those in pixels of the image by 0.4 % and 4 %. Many
+# cells resolve objects whose parts are far apart.
+FEW_CELLS, MANY_CELLS = 64, 1024
+# Rounding to cells rarely explains more than this share of the area
+MAX_DISAGREEMENT = 0.02
 
 
 def crop_polygons(masks: PolygonMasks, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
@@ -62,10 +73,7 @@ def _polygons_in_cells(masks, boxes: np.ndarray, mask_size: int) -> list[np.ndar
     cells = vertices - boxes[:, :2][owners].repeat(num_vertices, axis=0)
     cells *= scales[owners].repeat(num_vertices, axis=0)
     if not (np.abs(cells) <= MAX_CELLS).all():  # NaN is not
-        raise FloatingPointError(
-            "A polygon of the ground truth or the box of a proposal is not finite, or far outside "
-            "of any image: look for such numbers in the annotations, or training has diverged."
-        )
+        raise FloatingPointError(NOT_FINITE)
     coordinates = cells.reshape(-1)  # np.split would do the rest, in more time
     stops = (2 * num_vertices.cumsum()).tolist()
     return [coordinates[start:stop] for start, stop in zip([0, *stops], stops)]
@@ -76,28 +84,103 @@ def _next_object(rles: Iterator[dict], num_polygons: int) -> dict:
     return polygons[0] if num_polygons == 1 else mask_util.merge(polygons)
 
 
-def polygon_areas(masks: PolygonMasks) -> torch.Tensor:
+def polygon_areas(masks: PolygonMasks, image_size: tuple[int, int]) -> torch.Tensor:
     """
-    What `masks.area()` returns, up to rounding, in less time.
+    The area of what is rasterised of each object: the part inside the image, where parts that
+    overlap or repeat count once, and a polygon that crosses itself has its inside by the rule of
+    even and odd, as in pycocotools.
+
+    Polygons are clipped to the image, and their areas added. That is exact, except for the few
+    objects whose parts overlap or cross. Rasterising the object, at a resolution of its own, tells
+    them apart: only where the two results disagree, the area is the rasterised one.
 
     Args:
         masks: N objects, of which those that augmentation removed have no polygon.
+        image_size: height and width of the image in pixels.
 
     Returns:
-        float64 Tensor of shape (N,), the sum of the areas of the polygons of each object in
-        pixels; 0 without polygons.
+        float64 Tensor of shape (N,), the areas in pixels; 0 without polygons.
+
+    Raises:
+        FloatingPointError: a polygon is not finite.
     """
     if not any(masks.polygons):
         return torch.zeros(len(masks), dtype=torch.float64)
     vertices, num_vertices, owners = _flatten(masks)
+    if not (np.abs(vertices) < 1e100).all():  # NaN is not
+        raise FloatingPointError(NOT_FINITE)
+    limits = np.array([image_size[1], image_size[0]], dtype=np.float64)
+    if (vertices < 0).any() or (vertices > limits).any():
+        vertices, num_vertices = _clip(vertices, num_vertices, limits)
     stops = num_vertices.cumsum()
     starts = stops - num_vertices
+
+    # The shoelace formula
     previous = np.roll(vertices, 1, axis=0)
     previous[starts] = vertices[stops - 1]
-    # The shoelace formula
     terms = vertices[:, 0] * previous[:, 1] - vertices[:, 1] * previous[:, 0]
-    areas = np.abs(np.add.reduceat(terms, starts)) / 2
-    return torch.from_numpy(np.bincount(owners, weights=areas, minlength=len(masks)))
+    weights = np.abs(np.add.reduceat(terms, starts)) / 2
+    areas = np.bincount(owners, weights=weights, minlength=len(masks))
+
+    # The same counted in cells: in few of them for all objects, in many where the two disagree
+    objects, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
+    lows = np.minimum.reduceat(vertices, starts[firsts])
+    sides = np.maximum.reduceat(vertices, starts[firsts]) - lows
+    corners = lows.repeat(counts, axis=0).repeat(num_vertices, axis=0)
+    lengths = np.maximum(sides, 1e-9).repeat(counts, axis=0).repeat(num_vertices, axis=0)
+    shares = ((vertices - corners) / lengths).reshape(-1)  # of the object's box, from 0 to 1
+    ends = (2 * stops).tolist()
+    polygons = [shares[i:j] for i, j in zip([0, *ends], ends)]
+    few = _count(polygons, counts, FEW_CELLS) * sides.prod(axis=1)
+    for k in np.flatnonzero(_disagree(areas[objects], few)):
+        parts = polygons[firsts[k] : firsts[k] + counts[k]]
+        (many,) = _count(parts, counts[k : k + 1], MANY_CELLS) * sides[k].prod()
+        if _disagree(areas[objects[k]], many):
+            areas[objects[k]] = many
+    return torch.from_numpy(areas)
+
+
+def _count(polygons: list[np.ndarray], counts: np.ndarray, cells: int) -> np.ndarray:
+    """
+    Args:
+        polygons: of all objects, in a unit square.
+        counts: of how many of them each object consists, (N,).
+        cells: how many there are along a side of the square.
+
+    Returns:
+        the shares of the cells that are in the objects, (N,).
+    """
+    rles = iter(mask_util.frPyObjects([cells * x for x in polygons], cells, cells))
+    # One by one, since pycocotools fails on more than 255 with NumPy 2
+    return np.array([mask_util.area(_next_object(rles, n)) for n in counts.tolist()]) / cells**2
+
+
+def _disagree(areas: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    return np.abs(areas - counted) > MAX_DISAGREEMENT * counted
+
+
+def _clip(
+    vertices: np.ndarray, num_vertices: np.ndarray, limits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Polygons in the image, whose borders are 0 and `limits` (x, y): the part that is outside of it
+    becomes lines along the border, which have no area.
+
+    Returns:
+        the vertices and their numbers, five for each of those before.
+    """
+    stops = num_vertices.cumsum()
+    following = np.roll(vertices, -1, axis=0)
+    following[stops - 1] = vertices[stops - num_vertices]
+    edges = following - vertices
+    # Edges are split where they cross a border; each part is then moved to the border if it is
+    # beyond one, which leaves the inside of the image as it is
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        places = np.concatenate([-vertices / edges, (limits - vertices) / edges], axis=1)
+    places = np.sort(np.nan_to_num(places, nan=0.0).clip(0, 1), axis=1)
+    places = np.concatenate([np.zeros((len(places), 1)), places], axis=1)
+    points = vertices[:, None] + places[:, :, None] * edges[:, None]
+    return points.reshape(-1, 2).clip(0, limits), 5 * num_vertices
 
 
 def _flatten(masks: PolygonMasks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

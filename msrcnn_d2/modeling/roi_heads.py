@@ -12,13 +12,29 @@ from detectron2.modeling.roi_heads import (
     select_foreground_proposals,
 )
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference, mask_rcnn_loss
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from .indexed_masks import with_indexed_masks
 from .mask_iou_head import build_mask_iou_head
 from .mask_iou_target import crop_gt_masks
 
-__all__ = ["CascadeMaskScoringROIHeads", "MaskScoringROIHeads"]
+__all__ = ["CascadeMaskScoringROIHeads", "DetectedBoxes", "MaskScoringROIHeads"]
+
+
+class DetectedBoxes(Boxes):
+    """
+    Boxes whose `nonempty()` is an int64 Tensor of indices in place of a bool Tensor; both select
+    the same boxes.
+
+    Detectron2's `detector_postprocess` selects by it. With a bool Tensor each field waits for a
+    GPU to count what is selected, and our models have two fields more; with indices all of them
+    wait once. This is a type of boxes because postprocessing takes nothing else from the ROI heads
+    but fields, and asks only the boxes. Indexing, `to` and `clone` give plain :class:`Boxes`, so
+    users meet it only where they asked for results that are not postprocessed.
+    """
+
+    def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
+        return super().nonempty(threshold).nonzero()[:, 0]
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -66,6 +82,17 @@ class MaskScoringROIHeads(StandardROIHeads):
         shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
         return build_mask_iou_head(cfg, shape)
 
+    def forward(self, images, features, proposals, targets=None):
+        """
+        Args and returns as in the base class, except that the boxes of predictions are
+        :class:`DetectedBoxes`.
+        """
+        results, losses = super().forward(images, features, proposals, targets)
+        if not self.training:
+            for x in results:
+                x.pred_boxes = DetectedBoxes(x.pred_boxes.tensor)
+        return results, losses
+
     def label_and_sample_proposals(self, proposals, targets):
         """
         Args and returns as in the base class, except that "gt_masks" of the proposals are
@@ -85,7 +112,8 @@ class MaskScoringROIHeads(StandardROIHeads):
         if self.training:
             instances, _ = select_foreground_proposals(instances, self.num_classes)
         boxes = [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-        mask_features, mask_logits = self._run_mask_head(features, boxes)
+        classes = cat([x.gt_classes if self.training else x.pred_classes for x in instances])
+        mask_features, mask_logits = self._run_mask_head(features, boxes, classes)
 
         if self.training:
             return self._mask_losses(mask_features, mask_logits, instances)
@@ -93,23 +121,28 @@ class MaskScoringROIHeads(StandardROIHeads):
         mask_probs = cat([x.pred_masks for x in instances])
         return self.mask_iou_head(mask_features, mask_probs, instances)
 
-    def _run_mask_head(self, features, boxes):
+    def _run_mask_head(self, features, boxes, classes):
+        """
+        Returns:
+            the region features (N, C, H, W), and float32 logits (N, 1, S, S) of the masks of
+            `classes` (N,). Detectron2's loss and inference take them as class-agnostic ones.
+        """
         mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
-        # Masks are pasted and compared at full precision, also where autocast computed them
-        return mask_features, self.mask_head.layers(mask_features).float()
+        mask_logits = self.mask_head.layers(mask_features)
+        if mask_logits.shape[1] > 1:
+            rows = torch.arange(len(classes), device=classes.device)
+            mask_logits = mask_logits[rows, classes][:, None]
+        # Masks are pasted and compared at full precision, also where autocast computed them. To
+        # convert those of all classes would take a copy of them
+        return mask_features, mask_logits.float()
 
     def _mask_losses(self, mask_features, mask_logits, instances):
         instances = crop_gt_masks(instances, mask_logits.shape[-1])
         mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
         return {
             "loss_mask": mask_loss * self.mask_head.loss_weight,
-            **self._mask_iou_losses(mask_features, mask_logits, instances),
+            **self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances),
         }
-
-    def _mask_iou_losses(self, mask_features, mask_logits, instances):
-        classes = cat([x.gt_classes for x in instances])
-        mask_probs = _masks_of_classes(mask_logits, classes).sigmoid()
-        return self.mask_iou_head(mask_features, mask_probs, instances)
 
     def mask_iou_losses(
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
@@ -129,16 +162,10 @@ class MaskScoringROIHeads(StandardROIHeads):
         instances, _ = select_foreground_proposals(proposals, self.num_classes)
         with torch.no_grad():
             boxes = [x.proposal_boxes for x in instances]
-            mask_features, mask_logits = self._run_mask_head(features, boxes)
+            classes = cat([x.gt_classes for x in instances])
+            mask_features, mask_logits = self._run_mask_head(features, boxes, classes)
         instances = crop_gt_masks(instances, mask_logits.shape[-1])
-        return self._mask_iou_losses(mask_features, mask_logits, instances)
-
-
-def _masks_of_classes(mask_logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """The (N, 1, S, S) masks of `classes` (N,); a class-agnostic head has the same for each."""
-    if mask_logits.shape[1] == 1:
-        return mask_logits
-    return mask_logits[torch.arange(len(classes), device=classes.device), classes][:, None]
+        return self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances)
 
 
 @ROI_HEADS_REGISTRY.register()

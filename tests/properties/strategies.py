@@ -110,6 +110,18 @@ def polygons(draw):
 
 
 @st.composite
+def objects_of_polygons(draw):
+    """One to four polygons, of which some are the same or the same moved by a few pixels."""
+    parts = draw(st.lists(polygons(), min_size=1, max_size=2))
+    for _ in range(draw(st.integers(0, 2))):
+        part = draw(st.sampled_from(parts))
+        parts.append(part + np.tile([draw(eighths(-9, 9)), draw(eighths(-9, 9))], len(part) // 2))
+    if draw(st.booleans()):
+        parts.append(parts[0])
+    return parts
+
+
+@st.composite
 def stars(draw):
     """A polygon that does not cross itself, inside the image, of at least a few pixels."""
     count = draw(st.integers(3, 9))
@@ -193,7 +205,7 @@ def batches(draw, shape=None, kinds=None, max_images=3, max_proposals=4):
     size = draw(st.sampled_from([7, 14, 28]))
     if shape is None:
         as_bitmasks = draw(st.booleans())
-        shape = bitmaps() if as_bitmasks else st.lists(polygons(), max_size=3)
+        shape = bitmaps() if as_bitmasks else st.one_of(st.just([]), objects_of_polygons())
         kinds = UNUSUAL if as_bitmasks else BOX_KINDS
     batch = Batch([], [], [], [], size)
     for _ in range(draw(st.integers(1, max_images))):

@@ -54,11 +54,21 @@ def targets_of_batch(batch):
 # ---- a slow definition: cell by cell, without what COCO and Detectron2 have to rasterise with
 
 
-def polygon_area(polygon):
-    points = polygon.reshape(-1, 2).tolist()
-    return abs(
-        sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1])) / 2
-    )
+# A point stands for the square around it; an object is rasterised in cells of at most half a pixel
+MARGIN = 0.6
+PARTS = 4  # of a pixel, along each axis, whose centres are counted
+POINTS = (np.indices((PARTS * HEIGHT, PARTS * WIDTH))[::-1].reshape(2, -1).T + 0.5) / PARTS
+
+
+def areas_of_polygons(parts):
+    """The least and the largest area of an object inside the image, counted point by point."""
+    surely = np.zeros(len(POINTS), bool)
+    possibly = surely.copy()
+    for part in parts:
+        inside, distance = inside_and_distance(part, POINTS)
+        surely |= inside & (distance > MARGIN)
+        possibly |= inside | (distance <= MARGIN)
+    return [surely.sum() / PARTS**2, possibly.sum() / PARTS**2]
 
 
 def inside_and_distance(polygon, points):
@@ -115,7 +125,7 @@ def bounds(shape, box, predicted):
     """The least and the largest IoU of a predicted mask with an object that edges leave open."""
     size = predicted.shape[-1]
     if isinstance(shape, list):
-        cells, areas = cells_of_polygons(shape, box, size), [sum(map(polygon_area, shape))] * 2
+        cells, areas = cells_of_polygons(shape, box, size), areas_of_polygons(shape)
     else:
         cells, areas = cells_of_bitmap(shape, box, size), [shape.sum()] * 2
     return bounds_of(*cells, areas, box, predicted)
@@ -235,7 +245,9 @@ def test_a_target_does_not_depend_on_what_else_is_in_the_batch(batch):
     shift=st.tuples(st.integers(-300, 300), st.integers(-300, 300)),
 )
 def test_moving_polygons_and_boxes_by_whole_pixels_changes_nothing(batch, shift):
-    before = targets_of_batch(batch)
+    batch.boxes = [[np.add(box, 1000).tolist() for box in x] for x in batch.boxes]
+    batch.objects = [[[p + 1000 for p in parts] for parts in x] for x in batch.objects]
+    before = targets_in_a_large_image(batch)
 
     batch.boxes = [[np.add(box, shift * 2).tolist() for box in x] for x in batch.boxes]
     batch.objects = [
@@ -243,7 +255,14 @@ def test_moving_polygons_and_boxes_by_whole_pixels_changes_nothing(batch, shift)
     ]
 
     # Coordinates are eighths of pixels, so that the differences between them are exact
-    assert torch.equal(targets_of_batch(batch), before)
+    assert torch.equal(targets_in_a_large_image(batch), before)
+
+
+def targets_in_a_large_image(batch):
+    """None of the objects leaves it."""
+    proposals = [batch.instances(k) for k in range(len(batch.objects))]
+    proposals = [Instances((2000, 2000), **x.get_fields()) for x in proposals]
+    return targets_of(proposals, batch.predicted, batch.size)
 
 
 @holds(
