@@ -295,7 +295,8 @@ def _settings(exponent: float) -> str:
 
 def _write(weights: Weights, exponent: float, output: str) -> None:
     value = torch.tensor(exponent, dtype=torch.float32)
-    write_weights({**weights.state_dict, SCORE_EXPONENT: value}, output)
+    state_dict = {**weights.state_dict, SCORE_EXPONENT: value}
+    write_weights(state_dict, output, class_names=weights.class_names)
     if weights.note:
         print(f"Note: {weights.note}")
     print(

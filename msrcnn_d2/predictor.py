@@ -18,6 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from .checkpoint import MaskScoringCheckpointer
+from .class_names import same, shown_names
 from .errors import UserError
 from .image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
 from .modeling.acceleration import use_channels_last_on_cpu
@@ -41,8 +42,8 @@ class MaskScoringPredictor:
         model: in evaluation mode, with the config's weights; on a CPU in channels-last order, which
             is for inference.
         image_settings: how images are read, such as the scale of 16-bit images.
-        metadata: of the config's first test dataset, such as the names of classes; for
-            visualisers.
+        metadata: for visualisers: the names of classes, and what else the config's first test
+            dataset has if its names are the same.
 
     Example:
         >>> cfg = model_zoo.get_config(
@@ -59,6 +60,7 @@ class MaskScoringPredictor:
         rank_by: str = "mask_score",
         score_threshold: float = 0.0,
         device: Optional[str] = None,
+        class_names: Optional[Sequence[str]] = None,
     ):
         """
         Args:
@@ -71,10 +73,12 @@ class MaskScoringPredictor:
                 left out. The config's own threshold on the class score holds as well.
             device: such as "cpu" or "cuda"; by default the config's, or the CPU if there is no
                 GPU.
+            class_names: by default those that came with the weights, or if they have none those
+                of the config's first test dataset.
 
         Raises:
-            UserError: the weights do not fit the model, in whole or in part, or it does not score
-                its masks.
+            UserError: the weights do not fit the model, in whole or in part, it does not score
+                its masks, or the names are not as many as its classes.
         """
         if rank_by not in RANKINGS:
             raise ValueError(f"rank_by is one of {', '.join(RANKINGS)}, not '{rank_by}'.")
@@ -88,7 +92,6 @@ class MaskScoringPredictor:
         self.image_settings = image_settings(cfg)
         parts = _from_yacs(cfg, device) if isinstance(cfg, CfgNode) else _from_lazy(cfg, device)
         self.model = parts.model.eval()
-        self.metadata = parts.metadata
         self.input_format = parts.input_format
         self.augmentations = parts.augmentations
         if rank_by == "mask_score" and not _scores_masks(self.model):
@@ -101,7 +104,10 @@ class MaskScoringPredictor:
                 "The config has no weights to predict with: set train.init_checkpoint (yaml: "
                 "MODEL.WEIGHTS) to a checkpoint."
             )
-        MaskScoringCheckpointer(self.model).load(parts.weights, strict=True)
+        checkpointer = MaskScoringCheckpointer(self.model)
+        checkpointer.load(parts.weights, strict=True)
+        names = checkpointer.loaded_class_names if class_names is None else class_names
+        self.metadata = _with_names(parts.metadata, names, self.model)
         use_channels_last_on_cpu(self.model)
 
     def __call__(self, images: "ImageLike | list[ImageLike]") -> "dict[str, Any] | list[dict]":
@@ -202,6 +208,23 @@ def _available(device: str) -> str:
 def _metadata(names) -> Metadata:
     names = [names] if isinstance(names, str) else list(names)
     return MetadataCatalog.get(names[0]) if names else Metadata()
+
+
+def _with_names(metadata: Metadata, names: Optional[Sequence[str]], model: nn.Module) -> Metadata:
+    """The metadata if they have the names; else others that have nothing but the names."""
+    of_data = metadata.get("thing_classes")
+    if names is not None and not same(names, of_data or []):
+        metadata, of_data = Metadata(thing_classes=list(names)), names
+    num_classes = getattr(getattr(model, "roi_heads", None), "num_classes", None)
+    if of_data is not None and num_classes is not None and len(of_data) != num_classes:
+        whose = "were given" if names is not None else f"are those of '{metadata.get('name')}'"
+        raise UserError(
+            f"The weights have {num_classes} classes, but the {len(of_data)} names "
+            f"({shown_names(of_data)}) {whose}: give class_names=[...] with the names of the "
+            "weights' classes, or a config with their dataset in dataloader.test.dataset.names "
+            "(yaml: DATASETS.TEST)."
+        )
+    return metadata
 
 
 def _scores_masks(model: nn.Module) -> bool:

@@ -335,6 +335,7 @@ def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypat
             wrap_for_test=lambda model: model,
             device="cpu",
             test_amp=False,
+            num_classes=None,
         )
         with caplog.at_level(logging.INFO, logger="msrcnn_d2"):
             train_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0, "weights.pth"))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detectron2.engine import SimpleTrainer
@@ -185,6 +186,59 @@ def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsy
     # What --resume finds in the output folder
     run(*command, "--resume", f"train.output_dir={trained}")
     assert results.read_text() == expected
+
+
+def predictions_of(output_dir):
+    return json.loads((output_dir / "inference" / "coco_instances_results.json").read_text())
+
+
+def test_the_names_of_a_run_go_with_its_weights(lazy_config, toy_dataset, tmp_path, capsys):
+    """A run that is evaluated on a set with two of the classes, and one that it does not know."""
+    whole, part, again = (tmp_path / name for name in ("whole", "part", "again"))
+    _, _, annotations, images = toy_dataset
+    content = json.loads(Path(annotations).read_text())
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    ids = {"a": 9, "c": 4, "unknown": 5}  # so that c comes first
+    content["categories"] = [{"id": k, "name": name} for name, k in ids.items()]
+    objects = [x for x in content["annotations"] if names[x["category_id"]] in ids]
+    content["annotations"] = [{**x, "category_id": ids[names[x["category_id"]]]} for x in objects]
+    (tmp_path / "part.json").write_text(json.dumps(content))
+    other = ["--dataset", "toy_part", tmp_path / "part.json", images]
+    tested = ["dataloader.test.dataset.names=toy_part"]
+    tested += ["dataloader.evaluator.dataset_name=toy_part"]
+
+    command = ["--config-file", lazy_config, *toy_dataset]
+    run(*command, *other, *tested, f"train.output_dir={part}", "train.max_iter=2")
+    weights = f"train.init_checkpoint={part}/model_final.pth"
+    assert torch.load(part / "model_final.pth")["class_names"] == ["a", "b", "c"]
+    run(*command, "--eval-only", weights, f"train.output_dir={whole}")
+    run(*command, *other, "--eval-only", weights, *tested, f"train.output_dir={again}")
+
+    expected = [{**x, "category_id": names[x["category_id"]]} for x in predictions_of(whole)]
+    expected = [
+        {**x, "category_id": ids[x["category_id"]]} for x in expected if x["category_id"] in ids
+    ]
+    assert expected and predictions_of(part) == predictions_of(again) == expected
+    assert "count as missed: unknown." in (again / "log.txt").read_text()
+    report = json.loads((again / "report" / "report.json").read_text())
+    assert "unknown" in json.dumps(report) and '"b"' not in json.dumps(report)
+
+    # Weights of a run do not go on with other names
+    for category in content["categories"]:
+        category["name"] = {"a": "c", "c": "b", "unknown": "a"}[category["name"]]  # b, a, c
+    (tmp_path / "bac.json").write_text(json.dumps(content))
+    other = ["--dataset", "toy_bac", tmp_path / "bac.json", images]
+    tested = ["dataloader.test.dataset.names=toy_bac", "dataloader.evaluator.dataset_name=toy_bac"]
+    trained = ["dataloader.train.dataset.names=toy_bac", f"train.output_dir={part}"]
+    capsys.readouterr()
+    for options in (
+        ["--eval-only", weights, f"train.output_dir={again}"],
+        [weights, f"train.output_dir={tmp_path}/new", *trained[:1]],
+        ["--resume", *trained],
+    ):
+        with pytest.raises(SystemExit):
+            run(*command, *other, *options, *tested)
+        assert "(a, b, c), " in (said := capsys.readouterr().err) and "another order" in said
 
 
 def test_evaluation_in_batches_and_without_pasting_masks(

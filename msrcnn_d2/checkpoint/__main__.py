@@ -66,7 +66,7 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
             "that are of no framework known here. Save the state_dict() of the detector itself, "
             f"whose names begin with {', '.join(DETECTOR)}."
         )
-    write_weights(weights.state_dict, target, half)
+    write_weights(weights.state_dict, target, half, weights.class_names)
     if unknown:
         print(f"Note: names that are not a Mask R-CNN's stay as they are: {shown(unknown)}.")
     if weights.note:

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from ..errors import UserError
 from ..whole_file import INCOMPLETE, write_whole
-from .conversion import Pixels, Weights, check_finite, read_weights
+from .conversion import CLASS_NAMES, Pixels, Weights, check_finite, read_weights
 from .fetching import find_file
 from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
 from .reading import NotWeightsError, check_whole, reason
@@ -43,8 +43,26 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
     torchvision's Mask R-CNN; ImageNet weights of all of them.
 
     What it saves is what :class:`DetectionCheckpointer` saves; but a file appears under its name,
-    and in "last_checkpoint", when it is complete and on the disk, and not before.
+    and in "last_checkpoint", when it is complete and on the disk, and not before; and it has the
+    names of classes, as "class_names".
+
+    Attributes:
+        class_names: in the order of the classes, what is saved with the weights; None for none.
+        loaded_class_names: those in the file that was loaded last; None if it has none.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: Optional[bool] = None,
+        class_names: Optional[Sequence[str]] = None,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.class_names = class_names
+        self.loaded_class_names: Optional[list[str]] = None
 
     def load(
         self,
@@ -82,6 +100,9 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         if finite:
             check_finite(weights.state_dict, file)
         self._load_weights(weights, file, strict)
+        self.loaded_class_names = weights.class_names
+        if strict and self.class_names is None:  # what is loaded as a whole is saved as a whole
+            self.class_names = weights.class_names
         extras = weights.extras
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in extras:
@@ -166,12 +187,12 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
                 are as they were.
         """
         if _is_remote(self.save_dir) or not (self.save_dir and self.save_to_disk):
-            super().save(name, **kwargs)
+            super().save(name, **self._names(), **kwargs)
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         states = {key: x.state_dict() for key, x in self.checkpointables.items()}
-        contents = {"model": self.model.state_dict(), **states, **kwargs}
+        contents = {"model": self.model.state_dict(), **states, **self._names(), **kwargs}
         try:
             with write_whole(path) as f:
                 torch.save(contents, f)
@@ -183,6 +204,9 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             ) from error
         for left_behind in glob.glob(f"{glob.escape(self.save_dir)}/*.pth{INCOMPLETE}"):
             os.remove(left_behind)  # of a process that was killed
+
+    def _names(self) -> dict[str, list[str]]:
+        return {CLASS_NAMES: list(self.class_names)} if self.class_names is not None else {}
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if _is_remote(self.save_dir):

@@ -37,6 +37,7 @@ class Weights:
             Detectron2 does with weights of backbones; `state_dict` has the file's own names then.
         pixels: by which images were normalised in training, where it is known.
         note: what a user of such a file should know.
+        class_names: in the order of the classes, if the file has them.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Weights:
     matched_by_suffix: bool = False
     pixels: Optional[Pixels] = None
     note: str = ""
+    class_names: Optional[list[str]] = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def read_weights(file: str) -> Weights:
         return Weights(str(extras.get("__author__", "Detectron2")), found, extras, True)
     found, prefixed_averages = _without_prefixes(found, file)
     weights = _with_names_of_detectron2(found, extras)
+    weights.class_names = _class_names(extras, weights.state_dict)
     weights.note = " ".join(filter(None, (weights.note, averages or prefixed_averages)))
     return weights
 
@@ -253,6 +256,27 @@ def _about_averages(key: str, taken: bool) -> str:
     if taken:
         return f"The file has averaged weights (EMA) only, as '{key}': those are taken."
     return f"The file also has averaged weights (EMA), as '{key}': they are not taken."
+
+
+def _class_names(
+    extras: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
+) -> Optional[list[str]]:
+    """Names in a file of this package or of MMDetection, if they are as many as its classes."""
+    meta = _plain(extras.get("meta"))
+    dataset_meta = _plain(meta.get("dataset_meta"))  # since version 3
+    candidates = (
+        extras.get(CLASS_NAMES),
+        meta.get("CLASSES"),
+        dataset_meta.get("classes"),
+        dataset_meta.get("CLASSES"),
+    )
+    names = next((x for x in candidates if isinstance(x, (list, tuple, str)) and x), None)
+    if names is None:
+        return None
+    names = [names] if isinstance(names, str) else list(names)
+    numbers = {len(v) - 1 for k, v in state_dict.items() if CLASS_BIAS.fullmatch(k) and v.ndim == 1}
+    is_theirs = all(type(name) is str for name in names) and numbers <= {len(names)}
+    return names if is_theirs else None
 
 
 def check_finite(state_dict: Mapping[str, torch.Tensor], file: str) -> None:
@@ -374,6 +398,8 @@ def _from_source(source: _Source, found: dict[str, torch.Tensor], extras: dict) 
     return Weights(source.name, state_dict, {}, pixels=pixels, note=source.note)
 
 
+CLASS_NAMES = "class_names"  # the key in files of this package
+CLASS_BIAS = re.compile(r"roi_heads\.box_predictor(\.\d+)?\.cls_score\.bias")
 CLASS_SCORE = "roi_heads.box_predictor.cls_score."
 # Number of rows for each class
 CLASS_ROWS = {

@@ -7,13 +7,20 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .conversion import COUNTER, SCORE_EXPONENT
+from .conversion import CLASS_BIAS, COUNTER, SCORE_EXPONENT
 
-__all__ = ["Fit", "compare", "misfit", "misfit_for_training", "shown", "summary"]
+__all__ = [
+    "Fit",
+    "compare",
+    "frozen_class_scores",
+    "misfit",
+    "misfit_for_training",
+    "shown",
+    "summary",
+]
 
 BACKBONE = "backbone.bottom_up."
 MASK_IOU_HEAD = "roi_heads.mask_iou_head."
-CLASS_SCORES = re.compile(r"roi_heads\.box_predictor(\.\d+)?\.cls_score\.bias")
 NUM_SHOWN = 3  # names in a message
 
 
@@ -104,6 +111,12 @@ def _frozen(model: nn.Module) -> set[str]:
             fixed += dict(module.named_buffers(recurse=False))
         names.update(f"{prefix}.{name}".lstrip(".") for name in fixed)
     return names
+
+
+def frozen_class_scores(model: nn.Module) -> bool:
+    """Whether training leaves the class scores as they are."""
+    model = getattr(model, "module", model)  # of one that is trained in parallel
+    return any(CLASS_BIAS.fullmatch(name) for name in _frozen(model))
 
 
 def misfit(fit: Fit) -> str:
@@ -216,7 +229,7 @@ def _shapes_differ(fit: Fit) -> str:
 def _classes(fit: Fit) -> "tuple[int, int] | None":
     """The number of classes in the file and in the model, if they differ."""
     for name, (given, expected) in fit.shapes.items():
-        if CLASS_SCORES.fullmatch(name):
+        if CLASS_BIAS.fullmatch(name):
             return given[0] - 1, expected[0] - 1  # one row is the background's
     return None
 

@@ -1,11 +1,13 @@
 """Read a file of weights as data: nothing in it can run, whoever made it."""
 
+import json
 import pickle
 import re
 import struct
 import zipfile
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.serialization import MAGIC_NUMBER
 
@@ -53,7 +55,7 @@ def read_file(path: str) -> Any:
         if head.startswith((ZIP, LEGACY_TORCH)):
             return load_torch(path)
         if _is_safetensors(head):
-            return load_file(path)
+            return _read_safetensors(path)
         if PICKLE.match(head):
             with open(path, "rb") as f:
                 return SafeUnpickler(f, encoding="latin1").load()
@@ -78,6 +80,18 @@ def read_file(path: str) -> Any:
             path, f"is truncated or damaged ({reason(error)})", "get the file again"
         ) from error
     raise NotWeightsError(path, *_what_instead(head))
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    """Its tensors, and with them the names of classes if this package has written it."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("class_names")
+    try:
+        names = json.loads(text) if text else None
+    except ValueError:  # of another program
+        names = None
+    return tensors if names is None else {"model": tensors, "class_names": names}
 
 
 def check_whole(path: str) -> None:

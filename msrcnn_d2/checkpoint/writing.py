@@ -1,23 +1,26 @@
 """Write checkpoints with Detectron2's names, wholly or not at all."""
 
+import json
 import os
-from collections.abc import Callable, Mapping
-from typing import IO
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Optional
 
 import torch
 from safetensors.torch import save
 
 from ..errors import UserError
 from ..whole_file import os_error_of, write_whole
-from .conversion import SCORE_EXPONENT
+from .conversion import CLASS_NAMES, SCORE_EXPONENT
 from .reading import reason
 
 __all__ = ["WRITERS", "check_target", "why_not_written", "write_weights"]
 
-WRITERS: dict[str, Callable[[dict[str, torch.Tensor], IO[bytes]], object]] = {
-    ".pth": lambda state_dict, f: torch.save({"model": state_dict}, f),
-    # Not save_file, whose files only their owner may read
-    ".safetensors": lambda state_dict, f: f.write(save(state_dict)),
+WRITERS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, list[str]], IO[bytes]], object]] = {
+    ".pth": lambda state_dict, names, f: torch.save({"model": state_dict, **names}, f),
+    # Not save_file, whose files only their owner may read. It keeps texts beside tensors only
+    ".safetensors": lambda state_dict, names, f: f.write(
+        save(state_dict, {k: json.dumps(v) for k, v in names.items()} or None)
+    ),
 }
 
 
@@ -35,12 +38,18 @@ def check_target(target: str, source: str) -> None:
         raise UserError(f"'{target}' is the input: give another name for the output.")
 
 
-def write_weights(state_dict: Mapping[str, torch.Tensor], target: str, half: bool = False) -> None:
+def write_weights(
+    state_dict: Mapping[str, torch.Tensor],
+    target: str,
+    half: bool = False,
+    class_names: Optional[Sequence[str]] = None,
+) -> None:
     """
     Args:
         state_dict: tensors by their names in a model.
         target: path of the file, see :func:`check_target`; its suffix decides on the format.
         half: whether to write floating-point numbers as float16.
+        class_names: to keep with the weights.
 
     Raises:
         UserError: the file cannot be written; what was there before is still there.
@@ -50,9 +59,10 @@ def write_weights(state_dict: Mapping[str, torch.Tensor], target: str, half: boo
         name: (_halved(name, value) if half else value).clone(memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
     }
+    names = {CLASS_NAMES: list(class_names)} if class_names is not None else {}
     try:
         with write_whole(target) as f:
-            WRITERS[os.path.splitext(target)[1]](contents, f)
+            WRITERS[os.path.splitext(target)[1]](contents, names, f)
     except (OSError, RuntimeError) as error:  # the latter from PyTorch
         raise UserError(f"Cannot write '{target}' ({why_not_written(error)}).") from error
 

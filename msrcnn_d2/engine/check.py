@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.checkpointer import numbered_checkpoints
 from ..errors import UserError
+from .class_names import check_names_of_datasets, check_number
 from .data_check import refuse_annotations
 from .recipe import Recipe
 
@@ -41,9 +42,12 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
             "There is nothing to evaluate on: the config has no dataloader.test and "
             "dataloader.evaluator (yaml: DATASETS.TEST)."
         )
-    names = list(recipe.train_names) if training else []
-    for name in dict.fromkeys(names + [n for t in recipe.test_sets for n in t.names]):
-        _check_dataset(name, recipe.num_classes)
+    trained_on = list(recipe.train_names) if training else []
+    for name in dict.fromkeys(trained_on + [n for t in recipe.test_sets for n in t.names]):
+        # Of a test set it decides where there is no one to find classes by name
+        names_matter = name in trained_on or (training and not trained_on)
+        _check_dataset(name, recipe.num_classes if names_matter else None)
+    check_names_of_datasets(recipe, training)
     for test_set in recipe.test_sets:
         _check_test_batch_size(test_set.batch_size)
     batch = recipe.total_batch_size
@@ -135,18 +139,10 @@ def _check_dataset(name: str, num_classes: "int | None") -> None:
         )
     metadata = MetadataCatalog.get(name)
     _check_paths(name, metadata)
-    if num_classes is None:
-        return
     if not hasattr(metadata, "thing_classes"):
         _read_dataset(name, metadata)  # the json has the categories
-    classes = metadata.get("thing_classes") or []
-    if len(classes) != num_classes:
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-        raise UserError(
-            f"Dataset '{name}' has {len(classes)} categories ({shown}), but the model predicts "
-            f"{num_classes}: set model.roi_heads.num_classes={len(classes)} "
-            f"(yaml: MODEL.ROI_HEADS.NUM_CLASSES {len(classes)})."
-        )
+    if num_classes is not None:
+        check_number(name, metadata.get("thing_classes") or [], num_classes)
 
 
 def _read_dataset(name: str, metadata) -> None:

@@ -3,7 +3,7 @@
 import errno
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, Optional
 
@@ -21,10 +21,11 @@ from detectron2.engine import (
     default_writers,
     hooks,
 )
-from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
+from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
+from ..checkpoint.fitting import frozen_class_scores
 from ..errors import UserError, agree_on_user_errors
 from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
 from ..model_zoo import Published
@@ -33,6 +34,7 @@ from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from .agreement import StepAgreement
 from .bad_images import BadImages
 from .checkpoints import PeriodicCheckpoints
+from .class_names import check_names_of_weights, evaluators_in, names_of_training, use_names
 from .data_order import ResumableBatches, StepSeeds
 from .failed_forward import job_is_ending, watching_forwards
 from .nonfinite import StepKeeper
@@ -82,7 +84,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         trainer = FiniteAMPTrainer(model, batches, optimizer, **trainer_args)
     else:
         trainer = FiniteTrainer(model, batches, optimizer, **trainer_args)
-    checkpointer = MaskScoringCheckpointer(model, recipe.output_dir, trainer=trainer)
+    class_names = names_of_training(recipe)
+    checkpointer = MaskScoringCheckpointer(
+        model, recipe.output_dir, class_names=class_names, trainer=trainer
+    )
     checkpoints = PeriodicCheckpoints(checkpointer, **recipe.checkpointer)
     stop = StopOnSignal(checkpoints.save_now, agreement)
 
@@ -91,7 +96,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     def evaluate_and_keep():
         results.clear()
         with stop.leaving_at_once():
-            results.update(evaluate(recipe, model, use_quality=log_reliability))
+            results.update(evaluate(recipe, model, None, log_reliability, class_names))
         return results
 
     trainer.register_hooks(
@@ -110,6 +115,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     trainer.iter = -1  # what a checkpoint replaces
     with agree_on_user_errors():
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+        keeps_classes = trainer.iter >= 0 or frozen_class_scores(model)
+        check_names_of_weights(checkpointer.loaded_class_names, class_names, keeps_classes)
     batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
     with stop.listening(), closing(batches), closing(precise_bn_batches), watching_forwards():
         with _told_once(), _full_disk_is_a_user_error(recipe.output_dir):
@@ -214,6 +221,7 @@ def evaluate(
     model: nn.Module,
     published: Optional[Published] = None,
     use_quality: Callable[[MaskQuality, TestSet, Recipe], object] = lambda *_: None,
+    class_names: Optional[Sequence[str]] = None,
 ) -> dict:
     """
     Evaluate on each test set; log the results.
@@ -222,6 +230,8 @@ def evaluate(
         published: results to show beside the measured ones, if those are on COCO val2017 too.
         use_quality: called on the main process for each test set whose evaluator has measured the
             quality of masks, after the results were logged.
+        class_names: of the model, in the order of its classes, by which they are found in test
+            sets with other ones; None if they are not known, and then their numbers have to agree.
 
     Returns:
         {task: {metric: value}}, as evaluators return it, on the main process; a level more, the
@@ -230,6 +240,8 @@ def evaluate(
     all_results = OrderedDict()
     for test_set in recipe.test_sets:
         evaluator = test_set.build_evaluator()
+        with agree_on_user_errors():
+            use_names(evaluator, test_set, class_names, recipe)
         results = _inference(recipe, model, test_set, evaluator)
         if comm.is_main_process():
             print_csv_format(results)
@@ -256,10 +268,7 @@ def _use(use_quality: Callable, quality: Optional[MaskQuality], *args) -> None:
 
 def _mask_quality(evaluator) -> Optional[MaskQuality]:
     """What an evaluator, or the first one of several, has measured of it."""
-    if isinstance(evaluator, DatasetEvaluators):
-        evaluator = evaluator._evaluators
-    evaluators = evaluator if isinstance(evaluator, list) else [evaluator]
-    found = (getattr(e, "mask_quality", None) for e in evaluators)
+    found = (getattr(e, "mask_quality", None) for e in evaluators_in(evaluator))
     return next((q for q in found if isinstance(q, MaskQuality)), None)
 
 
@@ -314,7 +323,8 @@ def evaluate_checkpoint(
                 "MODEL.WEIGHTS FILE)."
             )
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume, strict=True)
-    return _verified(evaluate(recipe, model.eval(), published, write_report_of), recipe)
+    names = checkpointer.loaded_class_names
+    return _verified(evaluate(recipe, model.eval(), published, write_report_of, names), recipe)
 
 
 def summary_table(results: dict, published: Optional[Published] = None) -> str:

@@ -5,13 +5,18 @@ import json
 import logging
 import os
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from typing import Optional
+
+import torch
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from ..class_names import match, obstacle, same
+from ..errors import UserError
 from .coco_engine import (
     COCO_MAX_DETS,
     Engine,
@@ -57,6 +62,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         use_fast_impl: Optional[bool] = None,
         mask_quality: bool = True,
         max_dets_per_image: Optional[int] = None,
+        class_names: Optional[Sequence[str]] = None,
         **kwargs,
     ):
         """
@@ -69,12 +75,14 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 engine="pycocotools".
             max_dets_per_image: of each image and class, so many detections count, the best ones; by
                 default 100, with a warning where there are more.
+            class_names: of the model, if the dataset may have others: see `use_class_names`.
             mask_quality: whether to measure it. After an evaluation of masks all of it is in the
                 attribute `mask_quality`, on the main process; else that is None.
 
         Raises:
             ValueError: if the engine is unknown, not installed or not what `use_fast_impl` says; or
                 if `max_dets_per_image` is not a whole number from 1 on.
+            UserError: from :meth:`use_class_names`.
         """
         limit = max_dets_per_image
         if limit is not None and (type(limit) is not int or limit < 1):
@@ -94,13 +102,57 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             annotation.setdefault("iscrowd", 0)  # as in training
         self._measures_mask_quality = mask_quality
         self.mask_quality: Optional[MaskQuality] = None
+        self._class_in_dataset: Optional[torch.Tensor] = None
+        if class_names is not None:
+            self.use_class_names(class_names)
+
+    def use_class_names(self, class_names: Sequence[str]) -> None:
+        """
+        Find the model's classes in the dataset by name. Predictions of classes that the dataset
+        does not have are left out; objects of classes that the model does not know are missed.
+
+        Args:
+            class_names: of the model, in the order of its classes.
+
+        Raises:
+            UserError: the names are the same in another order, or none is the same.
+        """
+        own = self._metadata.get("thing_classes")
+        if own is None:  # until Detectron2 has loaded the dataset, which takes them from the file
+            categories = self._coco_api.dataset.get("categories", [])
+            own = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+        self._class_in_dataset = None
+        if not own or same(own, class_names):
+            return
+        dataset = f"dataset '{self._metadata.get('name')}'"
+        why_not = obstacle("the model", class_names, dataset, own)
+        if why_not:
+            raise UserError(
+                f"{why_not} Evaluate on annotations with the model's names, in the order of their "
+                "ids."
+            )
+        positions = match(class_names, own)
+        self._class_in_dataset = torch.tensor([-1 if k is None else k for k in positions])
+        left_out = [name for name, k in zip(class_names, positions) if k is None]
+        if left_out:
+            logger.info(
+                "Predictions of classes that %s does not have are left out: %s.",
+                *(dataset, ", ".join(left_out)),
+            )
+        unknown = [name for name in own if name not in class_names]
+        if unknown:
+            logger.warning(
+                "Classes of %s that the model does not know, so that all their objects count as "
+                "missed: %s.",
+                *(dataset, ", ".join(unknown)),
+            )
 
     def reset(self):
         super().reset()
         self.mask_quality = None
 
     def process(self, inputs, outputs):
-        outputs = [_on_cpu(x) for x in outputs]
+        outputs = [self._with_classes_of_dataset(_on_cpu(x)) for x in outputs]
         first = len(self._predictions)
         super().process(inputs, [_without_masks(x) for x in outputs])
         # The base class skips outputs that it knows nothing to do with
@@ -108,6 +160,15 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         for prediction, output in zip(self._predictions[first:], known):
             if "instances" in output:
                 _attach_masks(prediction["instances"], output["instances"])
+
+    def _with_classes_of_dataset(self, output: dict) -> dict:
+        if self._class_in_dataset is None or "instances" not in output:
+            return output
+        instances = output["instances"]
+        classes = self._class_in_dataset[instances.pred_classes]
+        kept = instances[classes >= 0]
+        kept.pred_classes = classes[classes >= 0]
+        return {**output, "instances": kept}
 
     def _eval_predictions(self, predictions, img_ids=None):
         logger.info("Preparing results for COCO format ...")
