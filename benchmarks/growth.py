@@ -130,8 +130,9 @@ def _masks_row(model, count: int, rounds: int) -> list[float]:
     heads = model.roi_heads
     features = torch.randn(count, 256, 14, 14, device=DEVICE).relu().requires_grad_()
     foreground = crop_gt_masks([_foreground(count, num_objects=8)], 28)
+    classes = foreground[0].gt_classes
     with torch.no_grad():
-        logits = heads.mask_head.layers(features)
+        logits = heads.mask_head.layers(features)[torch.arange(count, device=DEVICE), classes]
 
     def mask_step():
         with EventStorage():
@@ -139,7 +140,8 @@ def _masks_row(model, count: int, rounds: int) -> list[float]:
 
     def mask_iou_step():
         with EventStorage():
-            losses = heads._mask_iou_losses(features, logits.requires_grad_(), foreground)
+            masks = logits[:, None].requires_grad_().sigmoid()
+            losses = heads.mask_iou_head(features, masks, foreground)
         losses["loss_mask_iou"].backward()
 
     row = _time_and_memory([mask_step, mask_iou_step], rounds)
