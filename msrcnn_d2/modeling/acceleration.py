@@ -1,8 +1,8 @@
 """What makes a model faster without changing what it computes, up to rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,9 +59,17 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
             part.compile(dynamic=True, backend=backend)
     for path in ("roi_heads.mask_head", "roi_heads.mask_iou_head"):
         for part in _parts(model, path):
-            # As the method of a class, bound by what a copy of the model binds to its own part
-            layers = torch.compile(type(part).layers, dynamic=True, backend=backend)
-            part.layers = partial(layers, part)
+            # A partial of a function that pickle finds: copies bind it to their own part
+            part.layers = partial(_compiled_layers, part, backend)
+
+
+def _compiled_layers(part: Any, backend: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    return _compiled(type(part).layers, backend)(part, *inputs)
+
+
+@cache
+def _compiled(function: Callable, backend: Any) -> Callable:
+    return torch.compile(function, dynamic=True, backend=backend)
 
 
 def _parts(model: nn.Module, path: str) -> list[Any]:
