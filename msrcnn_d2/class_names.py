@@ -9,8 +9,14 @@ NUM_SHOWN = 5
 
 
 def same(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether the names are the same in the same order, however they are spelled."""
-    return [*map(_plain, names)] == [*map(_plain, others)]
+    """
+    Whether the names are the same in the same order, however they are spelled. Where spelling tells
+    classes apart, as letters "a" and "A", it has to be the same.
+    """
+    plain = [*map(_plain, names)]
+    if len(set(plain)) < len(plain):
+        return list(names) == list(others)
+    return plain == [*map(_plain, others)]
 
 
 def match(names: Sequence[str], others: Sequence[str]) -> list[Optional[int]]:

@@ -66,6 +66,15 @@ def test_another_spelling_of_all_names_in_their_order():
     assert not same(names, others[::-1]) and not same(names, names[:1])
 
 
+@pytest.mark.parametrize("names", ["aA", "-_", ["x y", "xy", "z"]])
+def test_classes_that_only_their_spelling_tells_apart(names):
+    """Such as letters; taken for the same, their predictions would be counted for each other."""
+    swapped = [names[1], names[0], *names[2:]]
+    assert same(names, list(names)) and obstacle("A", names, "B", list(names)) == ""
+    assert not same(names, swapped)
+    assert "another order" in obstacle("A", names, "B", swapped)
+
+
 def test_positions_of_names():
     assert match("abc", "cxa") == [2, None, 0]
 
