@@ -121,7 +121,7 @@ def amp_trainer_of(monkeypatch):
     """A function like `trainer_of`, with the gradient scaler on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # Detectron2 asserts it
 
-    def build(inputs, max_skipped_steps=50, scale=65536.0):
+    def build(inputs, max_skipped_steps=50, scale=65536.0, fused=False):
         model = Scaled()
 
         def stop(description, advice):
@@ -129,7 +129,7 @@ def amp_trainer_of(monkeypatch):
 
         trainer = FiniteAMPTrainer(
             *(model, [torch.tensor(float(x)) for x in inputs]),
-            torch.optim.SGD(model.parameters(), lr=1.0),
+            torch.optim.SGD(model.parameters(), lr=1.0, fused=fused),
             torch.amp.GradScaler("cpu", init_scale=scale),
             max_nonfinite_steps=0,
             max_skipped_steps=max_skipped_steps,
@@ -144,8 +144,9 @@ def amp_trainer_of(monkeypatch):
     return build
 
 
-def test_so_many_steps_in_a_row_may_be_skipped(amp_trainer_of):
-    trainer = amp_trainer_of([-1, -1, 1, -1, -1, -1, 1], max_skipped_steps=3)
+@pytest.mark.parametrize("fused", [False, True])  # the scaler leaves it to a fused optimizer
+def test_so_many_steps_in_a_row_may_be_skipped(amp_trainer_of, fused):
+    trainer = amp_trainer_of([-1, -1, 1, -1, -1, -1, 1], max_skipped_steps=3, fused=fused)
     with pytest.raises(Stopped) as stopped:
         trainer.train(0, 7)
     description, advice = stopped.value.args

@@ -151,8 +151,11 @@ class FiniteAMPTrainer(_FiniteSteps, AMPTrainer):
         # The scaler has to wait for the device before each step. Who asks it waits again
         self.optimizer.register_step_post_hook(self._on_optimizer_step)
 
-    def _on_optimizer_step(self, *_):
-        self._has_stepped = True
+    def _on_optimizer_step(self, optimizer, *_):
+        # A fused optimizer is called in any case, and skips the step itself where the scaler has
+        # found something. The scaler does not wait then, so this is the only wait
+        found = getattr(optimizer, "found_inf", None)
+        self._has_stepped = found is None or not found.item()
 
     def _leave_step(self, losses: list[str], gradients: list[str]):
         self._has_stepped = True  # it has not been up to the scaler
