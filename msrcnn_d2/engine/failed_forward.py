@@ -23,9 +23,9 @@ from detectron2.utils import comm
 __all__ = ["forward_is_done", "job_is_ending", "wait_for_other_forwards", "watching_forwards"]
 
 POLL_SECONDS = 0.5
-# How long the others may take to finish their forward pass: the slowest of models on a CPU take
-# half of it. It is waited for only after an error.
-PATIENCE_SECONDS = 60.0
+# How long the others may take to finish their forward pass: the first one of a compiled model takes
+# minutes. It is waited for only after an error.
+PATIENCE_SECONDS = 300.0
 EXIT_SECONDS = 10.0  # for all processes to have read why the job ends
 EXIT_CODE = 2  # as of a UserError
 
