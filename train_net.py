@@ -101,6 +101,9 @@ def main(args: argparse.Namespace) -> None:
             logger.info("There is no GPU that PyTorch can use: running on the CPU.")
         with agree_on_user_errors():
             check_data(recipe, training=not args.eval_only)
+        with agree_on_user_errors():
+            for test_set in recipe.test_sets:
+                test_set.prepare()
         if args.eval_only:
             evaluate_checkpoint(recipe, args.resume, published_results(args.config_file))
         else:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -18,7 +19,13 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, Metadat
 from detectron2.evaluation import COCOEvaluator
 
 from msrcnn_d2 import model_zoo
-from msrcnn_d2.engine import build_recipe, check_recipe, find_config_file, load_config
+from msrcnn_d2.engine import (
+    build_recipe,
+    check_data,
+    check_recipe,
+    find_config_file,
+    load_config,
+)
 from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds, build_resumable_loader
 from msrcnn_d2.engine.inference_loader import build_test_loader
 from msrcnn_d2.engine.load_config import register_dataset
@@ -28,6 +35,8 @@ from msrcnn_d2.errors import UserError
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.image_reading import ImageSettings
 from msrcnn_d2.model_zoo import Published
+
+from toy_training import lazy_config as toy_config
 
 recipe_module = sys.modules["msrcnn_d2.engine.recipe"]
 train_module = sys.modules["msrcnn_d2.engine.train"]  # the package has a function of this name
@@ -638,6 +647,174 @@ def test_several_test_sets_and_evaluators_of_a_lazy_config(tmp_path, dataset):
     cfg.dataloader.test, cfg.dataloader.evaluator = [loader, other], [a]
     with pytest.raises(UserError, match="2 loaders"):
         build_recipe(cfg)
+
+
+def prepared(cfg):
+    for test_set in build_recipe(cfg).test_sets:
+        test_set.prepare()
+    return True
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("evaluator.max_dets_per_image=[1,10,100]", "max_dets_per_image"),
+        ("evaluator.max_dets_per_image=many", "max_dets_per_image"),
+        ("evaluator.max_dets_per_image=0", "max_dets_per_image"),
+        ("+dataloader.evaluator.kpt_oks_sigmas='0.1,0.2'", "kpt_oks_sigmas"),
+        ("+dataloader.evaluator.kpt_oks_sigmas=0.1", "kpt_oks_sigmas"),
+        ("+dataloader.evaluator.kpt_oks_sigmas=[0.1,-1]", "kpt_oks_sigmas"),
+        ("+dataloader.evaluator.kpt_oks_sigmas=[0.1]", "2 keypoints"),
+        ("+dataloader.evaluator.tasks=bbox", "tasks"),
+        ("+dataloader.evaluator.tasks=[bbox,masks]", "tasks"),
+        ("+dataloader.evaluator.tasks=[keypoints]", "2 keypoints"),
+        ("+dataloader.evaluator.max_det=100", "max_det"),
+        ("evaluator.engine=[pycocotools]", "dataloader.evaluator"),
+        ("evaluator.dataset_name=eager_none", "eager_none"),
+        ("evaluator.dataset_name=[eager,eager_none]", "dataset_name"),
+        ("test.dataset.names=3", "dataloader.test.dataset.names"),
+        ("test.dataset.names='[eager]'", "dataloader.test.dataset.names"),
+        ("test.dataset.names=[eager,eager_none]", "dataloader.test.dataset.names"),
+        ("test.dataset.names=[]", "dataloader.test"),
+        ("+dataloader.test.dataset.min_keypoint=3", "dataloader.test"),
+        ("+dataloader.test.prefetch_facto=3", "dataloader.test"),
+        ("test.num_workers=-1", "dataloader.test.num_workers"),
+        ("evaluator=matlab", "dataloader.evaluator"),
+    ],
+)
+@pytest.mark.parametrize("evaluator", [COCOEvaluator, MaskScoringCOCOEvaluator])
+def test_evaluations_are_built_before_training(change, message, evaluator, tmp_path, dataset):
+    if evaluator is COCOEvaluator and "engine" in change:
+        pytest.skip("Detectron2's evaluator has no engine")
+    with_keypoints(dataset("eager"))
+    key = change if change.startswith("+") else f"dataloader.{change}"
+    base = toy_config("eager")
+    base.dataloader.evaluator = LazyCall(evaluator)(
+        dataset_name="${..test.dataset.names}", max_dets_per_image=None
+    )
+    if "engine" in change:
+        base.dataloader.evaluator.engine = None
+    LazyConfig.save(base, str(tmp_path / "config.yaml"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        prepared(load_config(str(tmp_path / "config.yaml"), [key]))
+
+
+def with_keypoints(annotations):
+    """Gives the dataset an image with one object that has two keypoints."""
+    contents = json.loads(annotations.read_text())
+    contents["images"] = [{"id": 1, "file_name": "1.png", "width": 8, "height": 8}]
+    box = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 4, 4], "area": 16}
+    keypoints = {"keypoints": [1, 1, 2, 3, 3, 2], "num_keypoints": 2}
+    contents["annotations"] = [{**box, **keypoints, "segmentation": [[0, 0, 4, 0, 4, 4]]}]
+    annotations.write_text(json.dumps(contents))
+
+
+def test_sound_evaluations_are_built_before_training(tmp_path, dataset):
+    with_keypoints(dataset("eager_sound"))
+    cfg = toy_config("eager_sound")
+    cfg.train.output_dir = str(tmp_path)
+    cfg.dataloader.test.dataset.names = ["eager_sound"]
+    cfg.dataloader.evaluator = LazyCall(COCOEvaluator)(
+        dataset_name="${..test.dataset.names}", tasks=["keypoints"], kpt_oks_sigmas=[0.1, 1]
+    )
+    assert prepared(cfg)
+    cfg.dataloader.evaluator = None
+    assert build_recipe(cfg).test_sets == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["TEST.MAX_DETS_PER_IMAGE=-1"],
+        ["TEST.KEYPOINT_OKS_SIGMAS=[0.1,0.2,0.3]"],
+        ["TEST.KEYPOINT_OKS_SIGMAS=['a','b']"],
+        ["MODEL.KEYPOINT_ON=True"],
+    ],
+)
+def test_evaluations_of_yaml_are_built_before_training(overrides, dataset):
+    with_keypoints(dataset("eager_yaml"))
+    with pytest.raises(UserError, match="dataloader.evaluator .yaml: TEST"):
+        prepared(load_config(YACS, ["DATASETS.TEST=('eager_yaml',)", *overrides]))
+    sigmas = "TEST.KEYPOINT_OKS_SIGMAS=[0.1,0.2]"
+    assert prepared(load_config(YACS, ["DATASETS.TEST=('eager_yaml',)", sigmas]))
+
+
+def test_what_was_built_before_training_serves_one_evaluation():
+    built = []
+    test_set = TestSet((), lambda: built.append("loader"), lambda: built.append("evaluator"))
+    test_set.prepare()
+    assert sorted(built) == ["evaluator", "loader"]
+    for count in (2, 4):
+        test_set.build_loader(), test_set.build_evaluator()
+        assert len(built) == count
+
+
+def test_evaluators_do_not_write_over_each_others_files(tmp_path, dataset):
+    dataset("folders")
+    cfg = toy_config("folders")
+    cfg.train.output_dir = str(tmp_path)
+    one = cfg.dataloader.evaluator
+    cfg.dataloader.evaluator = [one, one]
+    (test_set,) = build_recipe(cfg).test_sets
+    folders = [x._output_dir for x in test_set.build_evaluator()._evaluators]
+    assert len(set(folders)) == 2 and all(f.startswith(f"{tmp_path}/inference/") for f in folders)
+    # Two loaders of the same dataset, such as one with augmentations
+    cfg.dataloader.test = [cfg.dataloader.test, cfg.dataloader.test]
+    first, second = build_recipe(cfg).test_sets
+    assert str(first) != str(second)
+    assert [x.build_evaluator()._output_dir for x in (first, second)] == folders
+    for evaluator in cfg.dataloader.evaluator:
+        evaluator.output_dir = "${....train.output_dir}"
+    with pytest.raises(UserError, match="output_dir"):
+        build_recipe(cfg)
+
+
+def test_cascade_has_the_limit_of_its_last_stage(tmp_path, dataset):
+    dataset("limit_cascade")
+    cfg = toy_config("limit_cascade")
+    stage = {"test_topk_per_image": 400}
+    cfg.model = {"roi_heads": {"num_classes": 3, "box_predictor": [{}, {}, stage]}}
+    recipe = build_recipe(cfg)
+    assert recipe.detections_per_image == 400
+    assert recipe.test_sets[0].build_evaluator()._max_dets_per_image[-1] == 400
+
+
+def test_published_results_are_beside_those_with_100_detections():
+    task = {"AP": 90.0, "AP50": 90.0, "AP75": 90.0, "AP@100": 31.0}
+    table = summary_table({"bbox": task, "segm": task}, Published(38.2, 36.0, "weights.pth"))
+    assert table.splitlines()[0].count("AP@100") == 2
+
+
+@pytest.mark.parametrize("limit, warned", [(2, True), (3, False), (None, False)])
+def test_more_objects_than_the_model_detects_are_told(limit, warned, dataset, caplog):
+    path = dataset("crowded")
+    contents = json.loads(path.read_text())
+    contents["images"] = [
+        {"id": k, "file_name": f"{k}.png", "width": 8, "height": 8} for k in (17, 18)
+    ]
+    square = {"category_id": 1, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}
+    square["segmentation"] = [[0, 0, 4, 0, 4, 4, 0, 4]]
+    # Three objects in one image; two and a crowd in the other
+    images_and_crowds = [(17, 0), (17, 0), (17, 0), (18, 0), (18, 0), (18, 1)]
+    contents["annotations"] = [
+        {**square, "id": k, "image_id": image, "iscrowd": crowd}
+        for k, (image, crowd) in enumerate(images_and_crowds, 1)
+    ]
+    path.write_text(json.dumps(contents))
+    recipe = SimpleNamespace(
+        train_names=("crowded",),
+        test_sets=[],
+        check_images=False,
+        images=ImageSettings(),
+        max_bad_images=0,
+        detections_per_image=limit,
+    )
+    with caplog.at_level(logging.WARNING, logger="msrcnn_d2"):
+        check_data(recipe, training=True)
+    told = [x.getMessage() for x in caplog.records if "test_topk_per_image" in x.getMessage()]
+    assert len(told) == warned
+    if warned:
+        assert all(part in told[0] for part in ("'crowded'", "1 image ", "image 17", "=3"))
 
 
 # Summary

@@ -145,6 +145,17 @@ def run(monkeypatch, capsys, *args):
     return code, *capsys.readouterr()
 
 
+def test_the_limit_is_that_of_the_results(files, monkeypatch, capsys):
+    wrong, right = results(right=(0.1, 0.9), wrong=(0.8, 0.9))
+    files[0].write_text(json.dumps([wrong] * 100 + [right]))
+    # The only right one is the last of 101: its precision is 1/101
+    rows = []
+    for limit in ([], ["--max-dets", 100]):
+        code, out, _ = run(monkeypatch, capsys, *files, "--exponents", 1, *limit)
+        rows.append((code, re.findall(r"^\| *1 \| *([0-9.]+)", out, re.MULTILINE)))
+    assert rows == [(0, ["0.99"]), (0, ["0.00"])]
+
+
 def test_a_fit_is_shown(files, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, *files, "--exponents", 0.5, 2)
 

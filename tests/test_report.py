@@ -386,6 +386,18 @@ def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
     assert "at least 1" in capsys.readouterr().err
 
 
+def test_the_limit_is_that_of_the_results(monkeypatch, tmp_path):
+    elsewhere = [detected(1, (40, 10, 10, 10), 0.9, 0.5)] * 100
+    # The only right one is the last of 101: its precision is 1/101
+    annotations, results = write(tmp_path, truth(OBJECT), [*elsewhere, detected(1, OBJECT, 0.1, 1)])
+    measured = []
+    monkeypatch.setattr(command, "write_report", lambda quality, *args: measured.append(quality))
+    for limit in ([], ["--max-dets", "100"]):
+        monkeypatch.setattr(sys, "argv", ["report", str(results), str(annotations), *limit])
+        command.main()
+    assert [x.overall.ap["class_score"] for x in measured] == [pytest.approx(100 / 101), 0]
+
+
 def test_more_detections_than_count_are_mentioned(capsys):
     command.warn_of_more_than(
         2, [detected(1, OBJECT, 0.5, 0.5)] * 3 + [detected(2, OBJECT, 0.5, 0.5)]

@@ -349,6 +349,30 @@ def test_an_unreadable_checkpoint_is_one_sentence_and_an_exit_code(
         assert "Traceback" not in captured.err + captured.out
 
 
+@pytest.mark.parametrize("action", [[], ["--eval-only"]])
+@pytest.mark.parametrize(
+    "kind, mistake, told",
+    [
+        ("lazy", "dataloader.evaluator.max_dets_per_image=[1,10,100]", "max_dets_per_image"),
+        ("lazy", "+dataloader.test.prefetch_factor=2", "dataloader.test"),
+        ("yacs", "TEST.KEYPOINT_OKS_SIGMAS=['a']", "kpt_oks_sigmas"),
+    ],
+)
+def test_a_mistake_in_the_evaluation_is_met_before_a_model_is_built(
+    kind, mistake, told, action, toy_dataset, request, tmp_path, capsys, monkeypatch
+):
+    for name in ("train", "evaluate_checkpoint"):
+        monkeypatch.setattr(train_net, name, lambda *args, **kwargs: pytest.fail("it started"))
+    config = request.getfixturevalue(f"{kind}_config")
+    output = f"{'train.output_dir' if kind == 'lazy' else 'OUTPUT_DIR'}={tmp_path}"
+    with pytest.raises(SystemExit) as left:
+        run("--config-file", config, *toy_dataset, *action, mistake, output)
+    captured = capsys.readouterr()
+    assert left.value.code == 2
+    assert "dataloader." in captured.err and told in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
 def test_categories_that_do_not_match_stop_a_run(lazy_config, toy_dataset, tmp_path, capsys):
     options = ["model.roi_heads.num_classes=7", f"train.output_dir={tmp_path}"]
     with pytest.raises(SystemExit):

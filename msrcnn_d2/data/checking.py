@@ -126,6 +126,10 @@ def check_contents(contents: dict, files: Optional[dict[str, ImageFile]]) -> Fin
     images = check_images(contents["images"], files, findings)
     categories = check_categories(contents["categories"], findings)
     annotations = check_annotations(contents["annotations"], images, categories, findings)
+    usable = (annotations.images >= 0) & (annotations.categories >= 0) & ~annotations.crowds
+    for k, number in enumerate(np.bincount(annotations.images[usable]).tolist()):
+        if number:
+            findings.objects_per_image[contents["images"][k]["id"]] = number
     check_masks(annotations, images, findings)
     for k in _without(contents["images"], images.index, annotations.images):
         findings.add("image-empty", "it has no annotations", index=k, **images.where(k))

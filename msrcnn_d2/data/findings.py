@@ -60,6 +60,7 @@ class Findings:
         num_images, num_annotations, num_categories: entries of the file.
         num_files: images that were looked at; None if none were to be.
         has_annotations: whether the file has a list of annotations, and be it empty.
+        objects_per_image: numbers of objects that are no crowds, by image id; without zeros.
         mask_format: of Detectron2 for training, "polygon" or "bitmask": the latter as soon as an
             object that is not a crowd has RLE.
     """
@@ -70,6 +71,7 @@ class Findings:
     num_categories: int = 0
     num_files: Optional[int] = None
     has_annotations: bool = True
+    objects_per_image: dict[Id, int] = field(default_factory=dict)
     mask_format: str = "polygon"
 
     def add(self, kind: str, message: str, **where: Any) -> None:

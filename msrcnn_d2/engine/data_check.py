@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from typing import Optional
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
@@ -64,6 +65,7 @@ def _check(
     if not is_trained_on:
         _check_evaluation(name, findings, training)
     _log(name, findings)
+    _warn_of_crowded(name, findings, recipe.detections_per_image)
     errors = [f for f in findings.of(Level.ERROR) if f.kind not in BAD_IMAGES]
     wrong_boxes = [f for f in errors if f.kind == "box-elsewhere"]
     share = len(wrong_boxes) / max(1, findings.num_annotations)
@@ -135,6 +137,21 @@ def _log(name: str, findings: Findings) -> None:
     text = f"\n{findings.summary(NUM_SHOWN)}" if bad else ""
     level = logging.WARNING if bad else logging.INFO
     logger.log(level, "Dataset '%s' has %s.%s", name, findings.totals(), text)
+
+
+def _warn_of_crowded(name: str, findings: Findings, limit: Optional[int]) -> None:
+    crowded = {
+        k: n for k, n in findings.objects_per_image.items() if limit is not None and n > limit
+    }
+    if not crowded:
+        return
+    image, most = max(crowded.items(), key=lambda item: item[1])
+    logger.warning(
+        "Dataset '%s' has %s with more objects than the %d that the model detects in an image, "
+        "such as image %r with %d: the rest cannot be found. Set model.roi_heads.box_predictor."
+        "test_topk_per_image=%d (yaml: TEST.DETECTIONS_PER_IMAGE %d).",
+        *(name, plural(len(crowded), "image"), limit, image, most, most, most),
+    )
 
 
 def _named(finding: Finding) -> str:

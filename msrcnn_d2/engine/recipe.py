@@ -5,16 +5,20 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
+    DatasetCatalog,
     MapDataset,
     MetadataCatalog,
     build_detection_test_loader,
@@ -30,6 +34,7 @@ from ..config import target_of
 from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.coco_engine import choose_engine
+from ..evaluation.settings import check_settings
 from ..image_reading import ImageSettings, image_settings, read_with
 from ..modeling import MaskScoringRCNNWithTTA
 from .data_order import LOADER_OPTIONS, build_resumable_loader, outlines
@@ -40,23 +45,51 @@ __all__ = ["Recipe", "TestSet", "build_recipe"]
 
 logger = logging.getLogger(__name__)
 
+# What wrong arguments, or a file that is not there, make of building a loader or an evaluator
+ERRORS_OF_ARGUMENTS = (
+    *(ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError),
+    OmegaConfBaseException,
+)
+LOADER = "dataloader.test (yaml: DATASETS.TEST, DATALOADER)"
+EVALUATOR = "dataloader.evaluator (yaml: TEST)"
+
 
 @dataclass
 class TestSet:
     """
     Attributes:
         names: of the datasets, none if the config does not say.
-        build_loader, build_evaluator: called anew for each evaluation.
+        build_loader, build_evaluator: called anew for each evaluation. They raise a UserError for
+            wrong arguments.
         batch_size: images per batch and process; None if the config does not say. For checks only.
+        number: tells test sets of the same names apart.
     """
 
     names: tuple[str, ...]
     build_loader: Callable[[], Any]
     build_evaluator: Callable[[], Any]
     batch_size: Optional[int] = None
+    number: int = 1
 
     def __str__(self) -> str:
-        return ", ".join(self.names) or "the test set"
+        title = ", ".join(self.names) or "the test set"
+        return title if self.number == 1 else f"{title} ({self.number})"
+
+    def prepare(self) -> None:
+        """
+        Build both now, so that mistakes show; the next evaluation uses what is built.
+
+        Raises:
+            UserError: one of them cannot be built.
+        """
+        self.build_evaluator = _given_once(self.build_evaluator(), self.build_evaluator)
+        self.build_loader = _given_once(self.build_loader(), self.build_loader)
+
+
+def _given_once(built: Any, build: Callable[[], Any]) -> Callable[[], Any]:
+    """Gives what is built, then builds anew."""
+    waiting = [built]
+    return lambda: waiting.pop() if waiting else build()
 
 
 @dataclass
@@ -82,6 +115,8 @@ class Recipe:
         max_nonfinite_steps: steps that may be left out since their loss is not finite.
         check_images: whether to look at all images before training.
         images: how they are read.
+        detections_per_image: of the model at most; None for no limit, or if the config does not
+            say. For checks only.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
         verify_results: called with the results at the end of a run.
@@ -112,6 +147,7 @@ class Recipe:
     max_nonfinite_steps: int = 0
     check_images: bool = True
     images: ImageSettings = field(default_factory=ImageSettings)
+    detections_per_image: Optional[int] = None
     precise_bn_iters: int = 0
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
@@ -143,7 +179,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_lr_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
         build_train_loader=functools.partial(_lazy_train_loader, cfg.dataloader.train, images),
         test_sets=_lazy_test_sets(cfg, images),
-        train_names=_names(OmegaConf.select(cfg, "dataloader.train.dataset.names")),
+        train_names=_names(cfg, "dataloader.train.dataset.names"),
         num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
         total_batch_size=OmegaConf.select(cfg, "dataloader.train.total_batch_size"),
         device=train.device,
@@ -163,6 +199,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         max_nonfinite_steps=train.get("max_nonfinite_steps", 0),
         check_images=train.get("check_images", True),
         images=images,
+        detections_per_image=_detections_per_image(cfg),
     )
 
 
@@ -240,59 +277,145 @@ def _warn_of_foreign_loader(reason: str) -> None:
 
 
 def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
-    if "test" not in cfg.dataloader or "evaluator" not in cfg.dataloader:
+    if cfg.dataloader.get("test") is None or cfg.dataloader.get("evaluator") is None:
         return []
-    tests, evaluators = _as_list(cfg.dataloader.test), _as_list(cfg.dataloader.evaluator)
-    for evaluator in evaluators:
-        _check_engine(evaluator.get("engine"))
-    # One loader may have several evaluators; several loaders have one each
-    shares = [range(len(evaluators))] if len(tests) == 1 else [[k] for k in range(len(tests))]
-    if len(tests) > 1 and len(tests) != len(evaluators):
+    tests = _as_list(cfg.dataloader, "test")
+    # The config stays what the user gave, since it is saved
+    evaluators = _as_list(copy.deepcopy(cfg.dataloader), "evaluator")
+    if len(tests) != len(evaluators) and (len(tests) != 1 or not evaluators):
         raise UserError(
             f"dataloader.test has {len(tests)} loaders and dataloader.evaluator "
-            f"{len(evaluators)}: give each loader its evaluator."
+            f"{len(evaluators)} evaluators: give each loader one, or a single loader several."
         )
-    return [
-        TestSet(
-            names=_names(OmegaConf.select(test, "dataset.names")),
-            build_loader=functools.partial(_lazy_test_loader, test, images),
-            build_evaluator=functools.partial(_lazy_evaluators, cfg, share, len(tests) > 1),
-            batch_size=test.get("batch_size"),
+    with _one_sentence(LOADER):
+        names_of = [_names(test, "dataset.names", "dataloader.test.") for test in tests]
+    with _one_sentence(EVALUATOR):
+        for evaluator in evaluators:
+            _check_engine(evaluator.get("engine") if isinstance(evaluator, DictConfig) else None)
+        _complete(evaluators, cfg)
+    # One loader may have several evaluators; several loaders have one each
+    shares = [evaluators] if len(tests) == 1 else [[x] for x in evaluators]
+    test_sets: list[TestSet] = []
+    for test, names, share in zip(tests, names_of, shares):
+        if len(names) > 1 and any(map(_is_of_coco, share)):
+            raise UserError(
+                f"dataloader.test.dataset.names has {len(names)} datasets ({', '.join(names)}), "
+                "but a COCO evaluator takes one: make dataloader.test and dataloader.evaluator "
+                "lists, with a loader and an evaluator for each."
+            )
+        build_evaluator = functools.partial(_lazy_evaluators, share, _predicts_keypoints(cfg))
+        test_sets.append(
+            TestSet(
+                names=names,
+                build_loader=functools.partial(_lazy_test_loader, test, images),
+                build_evaluator=build_evaluator,
+                batch_size=test.get("batch_size"),
+                number=1 + sum(other.names == names for other in test_sets),
+            )
         )
-        for test, share in zip(tests, shares)
-    ]
+    return test_sets
 
 
-def _as_list(node) -> list:
-    return list(node) if isinstance(node, ListConfig) else [node]
+def _as_list(dataloader: DictConfig, key: str) -> list:
+    """One or several descriptions; an evaluator may also be an object."""
+    node = dataloader[key]
+    nodes = list(node) if isinstance(node, ListConfig) else [node]
+    for x in nodes:
+        is_object = key == "evaluator" and hasattr(x, "evaluate")
+        if not ("_target_" in x if isinstance(x, DictConfig) else is_object):
+            raise UserError(
+                f"dataloader.{key} is {x!r}, but takes a LazyCall of what to build, or a list of "
+                "them."
+            )
+    return nodes
 
 
-def _lazy_evaluators(cfg: DictConfig, share, in_own_folder: bool):
+def _is_of_coco(evaluator) -> bool:
+    target = target_of(evaluator) if isinstance(evaluator, DictConfig) else None
+    return isinstance(target, type) and issubclass(target, COCOEvaluator)
+
+
+def _complete(evaluators: list, cfg: DictConfig) -> None:
+    """Tell those of COCO, if the user has not, where to write and how many detections count."""
+    of_coco = [x for x in evaluators if _is_of_coco(x)]
+    limit = _detections_per_image(cfg)
+    folders: Counter = Counter()
+    for evaluator in of_coco:
+        # A list of one dataset is as good as its name
+        names = _names(evaluator, "dataset_name", "dataloader.evaluator.")
+        if len(names) == 1:
+            evaluator.dataset_name = names[0]
+        if evaluator.get("output_dir") is None:
+            folder = os.path.join(cfg.train.output_dir, "inference")
+            if len(of_coco) > 1:
+                folder = os.path.join(folder, ", ".join(names))
+            folders[folder] += 1
+            number = folders[folder]
+            evaluator.output_dir = folder if number == 1 else f"{folder} ({number})"
+        if limit is not None and limit > 100 and evaluator.get("max_dets_per_image") is None:
+            evaluator.max_dets_per_image = limit
+    number_of = Counter(evaluator.output_dir for evaluator in of_coco)
+    shared = next((folder for folder, number in number_of.items() if number > 1), None)
+    if shared is not None:
+        raise UserError(
+            f"{number_of[shared]} evaluators write their files into '{shared}', over each other's: "
+            "give each its own dataloader.evaluator.output_dir, or none."
+        )
+
+
+def _lazy_evaluators(nodes: list, predicts_keypoints: bool):
     """The evaluator of a loader; several are one of Detectron2's `DatasetEvaluators`."""
-    built = [_lazy_evaluator(cfg, k, in_own_folder) for k in share]
+    built = [_lazy_evaluator(node, predicts_keypoints) for node in nodes]
     return built[0] if len(built) == 1 else DatasetEvaluators(built)
 
 
+def _lazy_evaluator(node, predicts_keypoints: bool):
+    with _one_sentence(EVALUATOR):
+        if _is_of_coco(node):
+            _check_dataset_of_evaluator(node)
+        built = instantiate(node)
+        if isinstance(built, COCOEvaluator):
+            check_settings(built, predicts_keypoints)
+    return built
+
+
+def _check_dataset_of_evaluator(node: DictConfig) -> None:
+    name = node.get("dataset_name")
+    if isinstance(name, ListConfig):
+        raise UserError(
+            f"dataloader.evaluator.dataset_name is {name!r}, but a COCO evaluator takes one "
+            "dataset: make dataloader.evaluator a list, with an evaluator for each."
+        )
+    known = name in DatasetCatalog.list() or (
+        name in MetadataCatalog.list() and MetadataCatalog.get(name).get("json_file")
+    )
+    if name is not None and not known:
+        raise UserError(
+            f"dataloader.evaluator.dataset_name is '{name}', a dataset that is not known: give "
+            "the one of dataloader.test.dataset.names, or register it with --dataset."
+        )
+
+
 def _lazy_test_loader(loader: DictConfig, images: ImageSettings):
-    build = target_of(loader)
-    arguments = _reading(_arguments_of(loader), images)
-    return (build_test_loader if build is build_detection_test_loader else build)(**arguments)
+    with _one_sentence(LOADER):
+        build = target_of(loader)
+        arguments = _reading(_arguments_of(loader), images)
+        return (build_test_loader if build is build_detection_test_loader else build)(**arguments)
 
 
-def _lazy_evaluator(cfg: DictConfig, index: int, in_own_folder: bool):
-    """The evaluator; one of COCO writes its files into the output folder if not told otherwise."""
-    # A copy: the config is what the user gave
-    evaluator = _as_list(copy.deepcopy(cfg.dataloader).evaluator)[index]
-    target = target_of(evaluator) if "_target_" in evaluator else None
-    if isinstance(target, type) and issubclass(target, COCOEvaluator):
-        folder = os.path.join(cfg.train.output_dir, "inference")
-        if in_own_folder:
-            folder = os.path.join(folder, ", ".join(_names(evaluator.get("dataset_name"))))
-        evaluator.setdefault("output_dir", folder)
-        limit = _detections_per_image(cfg)
-        if limit is not None and limit > 100 and evaluator.get("max_dets_per_image") is None:
-            evaluator.max_dets_per_image = limit
-    return instantiate(evaluator)
+@contextmanager
+def _one_sentence(key: str) -> Iterator[None]:
+    """Make a UserError of what wrong arguments raise."""
+    try:
+        yield
+    except ERRORS_OF_ARGUMENTS as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        message = (str(error).strip().splitlines() or ["no reason is given"])[0].rstrip(".")
+        raise UserError(f"{key} cannot be built: {kind}{message}.") from error
+
+
+def _predicts_keypoints(cfg: DictConfig) -> bool:
+    return OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
 
 
 def _detections_per_image(cfg: DictConfig) -> Optional[int]:
@@ -301,7 +424,8 @@ def _detections_per_image(cfg: DictConfig) -> Optional[int]:
     if isinstance(predictor, ListConfig):  # Cascade: the last stage's counts
         predictor = predictor[-1]
     limit = predictor.get("test_topk_per_image") if isinstance(predictor, DictConfig) else None
-    return limit if isinstance(limit, int) else None
+    # Detectron2 takes a negative one for no limit
+    return limit if isinstance(limit, int) and limit >= 0 else None
 
 
 def _from_yacs(cfg: CfgNode) -> Recipe:
@@ -312,7 +436,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         build_optimizer=lambda model: build_optimizer(cfg, model),
         build_lr_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
         build_train_loader=functools.partial(_yacs_train_loader, cfg),
-        test_sets=[_yacs_test_set(cfg, name) for name in cfg.DATASETS.TEST],
+        test_sets=[_yacs_test_set(cfg, name) for name in dict.fromkeys(cfg.DATASETS.TEST)],
         train_names=tuple(cfg.DATASETS.TRAIN),
         num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
@@ -333,6 +457,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         max_nonfinite_steps=cfg.SOLVER.MAX_NONFINITE_STEPS,
         check_images=cfg.DATALOADER.CHECK_IMAGES,
         images=image_settings(cfg),
+        detections_per_image=_limit_of(cfg),
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
         verify_results=lambda results: verify_results(cfg, results),
@@ -360,27 +485,62 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     if kind != "coco":
         raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
     engine = _check_engine(cfg.TEST.COCO_ENGINE or None)
+    limit = _limit_of(cfg)
     # The model's, if it is more than COCO's 100; else the default
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 100 else None
-    limit = cfg.TEST.MAX_DETS_PER_IMAGE or limit
+    limit = cfg.TEST.MAX_DETS_PER_IMAGE or (limit if limit and limit > 100 else None)
+
+    def build_evaluator():
+        with _one_sentence(EVALUATOR):
+            evaluator = MaskScoringCOCOEvaluator(
+                name,
+                output_dir=output_dir,
+                engine=engine,
+                max_dets_per_image=limit,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            )
+            check_settings(evaluator, predicts_keypoints=cfg.MODEL.KEYPOINT_ON)
+        return evaluator
+
     return TestSet(
         names=(name,),
         build_loader=lambda: _yacs_test_loader(cfg, name),
-        build_evaluator=lambda: MaskScoringCOCOEvaluator(
-            name, output_dir=output_dir, engine=engine, max_dets_per_image=limit
-        ),
+        build_evaluator=build_evaluator,
         batch_size=cfg.DATALOADER.TEST_BATCH_SIZE,
     )
 
 
+def _limit_of(cfg: CfgNode) -> Optional[int]:
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    return limit if limit >= 0 else None
+
+
 def _yacs_test_loader(cfg: CfgNode, name: str):
-    arguments = build_detection_test_loader.from_config(cfg, name)
-    # In later versions than 0.6 they have a sampler, which would fix the order of the images
-    arguments.update(sampler=None, batch_size=cfg.DATALOADER.TEST_BATCH_SIZE)
-    return build_test_loader(**_reading(arguments, image_settings(cfg)))
+    with _one_sentence(LOADER):
+        arguments = build_detection_test_loader.from_config(cfg, name)
+        # In later versions than 0.6 they have a sampler, which would fix the order of the images
+        arguments.update(sampler=None, batch_size=cfg.DATALOADER.TEST_BATCH_SIZE)
+        return build_test_loader(**_reading(arguments, image_settings(cfg)))
 
 
-def _names(names) -> tuple[str, ...]:
+def _names(node: DictConfig, key: str, prefix: str = "") -> tuple[str, ...]:
+    """
+    Of datasets, as a config has them under a key: none, one or a list.
+
+    Args:
+        prefix: of the key, where `node` is a part of the config for tests. A list is not empty
+            there; an evaluation does not need training data.
+    """
+    names = OmegaConf.select(node, key)
     if names is None:
         return ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    found = (names,) if isinstance(names, str) else names
+    is_list = isinstance(found, (tuple, ListConfig)) and all(isinstance(x, str) for x in found)
+    if not is_list or (prefix and not found):
+        raise UserError(
+            f"{prefix}{key} is {names!r}, but takes a dataset's name, or a list of them."
+        )
+    if isinstance(names, str) and names.strip()[:1] in ("[", "(") and names not in DatasetCatalog:
+        raise UserError(
+            f"{prefix}{key} is the text '{names}', but takes a list: leave out its quotes."
+        )
+    return tuple(found)

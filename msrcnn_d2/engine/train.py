@@ -351,5 +351,6 @@ def summary_table(results: dict, published: Optional[Published] = None) -> str:
         for task, title, ap in rows
         if task in results
     ]
-    headers = ["", *metrics, *(["published AP (COCO val2017)"] if published else [])]
+    comparable = (at_100 or ["AP"])[0]
+    headers = ["", *metrics, *([f"published {comparable} (COCO val2017)"] if published else [])]
     return tabulate(table, headers=headers, floatfmt=".2f", tablefmt="github")
