@@ -301,7 +301,7 @@ def _write(weights: Weights, exponent: float, output: str) -> None:
         print(f"Note: {weights.note}")
     print(
         f"Wrote '{output}': models that load it rank masks by class score x mask IoU ** "
-        f"{exponent:g}, unless their config sets another exponent than 1."
+        f"{exponent:g}, unless their config sets an exponent."
     )
 
 

@@ -217,7 +217,7 @@ def test_a_config_has_the_last_word(files, monkeypatch, capsys):
     target = files[0].parent / "out.pth"
     args = ["--checkpoint", files[0].parent / "in.pth", "--output", target]
     assert run(monkeypatch, capsys, "--exponent", 4, *args)[0] == 0
-    for configured, expected in ((1.0, 4.0), (2.0, 2.0)):
+    for configured, expected in ((None, 4.0), (1.0, 1.0), (2.0, 2.0)):
         cfg = tiny_mask_scoring_rcnn()
         cfg.model.roi_heads.mask_iou_head.score_exponent = configured
         model = instantiate(cfg.model)
