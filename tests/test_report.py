@@ -294,6 +294,8 @@ def test_names_of_classes_are_no_formulas(tmp_path):
 class Trained:
     """A recipe of two test sets whose evaluators have measured something."""
 
+    num_classes = None
+
     def __init__(self, quality, wrap=lambda evaluator: evaluator):
         class Evaluator(DatasetEvaluator):
             mask_quality = quality
