@@ -85,8 +85,12 @@ class SimulatedTensor(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
     is_meta = property(lambda self: False)
-    get_device = lambda self: DEVICE.index  # noqa: E731
-    cuda = lambda self, *args, **kwargs: self  # noqa: E731
+
+    def get_device(self):
+        return DEVICE.index
+
+    def cuda(self, *args, **kwargs):
+        return self
 
     @staticmethod
     def __new__(cls, value: torch.Tensor):
@@ -354,7 +358,11 @@ def place() -> str:
 def _autocast() -> list[torch.library.Library]:
     """Autocast for simulated tensors: PyTorch's own kernels see "meta" and do nothing."""
     libraries = [torch.library.Library(name, "IMPL") for name in ("aten", "torchvision")]
-    lists = ((LOW_PRECISION, _low), (FLOAT32, _float32), (WIDEST, _widest))
+    lists = (
+        (LOW_PRECISION, lambda dtypes: torch.get_autocast_dtype("cuda")),
+        (FLOAT32, _float32),
+        (WIDEST, lambda dtypes: torch.float32 if torch.float32 in dtypes else None),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these replace kernels, on purpose
         for name, types in [(name, types) for names, types in lists for name in names.split()]:
@@ -385,13 +393,5 @@ def _is_cast(x) -> bool:
     return is_simulated and x.is_floating_point() and x.dtype != torch.float64
 
 
-def _low(dtypes):
-    return torch.get_autocast_dtype("cuda")
-
-
 def _float32(dtypes):
     return torch.float32
-
-
-def _widest(dtypes):
-    return torch.float32 if torch.float32 in dtypes else None

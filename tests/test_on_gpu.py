@@ -106,6 +106,23 @@ def test_a_step_with_mixed_precision(gpu, mask_format):
     assert any(not torch.equal(full[k], mixed[k]) for k in full)  # it was in half precision
 
 
+def test_masks_and_their_ious_are_at_full_precision_in_mixed_training(gpu, monkeypatch):
+    model = build().to("cuda")
+    head = model.roi_heads.mask_iou_head
+    taken, predicted, layers = [], [], head.layers
+    head.register_forward_pre_hook(lambda module, args: taken.extend(x.dtype for x in args[:2]))
+
+    def recorded(*args):
+        ious = layers(*args)
+        predicted.append(ious.dtype)
+        return ious
+
+    monkeypatch.setattr(head, "layers", recorded)
+    train(model, "bitmask", amp=True)
+    assert taken == [torch.float16, torch.float32]  # the features of the regions, and their masks
+    assert predicted == [torch.float32]
+
+
 @pytest.mark.parametrize("amp", [False, True], ids=["full", "mixed"])
 def test_inference_and_encoding(gpu, amp):
     model = build().to("cuda").eval()
@@ -137,7 +154,6 @@ def test_time_augmentation(gpu):
 
 
 def test_predictor_visualizer_and_evaluator(gpu, tmp_path, leave_no_traces):
-
     cfg = tiny_mask_scoring_rcnn()
     torch.save({"model": build().state_dict()}, tmp_path / "model.pth")
     cfg.train = {"init_checkpoint": str(tmp_path / "model.pth"), "device": "cuda"}
@@ -172,3 +188,5 @@ def test_inference_waits_as_often_as_mask_rcnn(gpu, pasted):
     plain = waits_in_inference(tiny_mask_rcnn(), gpu, pasted)
     ours = waits_in_inference(tiny_mask_scoring_rcnn(), gpu, pasted)
     assert ours.total() <= plain.total(), ours - plain
+    own = sum(n for place, n in ours.items() if place.startswith("msrcnn_d2/"))
+    assert own <= 2 * pasted, ours  # the boxes of each image that are not empty

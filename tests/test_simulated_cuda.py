@@ -100,6 +100,24 @@ def test_each_wait_is_one_event(device, wait):
     assert len(device.events) == 1, device.events
 
 
+def test_the_place_of_an_event_is_the_innermost_line_of_a_project(device):
+    x = on_gpu(1.0, 2.0)
+    source = "def own(function):\n    return function()\n"
+    ours, theirs = {}, {}
+    exec(compile(source, "/any/msrcnn_d2/a/b.py", "exec"), ours)
+    exec(compile(source, "/any/detectron2/c.py", "exec"), theirs)
+    ours, theirs = ours["own"], theirs["own"]
+    device.events.clear()
+    x.sum().item()
+    ours(lambda: theirs(x.sum().item))
+    theirs(lambda: ours(x.sum().item))
+    assert [event.place for event in device.events] == [
+        "elsewhere",
+        "detectron2/c.py:2 own",
+        "msrcnn_d2/a/b.py:2 own",
+    ]
+
+
 def test_what_does_not_wait_is_no_event(device):
     x = on_gpu(1.0, 2.0)
     device.events.clear()
