@@ -769,6 +769,11 @@ def test_evaluators_do_not_write_over_each_others_files(tmp_path, dataset):
         build_recipe(cfg)
 
 
+@pytest.mark.parametrize("path", [LAZY, YACS])
+def test_a_model_detects_100_objects_if_the_config_does_not_say(path):
+    assert build_recipe(load_config(path)).detections_per_image == 100
+
+
 def test_cascade_has_the_limit_of_its_last_stage(tmp_path, dataset):
     dataset("limit_cascade")
     cfg = toy_config("limit_cascade")

@@ -423,7 +423,9 @@ def _detections_per_image(cfg: DictConfig) -> Optional[int]:
     predictor = OmegaConf.select(cfg, "model.roi_heads.box_predictor")
     if isinstance(predictor, ListConfig):  # Cascade: the last stage's counts
         predictor = predictor[-1]
-    limit = predictor.get("test_topk_per_image") if isinstance(predictor, DictConfig) else None
+    if not isinstance(predictor, DictConfig):
+        return None
+    limit = predictor.get("test_topk_per_image", 100)  # the default of Detectron2
     # Detectron2 takes a negative one for no limit
     return limit if isinstance(limit, int) and limit >= 0 else None
 
