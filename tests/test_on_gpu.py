@@ -165,11 +165,13 @@ def test_predictor_visualizer_and_evaluator(gpu, tmp_path, leave_no_traces):
 
     register_coco_instances("on_gpu", {}, write_coco_json(tmp_path / "a.json"), str(tmp_path))
     evaluator = MaskScoringCOCOEvaluator("on_gpu")
-    evaluator.reset()
     batch = [{**x, "image_id": k + 1} for k, x in enumerate(images())]
-    with torch.no_grad():
-        evaluator.process(batch, UnpastedMasks(build().to("cuda").eval())(batch))
-    assert "segm" in evaluator.evaluate()
+    model = build().to("cuda").eval()
+    for tested in (model, UnpastedMasks(model)):
+        evaluator.reset()
+        with torch.no_grad():
+            evaluator.process(batch, tested(batch))
+        assert "segm" in evaluator.evaluate()
 
 
 def waits_in_inference(cfg, gpu, pasted):
