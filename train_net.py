@@ -32,8 +32,8 @@ from msrcnn_d2.engine import (
     register_dataset,
     train,
 )
-from msrcnn_d2.errors import agree_on_user_errors, exit_on_user_error
-from msrcnn_d2.model_zoo import published_results
+from msrcnn_d2.published_models import published_results
+from msrcnn_d2.utils.errors import agree_on_user_errors, exit_on_user_error
 
 EXAMPLES = """
 examples:

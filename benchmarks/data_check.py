@@ -9,8 +9,8 @@ from PIL import Image
 
 from detectron2.data.datasets import load_coco_json
 
-from msrcnn_d2.data.checking import check_contents, read_contents
-from msrcnn_d2.data.images import look_at_images
+from msrcnn_d2.dataset_check.check import check_contents, read_contents
+from msrcnn_d2.dataset_check.images import look_at_images
 
 from measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
 from report import Part

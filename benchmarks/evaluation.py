@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from detectron2.layers import paste_masks_in_image
 
 from msrcnn_d2.evaluation import MaskQuality
-from msrcnn_d2.evaluation.coco_engine import Engine, build_engine
+from msrcnn_d2.evaluation.average_precision import Engine, build_engine
 from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks, encode_roi_masks
 from msrcnn_d2.evaluation.mask_quality import scores_of
 from msrcnn_d2.evaluation.matching import MaskOverlaps

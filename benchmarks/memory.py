@@ -6,7 +6,7 @@ import torch
 
 from detectron2.config import instantiate
 
-from msrcnn_d2 import model_zoo
+from msrcnn_d2 import model_zoo, published_models
 
 from measuring import Stopwatch
 from models import DEVICE, set_batch_norm
@@ -29,7 +29,7 @@ def run(options) -> list[Part]:
         return [Part("Memory in training", [], [], notes=[note])]
     rows, targets = [], []
     for name in NAMES:
-        measured, published = training_memory(name), model_zoo.PUBLISHED[name].memory
+        measured, published = training_memory(name), published_models.PUBLISHED[name].memory
         rows.append([name, measured, published, measured / published])
         targets.append(Target(f"{name}, GB", measured, published))
     return [

@@ -23,7 +23,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from msrcnn_d2 import model_zoo
+from msrcnn_d2 import model_zoo, published_models
 
 from memory import NAMES, SIZE
 from models import random_boxes
@@ -200,7 +200,7 @@ def run(options) -> list[Part]:
             peak_of_training(lambda name=name: our_model(name), amp) / GB for amp in (False, True)
         )
         expected = f"{full + min(gaps):.1f} to {full + max(gaps):.1f}"
-        rows.append([name, full, expected, amp, model_zoo.PUBLISHED[name].memory])
+        rows.append([name, full, expected, amp, published_models.PUBLISHED[name].memory])
     head = rows[0][1] - calibration["mask_rcnn_R_50_FPN_1x"][0]
     what = f"{NUM_IMAGES} images of {SIZE[0]} x {SIZE[1]} pixels, GB of 2^30 bytes"
     return [

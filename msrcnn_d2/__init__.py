@@ -20,6 +20,7 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
       + write_report                       -> a page that shows it
 """
 
+import importlib
 import warnings
 
 try:
@@ -38,9 +39,34 @@ with warnings.catch_warnings():
     # Of fvcore and Detectron2, while they are imported; nobody who trains can do anything about it
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from . import modeling  # registers the heads
-    from .config import add_mask_scoring, add_msrcnn_config, retrofit
-    from .predictor import MaskScoringPredictor
 
 __version__ = "0.1.0"
 
-__all__ = ["MaskScoringPredictor", "add_mask_scoring", "add_msrcnn_config", "modeling", "retrofit"]
+# What users import from here, and the module of each. A module is imported when its name is first
+# used: a training needs no predictor, and a prediction no evaluator.
+_MODULES = {
+    "CascadeMaskScoringROIHeads": "modeling",
+    "MaskIoUHead": "modeling",
+    "MaskScoringCOCOEvaluator": "evaluation",
+    "MaskScoringCheckpointer": "checkpoint",
+    "MaskScoringPredictor": "prediction.predictor",
+    "MaskScoringROIHeads": "modeling",
+    "MaskScoringVisualizer": "prediction.visualizer",
+    "add_mask_scoring": "config",
+    "add_msrcnn_config": "config",
+    "retrofit": "config",
+}
+
+__all__ = ["model_zoo", "modeling", *_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name == "model_zoo":
+        return importlib.import_module(f"{__name__}.model_zoo")
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -31,14 +31,14 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 from tqdm import tqdm
 
+from .checkpoint.compatibility import MASK_IOU_HEAD
 from .checkpoint.conversion import SCORE_EXPONENT, Weights, check_finite, read_weights
 from .checkpoint.fetching import find_file
-from .checkpoint.fitting import MASK_IOU_HEAD
 from .checkpoint.writing import WRITERS, check_target, write_weights
-from .errors import UserError, exit_on_user_error
-from .evaluation.coco_engine import ENGINES, build_engine
+from .coco_format import check_fits, read_annotations, read_results
+from .evaluation.average_precision import ENGINES, build_engine
 from .evaluation.mask_quality import limit_of
-from .evaluation.reading import check_fits, read_annotations, read_results
+from .utils.errors import UserError, exit_on_user_error
 
 __all__ = ["EXPONENTS", "ExponentFit", "fit_exponent"]
 

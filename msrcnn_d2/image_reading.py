@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from .errors import UserError
+from .utils.errors import UserError
 
 __all__ = [
     "IMAGE_KEYS",

@@ -1,8 +1,8 @@
-"""The configs that come with this package, and the results published for them."""
+"""The configs that come with this package, and models with published weights."""
 
 import difflib
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from omegaconf import DictConfig
@@ -11,86 +11,17 @@ from torch import nn
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 
-from .errors import UserError
+from .checkpoint import MaskScoringCheckpointer
+from .config import add_msrcnn_config
+from .published_models import PUBLISHED, published_results
+from .utils.errors import UserError
 
 __all__ = [
-    "PUBLISHED",
-    "Published",
     "get",
     "get_checkpoint_url",
     "get_config",
     "get_config_file",
-    "published_table",
 ]
-
-
-class Published(NamedTuple):
-    """
-    A model that others have trained and published.
-
-    Attributes:
-        box_ap, mask_ap: AP on COCO val2017, in percent; the masks are ranked by mask score.
-        checkpoint: path of the weights below `SOURCE_URL`.
-        memory: of a GPU, in GB, while it trains 2 images per iteration.
-        speed: of inference on a V100, in images per second.
-    """
-
-    box_ap: float
-    mask_ap: float
-    checkpoint: str
-    memory: Optional[float] = None
-    speed: Optional[float] = None
-
-    @property
-    def checkpoint_url(self) -> str:
-        return f"{SOURCE_URL}/{self.checkpoint}"
-
-
-# MMDetection's Mask Scoring R-CNN models, by the name of our config
-SOURCE = "MMDetection 2.0"
-SOURCE_URL = "https://download.openmmlab.com/mmdetection/v2.0/ms_rcnn"
-# fmt: off
-PUBLISHED = {
-    "ms_rcnn_R_50_FPN_1x": Published(
-        38.2, 36.0,
-        "ms_rcnn_r50_caffe_fpn_1x_coco/"
-        "ms_rcnn_r50_caffe_fpn_1x_coco_20200702_180848-61c9355e.pth",
-        memory=4.5,
-    ),
-    "ms_rcnn_R_50_FPN_2x": Published(
-        38.8, 36.3,
-        "ms_rcnn_r50_caffe_fpn_2x_coco/"
-        "ms_rcnn_r50_caffe_fpn_2x_coco_bbox_mAP-0.388__segm_mAP-0.363_20200506_004738-ee87b137.pth",
-    ),
-    "ms_rcnn_R_101_FPN_1x": Published(
-        40.4, 37.6,
-        "ms_rcnn_r101_caffe_fpn_1x_coco/"
-        "ms_rcnn_r101_caffe_fpn_1x_coco_bbox_mAP-0.404__segm_mAP-0.376_20200506_004755-b9b12a37.pth",
-        memory=6.5,
-    ),
-    "ms_rcnn_R_101_FPN_2x": Published(
-        41.1, 38.1,
-        "ms_rcnn_r101_caffe_fpn_2x_coco/"
-        "ms_rcnn_r101_caffe_fpn_2x_coco_bbox_mAP-0.411__segm_mAP-0.381_20200506_011134-5f3cc74f.pth",
-    ),
-    # The file is called 1x there, but was trained for 2x
-    "ms_rcnn_X_101_32x4d_FPN_2x": Published(
-        41.8, 38.7,
-        "ms_rcnn_x101_32x4d_fpn_1x_coco/ms_rcnn_x101_32x4d_fpn_1x_coco_20200206-81fd1740.pth",
-        memory=7.9, speed=11.0,
-    ),
-    "ms_rcnn_X_101_64x4d_FPN_1x": Published(
-        43.0, 39.5,
-        "ms_rcnn_x101_64x4d_fpn_1x_coco/ms_rcnn_x101_64x4d_fpn_1x_coco_20200206-86ba88d2.pth",
-        memory=11.0, speed=8.0,
-    ),
-    "ms_rcnn_X_101_64x4d_FPN_2x": Published(
-        42.6, 39.5,
-        "ms_rcnn_x101_64x4d_fpn_2x_coco/ms_rcnn_x101_64x4d_fpn_2x_coco_20200308-02a445e2.pth",
-        memory=11.0, speed=8.0,
-    ),
-}
-# fmt: on
 
 
 def get_config_file(name: str) -> str:
@@ -132,8 +63,6 @@ def get_config(name: str, trained: bool = False) -> "DictConfig | CfgNode":
     if path.endswith(".py"):
         cfg = LazyConfig.load(path)
     else:
-        from .config import add_msrcnn_config
-
         cfg = get_cfg()
         add_msrcnn_config(cfg)
         cfg.merge_from_file(path)
@@ -175,8 +104,6 @@ def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Mo
     Raises:
         UserError: see :func:`get_config`; or the weights cannot be had.
     """
-    from .checkpoint import MaskScoringCheckpointer
-
     cfg = get_config(name, trained)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(cfg, CfgNode):
@@ -188,29 +115,8 @@ def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Mo
     return model.eval()
 
 
-def published_table() -> str:
-    """What was published, as a table in Markdown; README.md has it."""
-    rows: list[tuple] = [
-        ("config (`.py` or `.yaml`)", "box AP", "mask AP", "memory (GB)", "images / s", "weights"),
-        ("---",) * 6,
-    ]
-    for name, x in PUBLISHED.items():
-        weights = f"[{SOURCE}]({x.checkpoint_url})"
-        rows.append((f"`{name}`", x.box_ap, x.mask_ap, x.memory or "", x.speed or "", weights))
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
-def published_results(config_file: str) -> Optional[Published]:
-    """What was published for a config, found by its file name; None where there is nothing."""
-    return PUBLISHED.get(Path(config_file).stem)
-
-
 def _configs_root() -> Path:
     """`configs/` lies in the package when it was installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
-
-
-if __name__ == "__main__":
-    print(published_table())

@@ -15,8 +15,8 @@ import torch
 from detectron2.engine import SimpleTrainer
 
 import train_net
-from msrcnn_d2 import whole_file
 from msrcnn_d2.checkpoint import checkpointer
+from msrcnn_d2.utils import files as whole_file
 
 # Its server imports this module, and each training is forked from there
 context = multiprocessing.get_context("forkserver")

@@ -8,11 +8,11 @@ from PIL import Image
 
 from detectron2.data import DatasetMapper
 
-from msrcnn_d2.engine.agreement import StepAgreement
 from msrcnn_d2.engine.bad_images import BadImage, BadImageError, BadImages
-from msrcnn_d2.engine.data_order import build_resumable_loader
 from msrcnn_d2.engine.inference_loader import build_test_loader
+from msrcnn_d2.engine.loaders import build_resumable_loader
 from msrcnn_d2.engine.mask_format import fit_mask_format
+from msrcnn_d2.utils.distributed import StepAgreement
 
 from toy import IMAGE_SIZE
 from toy_training import NUM_IMAGES, run, write_dataset, write_lazy_config
@@ -241,7 +241,7 @@ def test_bad_images_are_named_before_training(how, checked, tmp_path):
     # The same images are evaluated on, and an evaluation needs all
     assert code == 2 and "Starting training" not in log
     assert "Dataset 'toy' has 1 image that cannot be used, such as image 4 '4.png'" in error
-    assert "an evaluation needs all of them: `python -m msrcnn_d2.data.check" in error
+    assert "an evaluation needs all of them: `python -m msrcnn_d2.dataset_check" in error
     assert "image 4 '4.png'" in log
 
 

@@ -12,7 +12,7 @@ from simulated_cuda import SimulatedCuda, SimulatedTensor
 
 from detectron2.config import instantiate
 
-from msrcnn_d2 import model_zoo
+from msrcnn_d2 import published_models
 
 import evaluation
 import measuring
@@ -146,7 +146,7 @@ def test_simulated_memory_stands_beside_published_numbers(monkeypatch):
     assert [row[3] for row in calibration.rows] == pytest.approx([1.4, 2.6, 5.2])
     assert [row[0] for row in part.rows] == list(memory.NAMES)
     assert [row[1:] for row in part.rows] == [
-        [3, "4.4 to 8.2", 2, model_zoo.PUBLISHED[name].memory] for name in memory.NAMES
+        [3, "4.4 to 8.2", 2, published_models.PUBLISHED[name].memory] for name in memory.NAMES
     ]
     assert [row[4] for row in part.rows] == [4.5, 6.5, 7.9, 11.0]
 

@@ -14,7 +14,7 @@ from detectron2.layers import FrozenBatchNorm2d
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.checkpoint.__main__ import main as convert
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 from toy import NUM_CLASSES, tiny_mask_scoring_rcnn
 from weights import (

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.checkpoint.conversion import read_weights
 from msrcnn_d2.checkpoint.reading import read_file
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 from weights import (
     BODY,

@@ -22,7 +22,7 @@ from torch import nn
 from msrcnn_d2.checkpoint.conversion import read_weights
 from msrcnn_d2.checkpoint.pickles import SafeUnpickler
 from msrcnn_d2.checkpoint.reading import read_file
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 from weights import (
     GOOD,

@@ -23,8 +23,8 @@ from msrcnn_d2.class_names import difference, match, obstacle, same
 from msrcnn_d2.engine import check_recipe, register_dataset
 from msrcnn_d2.engine.class_names import check_names_of_weights, use_names
 from msrcnn_d2.engine.recipe import TestSet
-from msrcnn_d2.errors import UserError
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
+from msrcnn_d2.utils.errors import UserError
 
 from toy import tiny_yacs_config, write_coco_json
 from weights import MMDETECTION, renamed, saved, weights_for

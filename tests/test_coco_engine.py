@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from msrcnn_d2.evaluation import mask_ap
-from msrcnn_d2.evaluation.coco_engine import ENGINES, build_engine, choose_engine
+from msrcnn_d2.evaluation.average_precision import ENGINES, build_engine, choose_engine
 
 HEIGHT, WIDTH = 160, 200
 CATEGORY_IDS = (90, 3, 17)  # with gaps and in no order; the last one never has an object

@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import load_config
-from msrcnn_d2.engine.check import _check_paths
 from msrcnn_d2.engine.config_values import RULES, check_values
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.engine.preflight import _check_paths
+from msrcnn_d2.utils.errors import UserError
 
 from toy_training import run, write_dataset, write_lazy_config
 
@@ -22,7 +22,7 @@ LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.
 YACS = LAZY.replace(".py", ".yaml")
 # The package has functions of these names
 launch_module = sys.modules["msrcnn_d2.engine.launch"]
-train_module = sys.modules["msrcnn_d2.engine.train"]
+train_module = sys.modules["msrcnn_d2.engine.loop"]
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 

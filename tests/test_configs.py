@@ -16,10 +16,10 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
-from msrcnn_d2 import add_mask_scoring, model_zoo
-from msrcnn_d2.errors import UserError
+from msrcnn_d2 import add_mask_scoring, model_zoo, published_models
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads
+from msrcnn_d2.utils.errors import UserError
 
 from toy import tiny_mask_rcnn
 
@@ -230,10 +230,10 @@ def test_unknown_config_names_the_nearest():
 
 
 def test_published_results_belong_to_shipped_configs():
-    assert {f"{FOLDER}/{name}" for name in model_zoo.PUBLISHED} < set(NAMES)
-    published = model_zoo.published_results("anywhere/ms_rcnn_R_101_FPN_2x.yaml")
+    assert {f"{FOLDER}/{name}" for name in published_models.PUBLISHED} < set(NAMES)
+    published = published_models.published_results("anywhere/ms_rcnn_R_101_FPN_2x.yaml")
     assert (published.box_ap, published.mask_ap) == (41.1, 38.1)
-    assert model_zoo.published_results("ms_rcnn_X_101_32x4d_FPN_1x.py") is None
+    assert published_models.published_results("ms_rcnn_X_101_32x4d_FPN_1x.py") is None
 
 
 def test_a_wheel_finds_its_configs(tmp_path):

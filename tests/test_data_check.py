@@ -9,11 +9,10 @@ import sys
 import pytest
 from PIL import ExifTags, Image
 
-from msrcnn_d2.data import Finding, Level, check_dataset
-from msrcnn_d2.data.check import main
-from msrcnn_d2.data.kinds import KINDS
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.dataset_check import Finding, Level, check_dataset, main
+from msrcnn_d2.dataset_check.kinds import KINDS
 from msrcnn_d2.image_reading import ImageSettings
+from msrcnn_d2.utils.errors import UserError
 
 from toy import IMAGE_SIZE, real_datasets, write_coco_json, write_images
 
@@ -628,7 +627,7 @@ def test_the_command_shows_what_it_found(dataset, monkeypatch, capsys):
     assert "    - image 1 '1.png', annotation 1: polygon 2 has 2 points\n" in text
     assert "    - ... and 3 more\n" in text and "(--all shows all.)" in text
     fixed = dataset / "a_fixed.json"
-    assert text.endswith(f"msrcnn_d2.data.check {path} {images} --fix {fixed}\n")
+    assert text.endswith(f"msrcnn_d2.dataset_check {path} {images} --fix {fixed}\n")
     code, text = run(monkeypatch, capsys, path, images, "--all", "--quick")
     assert "--all" not in text and "Looked at the beginning and the end of 2 files" in text
 
@@ -678,7 +677,7 @@ def test_what_the_command_cannot_do_is_one_sentence(dataset, monkeypatch, capsys
 
 
 def test_the_command_starts_without_a_warning(dataset):
-    command = [sys.executable, "-m", "msrcnn_d2.data.check", dataset / "a.json", "--no-images"]
+    command = [sys.executable, "-m", "msrcnn_d2.dataset_check", dataset / "a.json", "--no-images"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stderr == ""
 

@@ -16,11 +16,10 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 
-from msrcnn_d2.data import Level, check_dataset
-from msrcnn_d2.data.check import main
-from msrcnn_d2.data.checking import check_contents, read_contents, read_images
-from msrcnn_d2.data.kinds import KINDS, Mend
-from msrcnn_d2.data.mending import mend_contents
+from msrcnn_d2.dataset_check import Level, check_dataset, main
+from msrcnn_d2.dataset_check.check import check_contents, read_contents, read_images
+from msrcnn_d2.dataset_check.fix import mend_contents
+from msrcnn_d2.dataset_check.kinds import KINDS, Mend
 
 from toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
 

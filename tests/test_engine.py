@@ -26,20 +26,20 @@ from msrcnn_d2.engine import (
     find_config_file,
     load_config,
 )
-from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds, build_resumable_loader
+from msrcnn_d2.engine.configs import register_dataset
 from msrcnn_d2.engine.inference_loader import build_test_loader
-from msrcnn_d2.engine.load_config import register_dataset
+from msrcnn_d2.engine.loaders import ResumableBatches, StepSeeds, build_resumable_loader
+from msrcnn_d2.engine.loop import summary_table
 from msrcnn_d2.engine.recipe import TestSet
-from msrcnn_d2.engine.train import summary_table
-from msrcnn_d2.errors import UserError
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.image_reading import ImageSettings
-from msrcnn_d2.model_zoo import Published
+from msrcnn_d2.published_models import Published
+from msrcnn_d2.utils.errors import UserError
 
 from toy_training import lazy_config as toy_config
 
 recipe_module = sys.modules["msrcnn_d2.engine.recipe"]
-train_module = sys.modules["msrcnn_d2.engine.train"]  # the package has a function of this name
+train_module = sys.modules["msrcnn_d2.engine.loop"]  # the package has a function of this name
 TestSet.__test__ = False  # not a test
 
 LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")

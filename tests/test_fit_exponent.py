@@ -13,9 +13,9 @@ from detectron2.config import instantiate
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
-from msrcnn_d2.errors import UserError
-from msrcnn_d2.evaluation.reading import check_fits, read_annotations
+from msrcnn_d2.coco_format import check_fits, read_annotations
 from msrcnn_d2.fit_exponent import EXPONENTS, ExponentFit, fit_exponent, main
+from msrcnn_d2.utils.errors import UserError
 
 from toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, write_coco_json
 from weights import EXPONENT, IOUS, fill, parameters, saved

@@ -14,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 
-from msrcnn_d2 import fonts
+from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer
 from msrcnn_d2.report.figures import ap_by_class
-from msrcnn_d2.visualizer import MaskScoringVisualizer
+from msrcnn_d2.utils import fonts
 
 # Matplotlib brings these; DejaVu Sans, its default, has neither of the two characters
 STIX = ("STIXGeneral", os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf"))

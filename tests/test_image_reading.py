@@ -17,13 +17,11 @@ from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 
 from msrcnn_d2 import MaskScoringPredictor
-from msrcnn_d2.data import check_dataset
-from msrcnn_d2.data.check import main
-from msrcnn_d2.data.findings import Level
+from msrcnn_d2.dataset_check import check_dataset, main
+from msrcnn_d2.dataset_check.findings import Level
 from msrcnn_d2.engine import build_recipe, load_config, register_dataset
 from msrcnn_d2.engine.data_check import check_data
 from msrcnn_d2.engine.inference_loader import build_test_loader
-from msrcnn_d2.errors import UserError
 from msrcnn_d2.image_reading import (
     ImageSettings,
     NeedsSetting,
@@ -31,8 +29,9 @@ from msrcnn_d2.image_reading import (
     read_with,
     scaled_to_8_bits,
 )
-from msrcnn_d2.predictor import read_bgr_image
+from msrcnn_d2.prediction.predictor import read_bgr_image
 from msrcnn_d2.report import gallery
+from msrcnn_d2.utils.errors import UserError
 
 from toy import IMAGE_SIZE, tiny_yacs_config, write_coco_json, write_images
 from toy_training import lazy_config, run, write_dataset

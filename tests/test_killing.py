@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from msrcnn_d2.checkpoint.reading import check_whole
-from msrcnn_d2.engine.agreement import StepAgreement
-from msrcnn_d2.engine.stopping import StopOnSignal
+from msrcnn_d2.engine.hooks import StopOnSignal
+from msrcnn_d2.utils.distributed import StepAgreement
 
 from killable import Training
 from toy_training import write_dataset, write_lazy_config

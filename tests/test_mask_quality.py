@@ -11,14 +11,14 @@ import pytest
 import scipy.ndimage
 
 from msrcnn_d2.evaluation import measure_mask_quality
-from msrcnn_d2.evaluation.calibration import (
+from msrcnn_d2.evaluation.average_precision import ENGINES
+from msrcnn_d2.evaluation.matching import MaskOverlaps
+from msrcnn_d2.evaluation.score_statistics import (
     expected_calibration_error,
     pearson,
     reliability,
     spearman,
 )
-from msrcnn_d2.evaluation.coco_engine import ENGINES
-from msrcnn_d2.evaluation.matching import MaskOverlaps
 
 from filled_boxes import (
     HEIGHT,

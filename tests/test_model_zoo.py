@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from detectron2.config import instantiate
 
-from msrcnn_d2 import model_zoo
-from msrcnn_d2.errors import UserError
+from msrcnn_d2 import model_zoo, published_models
 from msrcnn_d2.modeling import MaskScoringROIHeads
+from msrcnn_d2.utils.errors import UserError
 
 from toy import tiny_mask_scoring_rcnn, tiny_yacs_config
 
@@ -80,12 +80,12 @@ def test_checkpoint_url(prefix, suffix):
 
 
 def test_published_files_carry_their_digest():
-    for name, published in model_zoo.PUBLISHED.items():
+    for name, published in published_models.PUBLISHED.items():
         url = model_zoo.get_checkpoint_url(name)
         assert url == published.checkpoint_url
         assert re.fullmatch(r"https://\S+/ms_rcnn_[rx]\w+/ms_rcnn_\S+-[0-9a-f]{8}\.pth", url)
-    urls = {x.checkpoint_url for x in model_zoo.PUBLISHED.values()}
-    assert len(urls) == len(model_zoo.PUBLISHED) == 7
+    urls = {x.checkpoint_url for x in published_models.PUBLISHED.values()}
+    assert len(urls) == len(published_models.PUBLISHED) == 7
 
 
 def test_what_was_not_published():
@@ -95,7 +95,7 @@ def test_what_was_not_published():
             ask(name)
         message = str(caught.value)
         assert f"No weights are published for '{name}'; there are some for" in message
-        assert all(x in message for x in model_zoo.PUBLISHED)
+        assert all(x in message for x in published_models.PUBLISHED)
 
 
 def test_path_of_a_config():
@@ -155,8 +155,8 @@ def test_device(cache):
 
 
 def test_published_table():
-    head, rule, *rows = model_zoo.published_table().splitlines()
-    assert len(rows) == len(model_zoo.PUBLISHED)
+    head, rule, *rows = published_models.published_table().splitlines()
+    assert len(rows) == len(published_models.PUBLISHED)
     assert {row.count("|") for row in (head, rule, *rows)} == {7}
     row = next(row for row in rows if "ms_rcnn_X_101_32x4d_FPN_2x" in row)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -168,4 +168,4 @@ def test_published_table():
 
 def test_readme_has_the_table():
     readme = Path(__file__).parents[1] / "README.md"
-    assert model_zoo.published_table() in readme.read_text()
+    assert published_models.published_table() in readme.read_text()

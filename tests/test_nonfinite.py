@@ -13,10 +13,10 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 
 from msrcnn_d2.checkpoint.reading import read_file
 from msrcnn_d2.engine import replay as replay_module
-from msrcnn_d2.engine.agreement import StepAgreement
 from msrcnn_d2.engine.plain_batch import from_plain, to_plain
 from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.distributed import StepAgreement
+from msrcnn_d2.utils.errors import UserError
 
 from toy import toy_instances
 from toy_training import run, write_dataset, write_lazy_config

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 from pycocotools.coco import COCO
 
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NUCLEI = ROOT / "projects" / "nuclei"

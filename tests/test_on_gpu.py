@@ -20,7 +20,7 @@ from msrcnn_d2 import MaskScoringPredictor, retrofit
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
 from msrcnn_d2.modeling import MaskScoringRCNNWithTTA, UnpastedMasks
-from msrcnn_d2.visualizer import MaskScoringVisualizer
+from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer
 
 from toy import (
     tiny_mask_rcnn,

@@ -15,9 +15,9 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from msrcnn_d2 import MaskScoringPredictor
-from msrcnn_d2.errors import UserError
 from msrcnn_d2.modeling.acceleration import use_channels_last_on_cpu
-from msrcnn_d2.predictor import read_bgr_image
+from msrcnn_d2.prediction.predictor import read_bgr_image
+from msrcnn_d2.utils.errors import UserError
 
 from toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, tiny_yacs_config
 

@@ -311,7 +311,7 @@ class Trained:
     ids=["one", "list", "several"],
 )
 def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap):
-    train = sys.modules["msrcnn_d2.engine.train"]
+    train = sys.modules["msrcnn_d2.engine.loop"]
     monkeypatch.setattr(train, "_inference", lambda *args: {"segm": {"AP": 1.0}})
     shown = []
 

@@ -24,9 +24,9 @@ from detectron2.utils.logger import setup_logger
 import train_net
 from msrcnn_d2 import add_mask_scoring, retrofit
 from msrcnn_d2.engine import find_config_file, load_config
-from msrcnn_d2.errors import UserError
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads, RetrofitRCNN
+from msrcnn_d2.utils.errors import UserError
 
 from toy import (
     tiny_mask_rcnn,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from msrcnn_d2.engine import agreement as agreement_module
-from msrcnn_d2.engine.agreement import StepAgreement
+from msrcnn_d2.utils import distributed as agreement_module
+from msrcnn_d2.utils.distributed import StepAgreement
 
 
 @pytest.fixture

@@ -417,7 +417,7 @@ FAILING_RANK = """
 import sys, time
 import torch.distributed as dist
 from msrcnn_d2.engine import launch
-from msrcnn_d2.errors import UserError, agree_on_user_errors, exit_on_user_error
+from msrcnn_d2.utils.errors import UserError, agree_on_user_errors, exit_on_user_error
 
 def main(failing):
     with exit_on_user_error(), agree_on_user_errors():

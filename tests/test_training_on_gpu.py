@@ -12,8 +12,8 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import EventStorage
 
 from msrcnn_d2 import MaskScoringPredictor
-from msrcnn_d2.engine.agreement import StepAgreement
 from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer
+from msrcnn_d2.utils.distributed import StepAgreement
 
 from toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
 from toy_training import lazy_config, run, write_dataset

@@ -8,7 +8,7 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances, RotatedBoxes
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-from msrcnn_d2.visualizer import MaskScoringVisualizer, _place_labels, mask_score_labels
+from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer, _place_labels, mask_score_labels
 
 CLASSES = ["person", "baseball glove"]
 SCORES, IOUS, MASK_SCORES = [0.934, 0.5], [0.812, 1.0], [0.758, 0.5]

@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling import build_model
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 from toy import tiny_yacs_config
 

@@ -7,7 +7,8 @@ no conversion is needed.) What else the input holds, such as its optimizer's sta
 
 import argparse
 
-from ..errors import UserError, exit_on_user_error
+from ..utils.errors import UserError, exit_on_user_error
+from .compatibility import shown
 from .conversion import (
     CLASS_SCORE,
     COUNTER,
@@ -17,7 +18,6 @@ from .conversion import (
     read_weights,
 )
 from .fetching import find_file
-from .fitting import shown
 from .writing import WRITERS, check_target, write_weights
 
 # How the names of a detector's parameters begin in Detectron2

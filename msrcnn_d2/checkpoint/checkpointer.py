@@ -13,11 +13,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 
-from ..errors import UserError
-from ..whole_file import INCOMPLETE, write_whole
+from ..utils.errors import UserError
+from ..utils.files import INCOMPLETE, write_whole
+from .compatibility import Fit, compare, misfit, misfit_for_training, shown, summary
 from .conversion import CLASS_NAMES, Pixels, Weights, check_finite, read_weights
 from .fetching import find_file
-from .fitting import Fit, compare, misfit, misfit_for_training, shown, summary
 from .reading import NotWeightsError, check_whole, reason
 from .writing import why_not_written
 

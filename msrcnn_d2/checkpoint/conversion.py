@@ -12,7 +12,7 @@ import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.layers import FrozenBatchNorm2d
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from . import names
 from .reading import read_file
 

@@ -16,8 +16,8 @@ from iopath.common.file_io import file_lock, get_cache_dir
 
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 
-from .. import model_zoo
-from ..errors import UserError
+from ..published_models import PUBLISHED
+from ..utils.errors import UserError
 from .reading import NotWeightsError, read_file, reason
 
 __all__ = ["find_file"]
@@ -88,8 +88,8 @@ def _url(path: str) -> str:
     name = os.path.splitext(path)[0]
     folder, config = os.path.split(name)
     # Any other folder is a place on this machine, where the user believes a file to be
-    if config in model_zoo.PUBLISHED and os.path.basename(folder) in ("", ZOO_FOLDER):
-        return model_zoo.get_checkpoint_url(name)
+    if config in PUBLISHED and os.path.basename(folder) in ("", ZOO_FOLDER):
+        return PUBLISHED[config].checkpoint_url
     try:
         # Imported here because it needs pkg_resources, which environments of today may lack
         import detectron2.model_zoo
@@ -111,7 +111,7 @@ def _other_file(path: str) -> str:
     if not os.path.isfile(local_path):
         raise UserError(
             f"Checkpoint '{path}' does not exist: give a file, a URL, or one of the model zoo's "
-            f"names, {', '.join(model_zoo.PUBLISHED)}."
+            f"names, {', '.join(PUBLISHED)}."
         )
     return local_path
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.serialization import MAGIC_NUMBER
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .pickles import RefusedError, SafeUnpickler, load_torch
 
 __all__ = ["NotWeightsError", "check_whole", "read_file", "reason"]

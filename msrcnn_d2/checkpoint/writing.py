@@ -8,8 +8,8 @@ from typing import IO, Optional
 import torch
 from safetensors.torch import save
 
-from ..errors import UserError
-from ..whole_file import os_error_of, write_whole
+from ..utils.errors import UserError
+from ..utils.files import os_error_of, write_whole
 from .conversion import CLASS_NAMES, SCORE_EXPONENT
 from .reading import reason
 

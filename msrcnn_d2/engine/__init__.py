@@ -1,11 +1,11 @@
 """What `train_net.py` does: reads a config, checks it, trains and evaluates, on any machine."""
 
-from .check import check_recipe, keep_config_of_training, refuse_other_run
+from .configs import device_of, find_config_file, load_config, register_dataset
 from .data_check import check_data
 from .launch import launch
-from .load_config import device_of, find_config_file, load_config, register_dataset
+from .loop import evaluate, evaluate_checkpoint, train
+from .preflight import check_recipe, keep_config_of_training, refuse_other_run
 from .recipe import Recipe, build_recipe
-from .train import evaluate, evaluate_checkpoint, train
 
 __all__ = [
     "Recipe",

@@ -13,10 +13,10 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..data.findings import plural
-from ..errors import UserError
-from .agreement import StepAgreement
-from .stopping import worker_init_fn as outlive_stop_signals
+from ..dataset_check.findings import plural
+from ..utils.distributed import StepAgreement
+from ..utils.errors import UserError
+from .hooks import worker_init_fn as outlive_stop_signals
 
 __all__ = [
     "BadImage",
@@ -31,7 +31,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ADVICE = (
-    "`python -m msrcnn_d2.data.check ANNOTATIONS IMAGES` finds all such images, and with --fix "
+    "`python -m msrcnn_d2.dataset_check ANNOTATIONS IMAGES` finds all such images, and with --fix "
     "writes annotations without them."
 )
 

@@ -7,7 +7,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..checkpoint.checkpointer import numbered_checkpoints
-from ..errors import agree_on_user_errors
+from ..utils.errors import agree_on_user_errors
 
 __all__ = ["PeriodicCheckpoints"]
 

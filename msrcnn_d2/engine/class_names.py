@@ -8,8 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 
 from ..class_names import difference, obstacle, same, shown_names
-from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
+from ..utils.errors import UserError
 from .recipe import Recipe, TestSet
 
 __all__ = [

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from detectron2.config import CfgNode
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 __all__ = ["check_values"]
 

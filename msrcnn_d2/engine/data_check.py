@@ -8,9 +8,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..data import Finding, Findings, Level, check_dataset
-from ..data.findings import BAD_IMAGES, plural
-from ..errors import UserError
+from ..dataset_check import Finding, Findings, Level, check_dataset
+from ..dataset_check.findings import BAD_IMAGES, plural
+from ..utils.errors import UserError
 from .recipe import Recipe
 
 __all__ = ["check_data", "refuse_annotations"]
@@ -109,7 +109,7 @@ def _error(name: str, errors: list[Finding], advice: str) -> UserError:
 
 def _advice(json_file: str, image_root: "str | None") -> str:
     command = shlex.join(
-        ["python", "-m", "msrcnn_d2.data.check", json_file, image_root or "IMAGES"]
+        ["python", "-m", "msrcnn_d2.dataset_check", json_file, image_root or "IMAGES"]
     )
     return f"`{command}` shows all of them, and with --fix OUT.json mends or leaves out what it can"
 

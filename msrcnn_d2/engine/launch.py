@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from ..errors import UserError
-from .stopping import stop_signals_handled
+from ..utils.errors import UserError
+from .hooks import stop_signals_handled
 
 __all__ = ["launch"]
 

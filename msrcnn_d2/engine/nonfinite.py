@@ -8,11 +8,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
 
-from ..checkpoint.fitting import shown
+from ..checkpoint.compatibility import shown
 from ..checkpoint.writing import why_not_written
-from ..errors import UserError
-from ..whole_file import write_whole
-from .data_order import ResumableBatches, StepSeeds
+from ..utils.errors import UserError
+from ..utils.files import write_whole
+from .loaders import ResumableBatches, StepSeeds
 from .plain_batch import to_plain
 from .recipe import Recipe
 

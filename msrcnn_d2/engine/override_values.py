@@ -4,7 +4,7 @@ import ast
 import math
 from typing import Any
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 __all__ = ["AS_IT_IS", "value_of_text"]
 

@@ -31,14 +31,14 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 
 from ..config import target_of
-from ..errors import UserError
 from ..evaluation import MaskScoringCOCOEvaluator
-from ..evaluation.coco_engine import choose_engine
+from ..evaluation.average_precision import choose_engine
 from ..evaluation.settings import check_settings
 from ..image_reading import ImageSettings, image_settings, read_with
 from ..modeling import MaskScoringRCNNWithTTA
-from .data_order import LOADER_OPTIONS, build_resumable_loader, outlines
+from ..utils.errors import UserError
 from .inference_loader import build_test_loader
+from .loaders import LOADER_OPTIONS, build_resumable_loader, outlines
 from .mask_format import fit_mask_format
 
 __all__ = ["Recipe", "TestSet", "build_recipe"]

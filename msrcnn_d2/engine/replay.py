@@ -18,9 +18,9 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import MaskScoringCheckpointer
-from ..checkpoint.fitting import shown
-from ..errors import UserError, exit_on_user_error
-from .load_config import find_config_file, load_config
+from ..checkpoint.compatibility import shown
+from ..utils.errors import UserError, exit_on_user_error
+from .configs import find_config_file, load_config
 from .plain_batch import from_plain
 from .recipe import build_recipe
 from .trainer import adapt_forward, is_finite, nonfinite_gradients

@@ -12,7 +12,7 @@ from torch import nn
 
 from detectron2.engine import AMPTrainer, SimpleTrainer
 
-from .agreement import StepAgreement
+from ..utils.distributed import StepAgreement
 from .failed_forward import forward_is_done, wait_for_other_forwards
 
 __all__ = ["FiniteAMPTrainer", "FiniteTrainer", "adapt_forward", "is_finite", "nonfinite_gradients"]

@@ -16,8 +16,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
 from ..class_names import match, obstacle, same
-from ..errors import UserError
-from .coco_engine import (
+from ..utils.errors import UserError
+from .average_precision import (
     COCO_MAX_DETS,
     Engine,
     Evaluation,

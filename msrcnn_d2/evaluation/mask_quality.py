@@ -11,9 +11,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-from .calibration import Bin, expected_calibration_error, mean, pearson, reliability, spearman
-from .coco_engine import Evaluation, areas_of, build_engine, mean_of_defined
+from .average_precision import Evaluation, areas_of, build_engine, mean_of_defined
 from .matching import IOU_THRESHOLDS, MaskOverlaps
+from .score_statistics import Bin, expected_calibration_error, mean, pearson, reliability, spearman
 
 __all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_mask_quality"]
 

@@ -9,11 +9,11 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from ..errors import UserError, exit_on_user_error
-from ..evaluation.coco_engine import ENGINES, choose_engine
+from ..coco_format import check_fits, read_annotations, read_results
+from ..evaluation.average_precision import ENGINES, choose_engine
 from ..evaluation.mask_quality import limit_of, measure_mask_quality
-from ..evaluation.reading import check_fits, read_annotations, read_results
 from ..image_reading import add_image_arguments, settings_from
+from ..utils.errors import UserError, exit_on_user_error
 from .page import write_report
 
 EXAMPLES = """

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.calibration import Bin
 from ..evaluation.mask_quality import TITLES, MaskQuality, Part
-from ..fonts import drawable
+from ..evaluation.score_statistics import Bin
+from ..utils.fonts import drawable
 
 __all__ = ["Chart", "charts", "reliability_figure"]
 

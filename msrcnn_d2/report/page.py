@@ -15,9 +15,9 @@ from typing import Any, Optional
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from ..errors import UserError
 from ..evaluation.mask_quality import MaskQuality, Part
 from ..image_reading import ImageSettings
+from ..utils.errors import UserError
 from .figures import Chart, charts
 from .gallery import Move, draw_move, largest_moves
 

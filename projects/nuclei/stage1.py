@@ -21,7 +21,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 MIN_AREA = 5  # pixels; fewer are a slip of the pen
 # A zip may have it all in one more folder. Names that begin with a dot are what macOS leaves.

@@ -34,7 +34,7 @@ from detectron2.utils.events import EventStorage
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import build_recipe, find_config_file, load_config, register_dataset
-from msrcnn_d2.engine.data_order import ResumableBatches, StepSeeds
+from msrcnn_d2.engine.loaders import ResumableBatches, StepSeeds
 from msrcnn_d2.evaluation import mask_ap, true_mask_ious
 
 OUTPUTS = ("pred_boxes", "pred_classes", "pred_masks", "scores")  # of a Mask R-CNN

@@ -11,7 +11,7 @@ import numpy as np
 from tabulate import tabulate
 
 from msrcnn_d2.evaluation import MaskQuality
-from msrcnn_d2.evaluation.coco_engine import build_engine
+from msrcnn_d2.evaluation.average_precision import build_engine
 from msrcnn_d2.evaluation.mask_quality import scores_of
 from msrcnn_d2.fit_exponent import fit_exponent
 

@@ -32,7 +32,7 @@ from tabulate import tabulate
 import detectron2
 
 from msrcnn_d2.evaluation import MaskQuality, measure_mask_quality
-from msrcnn_d2.evaluation.coco_engine import build_engine
+from msrcnn_d2.evaluation.average_precision import build_engine
 from msrcnn_d2.evaluation.mask_quality import TITLES
 from msrcnn_d2.report import write_report
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msrcnn_d2.checkpoint.conversion import Weights, read_weights
 from msrcnn_d2.checkpoint.reading import NotWeightsError, read_file
 from msrcnn_d2.checkpoint.writing import WRITERS, write_weights
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.utils.errors import UserError
 
 from strategies import Untouched, holds, same, seeds
 from weights import (

@@ -17,7 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator, mask_ap, measure_mask_quality
-from msrcnn_d2.evaluation.coco_engine import ENGINES, build_engine
+from msrcnn_d2.evaluation.average_precision import ENGINES, build_engine
 
 from filled_boxes import build_coco, rle
 from strategies import Untouched, holds, same, seeds

@@ -10,10 +10,10 @@ import pycocotools.mask as mask_util
 import pytest
 from hypothesis import strategies as st
 
-from msrcnn_d2.errors import UserError
+from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
 from msrcnn_d2.evaluation import measure_mask_quality
-from msrcnn_d2.evaluation.coco_engine import ENGINES
-from msrcnn_d2.evaluation.reading import check_fits, read_annotations, read_results
+from msrcnn_d2.evaluation.average_precision import ENGINES
+from msrcnn_d2.utils.errors import UserError
 
 from filled_boxes import rle
 from strategies import holds, seeds

@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils.colormap import random_color
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
-from .fonts import drawable, left_to_right
+from ..utils.fonts import drawable, left_to_right
 
 __all__ = ["MaskScoringVisualizer", "mask_score_labels"]
 

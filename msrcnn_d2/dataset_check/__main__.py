@@ -20,23 +20,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Optional
 
-from ..errors import UserError, exit_on_user_error
 from ..image_reading import add_image_arguments, arguments_for, settings_from
-from ..whole_file import write_whole
-from .checking import check_contents, check_encoding, check_folder, read_contents, read_images
+from ..utils.errors import UserError, exit_on_user_error
+from ..utils.files import write_whole
+from .check import check_contents, check_encoding, check_folder, read_contents, read_images
 from .findings import Findings, Level, plural
+from .fix import Mended, mend_contents
 from .images import ImageFile
 from .kinds import KINDS, Mend
-from .mending import Mended, mend_contents
 
 EXAMPLES = """
 examples:
   all of the annotations and images:
-    python -m msrcnn_d2.data.check annotations/train.json images/
+    python -m msrcnn_d2.dataset_check annotations/train.json images/
   a large dataset in a hurry, reading only the beginnings and ends of image files:
-    python -m msrcnn_d2.data.check annotations/train.json images/ --quick
+    python -m msrcnn_d2.dataset_check annotations/train.json images/ --quick
   mend what can be mended:
-    python -m msrcnn_d2.data.check annotations/train.json images/ --fix annotations/train_fixed.json
+    python -m msrcnn_d2.dataset_check train.json images/ --fix train_fixed.json
 """
 
 
@@ -97,7 +97,7 @@ def show(findings: Findings, mended: Optional[Mended], args: argparse.Namespace)
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m msrcnn_d2.data.check",
+        prog="python -m msrcnn_d2.dataset_check",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -207,7 +207,7 @@ def last_line(findings: Findings, mended: Optional[Mended], args: argparse.Names
     if mended or all(KINDS[f.kind].mend is Mend.NOTHING for f in findings.all):
         return line
     path = Path(args.annotations)
-    command = ["python", "-m", "msrcnn_d2.data.check", args.annotations]
+    command = ["python", "-m", "msrcnn_d2.dataset_check", args.annotations]
     command += ["--no-images"] if args.no_images else [str(args.images)]
     command += ["--quick"] if args.quick else []
     command += arguments_for(settings_from(args))

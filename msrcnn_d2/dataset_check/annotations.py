@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..evaluation.reading import MAX_PIXELS
+from ..coco_format import MAX_PIXELS
 from .findings import Findings, Id, shown
 from .images import ImageFile
 

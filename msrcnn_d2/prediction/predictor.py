@@ -17,11 +17,11 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
-from .checkpoint import MaskScoringCheckpointer
-from .class_names import same, shown_names
-from .errors import UserError
-from .image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
-from .modeling.acceleration import use_channels_last_on_cpu
+from ..checkpoint import MaskScoringCheckpointer
+from ..class_names import same, shown_names
+from ..image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
+from ..modeling.acceleration import use_channels_last_on_cpu
+from ..utils.errors import UserError
 
 __all__ = ["MaskScoringPredictor", "read_bgr_image"]
 

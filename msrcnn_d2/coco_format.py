@@ -15,7 +15,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..errors import UserError
+from .utils.errors import UserError
 
 __all__ = ["check_fits", "read_annotations", "read_results"]
 

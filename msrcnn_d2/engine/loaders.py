@@ -23,7 +23,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .bad_images import DATA_ERRORS, BadImage, Read, ReadingLoader, read_or_tell, refuse
 
 __all__ = ["LOADER_OPTIONS", "ResumableBatches", "StepSeeds", "build_resumable_loader"]

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.checkpointer import numbered_checkpoints
-from ..errors import UserError
+from ..utils.errors import UserError
 from .class_names import check_names_of_datasets, check_number
 from .data_check import refuse_annotations
 from .recipe import Recipe

@@ -14,8 +14,8 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..errors import agree_on_user_errors
-from .agreement import StepAgreement
+from ..utils.distributed import StepAgreement
+from ..utils.errors import agree_on_user_errors
 
 __all__ = ["STOP_SIGNALS", "StopOnSignal", "stop_signals_handled", "worker_init_fn"]
 

@@ -26,12 +26,12 @@ from detectron2.data.datasets import register_coco_instances
 
 from .. import model_zoo
 from ..config import add_msrcnn_config, retrofit, target_of
-from ..errors import UserError
 from ..image_reading import IMAGE_KEYS
 from ..modeling import RetrofitRCNN
+from ..utils.errors import UserError
 from .config_values import check_values
-from .data_order import LOADER_OPTIONS, build_resumable_loader
 from .inference_loader import build_test_loader
+from .loaders import LOADER_OPTIONS, build_resumable_loader
 from .override_values import AS_IT_IS, value_of_text
 
 __all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from ..evaluation.reading import MAX_COORDINATE, is_rle
-from .entries import MAX_AREA, MISSING, Annotations, Images, indices_of, to_floats, where
+from ..coco_format import MAX_COORDINATE, is_rle
+from .annotations import MAX_AREA, MISSING, Annotations, Images, indices_of, to_floats, where
 from .findings import Findings, plural, shown
 
 __all__ = ["check_masks", "compressed", "is_of_pairs"]

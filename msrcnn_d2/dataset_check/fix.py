@@ -14,8 +14,8 @@ from typing import Any, Optional
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .checking import check_contents
-from .entries import id_or_none, is_id, sides_of
+from .annotations import id_or_none, is_id, sides_of
+from .check import check_contents
 from .findings import Finding, Findings, Id, first, place_of
 from .images import ImageFile
 from .kinds import KINDS, Mend

@@ -25,22 +25,22 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
-from ..checkpoint.fitting import frozen_class_scores
-from ..errors import UserError, agree_on_user_errors
+from ..checkpoint.compatibility import frozen_class_scores
 from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
-from ..model_zoo import Published
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
-from .agreement import StepAgreement
+from ..published_models import Published
+from ..utils.distributed import StepAgreement
+from ..utils.errors import UserError, agree_on_user_errors
 from .bad_images import BadImages
 from .checkpoints import PeriodicCheckpoints
 from .class_names import check_names_of_weights, evaluators_in, names_of_training, use_names
-from .data_order import ResumableBatches, StepSeeds
 from .failed_forward import job_is_ending, watching_forwards
+from .hooks import StopOnSignal
+from .loaders import ResumableBatches, StepSeeds
 from .nonfinite import StepKeeper
 from .quality import log_reliability, write_report_of
 from .recipe import Recipe, TestSet
-from .stopping import StopOnSignal
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 
 __all__ = ["evaluate", "evaluate_checkpoint", "train"]

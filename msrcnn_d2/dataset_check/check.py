@@ -8,10 +8,10 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..errors import UserError
-from ..evaluation.reading import ANNOTATIONS_ADVICE, has_byte_order_mark, read_json
+from ..coco_format import ANNOTATIONS_ADVICE, has_byte_order_mark, read_json
 from ..image_reading import ImageSettings
-from .entries import Annotations, check_annotations, check_categories, check_images
+from ..utils.errors import UserError
+from .annotations import Annotations, check_annotations, check_categories, check_images
 from .findings import Findings, plural, shown
 from .images import ImageFile, look_at_images
 from .masks import check_masks

@@ -1,0 +1,1 @@
+"""From images to instances, and to pictures of them."""

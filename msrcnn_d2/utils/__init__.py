@@ -1,0 +1,1 @@
+"""What several rooms need: errors, files, processes that act together, fonts."""
