@@ -1,7 +1,8 @@
 """
 Memory of a GPU in training, simulated: needs no GPU, only shapes are computed.
 
-A device of :mod:`simulated_cuda` counts the bytes that a step of training holds. Feature maps,
+A device of :mod:`tests.helpers.simulated_cuda` counts the bytes that a step of training holds.
+Feature maps,
 weights and gradients are meta tensors, which have shapes but no values. Boxes, classes and masks
 of the ground truth have values, since the shapes of others depend on them.
 
@@ -13,7 +14,6 @@ publishes: a published number is larger than its simulation by about the same fo
 from collections.abc import Callable
 
 import torch
-from simulated_cuda import INDEXING, SimulatedCuda, SimulatedTensor, aten
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -24,6 +24,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from msrcnn_d2 import model_zoo, published_models
+from tests.helpers.simulated_cuda import INDEXING, SimulatedCuda, SimulatedTensor, aten
 
 from memory import NAMES, SIZE
 from models import random_boxes

@@ -20,7 +20,7 @@ from measuring import ROUNDS
 from report import Part, machine
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests")]  # for train_net and simulated_cuda
+sys.path.append(str(ROOT))  # for train_net and tests.helpers
 
 PARTS = ("inference", "training", "targets", "evaluation", "throughput", "memory")
 ON_REQUEST = (

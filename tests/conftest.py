@@ -13,8 +13,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
-from toy import tiny_mask_scoring_rcnn
-from weights import slim_model
+from tests.helpers.toy import tiny_mask_scoring_rcnn
+from tests.helpers.weights import slim_model
 
 torch.set_num_threads(1)  # toy tensors: more threads only wait for each other
 

@@ -14,8 +14,7 @@ from msrcnn_d2.modeling.acceleration import (
     compile_dense_parts,
     use_channels_last_on_cpu,
 )
-
-from toy import CHANNELS, tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
+from tests.helpers.toy import CHANNELS, tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
 
 
 def convolutions(model):

@@ -13,9 +13,8 @@ from msrcnn_d2.engine.inference_loader import build_test_loader
 from msrcnn_d2.engine.loaders import build_resumable_loader
 from msrcnn_d2.engine.mask_format import fit_mask_format
 from msrcnn_d2.utils.distributed import StepAgreement
-
-from toy import IMAGE_SIZE
-from toy_training import NUM_IMAGES, run, write_dataset, write_lazy_config
+from tests.helpers.toy import IMAGE_SIZE
+from tests.helpers.toy_training import NUM_IMAGES, run, write_dataset, write_lazy_config
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 

@@ -8,11 +8,11 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from simulated_cuda import SimulatedCuda, SimulatedTensor
-
 from detectron2.config import instantiate
 
 from msrcnn_d2 import published_models
+from tests.helpers.simulated_cuda import SimulatedCuda, SimulatedTensor
+from tests.helpers.toy import tiny_mask_scoring_rcnn
 
 import evaluation
 import measuring
@@ -22,7 +22,6 @@ from memory_simulated import GB, ShapesOnly, peak_of_training
 from models import model_input, random_boxes
 from report import Part, Target
 from synthetic_coco import draw_dataset
-from toy import tiny_mask_scoring_rcnn
 from training import training_input
 
 

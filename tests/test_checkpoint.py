@@ -15,9 +15,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.checkpoint.__main__ import main as convert
 from msrcnn_d2.utils.errors import UserError
-
-from toy import NUM_CLASSES, tiny_mask_scoring_rcnn
-from weights import (
+from tests.helpers.toy import NUM_CLASSES, tiny_mask_scoring_rcnn
+from tests.helpers.weights import (
     BODY,
     BOXES,
     EXPONENT,

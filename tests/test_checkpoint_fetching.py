@@ -15,8 +15,16 @@ from detectron2.utils.file_io import PathManager
 from msrcnn_d2.checkpoint.fetching import find_file
 from msrcnn_d2.checkpoint.reading import read_file
 from msrcnn_d2.utils.errors import UserError
-
-from weights import GOOD, Calls, arrays, assert_has, load, pickled, torch_bytes, weights_for
+from tests.helpers.weights import (
+    GOOD,
+    Calls,
+    arrays,
+    assert_has,
+    load,
+    pickled,
+    torch_bytes,
+    weights_for,
+)
 
 
 def test_directories_and_missing_files(tmp_path):

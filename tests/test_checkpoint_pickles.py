@@ -23,8 +23,7 @@ from msrcnn_d2.checkpoint.conversion import read_weights
 from msrcnn_d2.checkpoint.pickles import SafeUnpickler
 from msrcnn_d2.checkpoint.reading import read_file
 from msrcnn_d2.utils.errors import UserError
-
-from weights import (
+from tests.helpers.weights import (
     GOOD,
     MMDETECTION,
     Calls,

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_evaluation import CATEGORY_IDS, IMAGE_SIZE, detections, evaluate, square
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -25,9 +24,9 @@ from msrcnn_d2.engine.class_names import check_names_of_weights, use_names
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.utils.errors import UserError
-
-from toy import tiny_yacs_config, write_coco_json
-from weights import MMDETECTION, renamed, saved, weights_for
+from tests.helpers.toy import tiny_yacs_config, write_coco_json
+from tests.helpers.weights import MMDETECTION, renamed, saved, weights_for
+from tests.test_evaluation import CATEGORY_IDS, IMAGE_SIZE, detections, evaluate, square
 
 NAMES = ["a", "b", "c"]
 

@@ -15,8 +15,7 @@ from msrcnn_d2.engine import load_config
 from msrcnn_d2.engine.config_values import RULES, check_values
 from msrcnn_d2.engine.preflight import _check_paths
 from msrcnn_d2.utils.errors import UserError
-
-from toy_training import run, write_dataset, write_lazy_config
+from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
 LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
 YACS = LAZY.replace(".py", ".yaml")

@@ -20,8 +20,7 @@ from msrcnn_d2 import add_mask_scoring, model_zoo, published_models
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads
 from msrcnn_d2.utils.errors import UserError
-
-from toy import tiny_mask_rcnn
+from tests.helpers.toy import tiny_mask_rcnn
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "COCO-InstanceSegmentation"

@@ -9,12 +9,12 @@ import sys
 import pytest
 from PIL import ExifTags, Image
 
-from msrcnn_d2.dataset_check import Finding, Level, check_dataset, main
+from msrcnn_d2.dataset_check import Finding, Level, check_dataset
+from msrcnn_d2.dataset_check.__main__ import main
 from msrcnn_d2.dataset_check.kinds import KINDS
 from msrcnn_d2.image_reading import ImageSettings
 from msrcnn_d2.utils.errors import UserError
-
-from toy import IMAGE_SIZE, real_datasets, write_coco_json, write_images
+from tests.helpers.toy import IMAGE_SIZE, real_datasets, write_coco_json, write_images
 
 HEIGHT, WIDTH = IMAGE_SIZE
 SIZE = {"height": HEIGHT, "width": WIDTH}

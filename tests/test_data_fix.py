@@ -10,18 +10,18 @@ import sys
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
 
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 
-from msrcnn_d2.dataset_check import Level, check_dataset, main
+from msrcnn_d2.dataset_check import Level, check_dataset
+from msrcnn_d2.dataset_check.__main__ import main
 from msrcnn_d2.dataset_check.check import check_contents, read_contents, read_images
 from msrcnn_d2.dataset_check.fix import mend_contents
 from msrcnn_d2.dataset_check.kinds import KINDS, Mend
-
-from toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
+from tests.helpers.toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
+from tests.test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
 
 HEIGHT, WIDTH = IMAGE_SIZE
 SIZE = {"height": HEIGHT, "width": WIDTH}

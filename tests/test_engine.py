@@ -35,8 +35,7 @@ from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.image_reading import ImageSettings
 from msrcnn_d2.published_models import Published
 from msrcnn_d2.utils.errors import UserError
-
-from toy_training import lazy_config as toy_config
+from tests.helpers.toy_training import lazy_config as toy_config
 
 recipe_module = sys.modules["msrcnn_d2.engine.recipe"]
 train_module = sys.modules["msrcnn_d2.engine.loop"]  # the package has a function of this name

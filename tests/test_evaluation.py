@@ -23,8 +23,7 @@ from msrcnn_d2.evaluation import (
     measure_mask_quality,
     true_mask_ious,
 )
-
-from toy import write_coco_json
+from tests.helpers.toy import write_coco_json
 
 IMAGE_SIZE = (120, 160)
 # Neither consecutive nor in the order of the classes

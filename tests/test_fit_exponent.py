@@ -16,9 +16,8 @@ from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.coco_format import check_fits, read_annotations
 from msrcnn_d2.fit_exponent import EXPONENTS, ExponentFit, fit_exponent, main
 from msrcnn_d2.utils.errors import UserError
-
-from toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, write_coco_json
-from weights import EXPONENT, IOUS, fill, parameters, saved
+from tests.helpers.toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, write_coco_json
+from tests.helpers.weights import EXPONENT, IOUS, fill, parameters, saved
 
 OBJECT = [8, 8, 40, 8, 40, 40, 8, 40]
 ELSEWHERE = [50, 10, 90, 10, 90, 50, 50, 50]

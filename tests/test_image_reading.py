@@ -17,7 +17,8 @@ from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 
 from msrcnn_d2 import MaskScoringPredictor
-from msrcnn_d2.dataset_check import check_dataset, main
+from msrcnn_d2.dataset_check import check_dataset
+from msrcnn_d2.dataset_check.__main__ import main
 from msrcnn_d2.dataset_check.findings import Level
 from msrcnn_d2.engine import build_recipe, load_config, register_dataset
 from msrcnn_d2.engine.data_check import check_data
@@ -32,9 +33,8 @@ from msrcnn_d2.image_reading import (
 from msrcnn_d2.prediction.predictor import read_bgr_image
 from msrcnn_d2.report import gallery
 from msrcnn_d2.utils.errors import UserError
-
-from toy import IMAGE_SIZE, tiny_yacs_config, write_coco_json, write_images
-from toy_training import lazy_config, run, write_dataset
+from tests.helpers.toy import IMAGE_SIZE, tiny_yacs_config, write_coco_json, write_images
+from tests.helpers.toy_training import lazy_config, run, write_dataset
 
 HEIGHT, WIDTH = IMAGE_SIZE
 RANGE = ImageSettings(intensity_range=(1000, 1510))

@@ -3,7 +3,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from rasterised import assert_areas_are_rasterised
 
 from detectron2.config import instantiate
 from detectron2.modeling.roi_heads import StandardROIHeads, select_foreground_proposals
@@ -20,8 +19,8 @@ from msrcnn_d2.modeling.indexed_masks import (
     with_indexed_masks,
 )
 from msrcnn_d2.modeling.mask_iou_target import crop_gt_masks
-
-from toy import (
+from tests.helpers.rasterised import assert_areas_are_rasterised
+from tests.helpers.toy import (
     tiny_mask_rcnn,
     tiny_mask_scoring_rcnn,
     toy_features,

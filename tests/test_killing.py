@@ -14,9 +14,8 @@ import torch
 from msrcnn_d2.checkpoint.reading import check_whole
 from msrcnn_d2.engine.hooks import StopOnSignal
 from msrcnn_d2.utils.distributed import StepAgreement
-
-from killable import Training
-from toy_training import write_dataset, write_lazy_config
+from tests.helpers.killable import Training
+from tests.helpers.toy_training import write_dataset, write_lazy_config
 
 NUM_KILLS = 20
 MAX_ITER = 80

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from toy_training import run, write_dataset, write_lazy_config
+from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 

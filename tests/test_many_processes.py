@@ -19,10 +19,9 @@ import torch
 
 import train_net
 from msrcnn_d2.engine.replay import replay
-
-import many_processes
-from many_processes import CASES, MAX_ITER
-from toy_training import NUM_IMAGES, run, with_python_path
+from tests.helpers import many_processes
+from tests.helpers.many_processes import CASES, MAX_ITER
+from tests.helpers.toy_training import NUM_IMAGES, run, with_python_path
 
 ROOT = Path(train_net.__file__).parent
 SHAPES = ROOT / "projects" / "shapes"
@@ -53,7 +52,7 @@ class Job:
         self.log = log
         environment = {
             **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-            "PYTHONPATH": with_python_path(ROOT, ROOT / "tests"),
+            "PYTHONPATH": with_python_path(ROOT),
             "OMP_NUM_THREADS": "1",
             MARK: self.mark,
         }
@@ -154,7 +153,7 @@ def assert_ends(job: Job) -> None:
 
 def kept_by_both(folder: Path, options, launcher=()):
     """The folder of many_processes.py, and what its two processes have kept there."""
-    finished(folder, *launcher, ROOT / "tests" / "many_processes.py", folder, *options)
+    finished(folder, *launcher, "-m", "tests.helpers.many_processes", folder, *options)
     return folder, *(torch.load(folder / f"rank_{k}.pth", weights_only=False) for k in (0, 1))
 
 
@@ -306,7 +305,7 @@ def test_the_order_of_images_hardly_depends_on_the_number_of_processes(both):
 def two_gpus(options, tmp_path_factory):
     """What two processes on GPUs have kept; on simulated ones where there are not two."""
     folder = tmp_path_factory.mktemp("gpus")
-    finished(folder, *TORCHRUN, ROOT / "tests" / "simulated_nccl.py", folder, *options)
+    finished(folder, *TORCHRUN, "-m", "tests.helpers.simulated_nccl", folder, *options)
     return [torch.load(folder / f"rank_{k}.pth", weights_only=False) for k in (0, 1)]
 
 
@@ -470,7 +469,7 @@ def assert_goes_on_with_one_process(options, output_dir: Path):
 
 def test_a_process_that_fails_in_the_last_iteration_ends_the_others(options, start, tmp_path):
     """Those that are left must not evaluate: they would wait for it."""
-    model = "model._target_=many_processes.FailingRCNN"
+    model = "model._target_=tests.helpers.many_processes.FailingRCNN"
     output_dir = f"train.output_dir={tmp_path}"
     job = start(ROOT / "train_net.py", *SPAWN, *options, model, output_dir)
     job.wait_for(checkpoint(tmp_path, 2))
@@ -484,7 +483,7 @@ def test_a_process_that_fails_while_the_other_waits_for_it_ends_both(
     launcher, options, start, tmp_path
 ):
     spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
-    model = "model._target_=many_processes.WaitingRCNN"
+    model = "model._target_=tests.helpers.many_processes.WaitingRCNN"
     output_dir = f"train.output_dir={tmp_path}"
     job = start(*torchrun, ROOT / "train_net.py", *spawn, *options, model, output_dir)
     assert job.wait() == (2 if launcher == "spawn" else 1)  # torchrun has an exit code of its own

@@ -13,8 +13,7 @@ from msrcnn_d2.modeling.mask_iou_target import (
     crop_gt_masks,
     mask_iou_targets,
 )
-
-from toy import toy_instances, without_objects
+from tests.helpers.toy import toy_instances, without_objects
 
 S = 28
 FORMATS = ["polygon", "bitmask"]

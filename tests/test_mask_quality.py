@@ -19,8 +19,7 @@ from msrcnn_d2.evaluation.score_statistics import (
     reliability,
     spearman,
 )
-
-from filled_boxes import (
+from tests.helpers.filled_boxes import (
     HEIGHT,
     WIDTH,
     build_coco,
@@ -31,7 +30,7 @@ from filled_boxes import (
     scored,
     thing,
 )
-from slow_mask_quality import differences, main, slow_mask_quality
+from tests.helpers.slow_mask_quality import differences, main, slow_mask_quality
 
 NAN = pytest.approx(math.nan, nan_ok=True)
 # An object, a crowd, and objects of another class and in another image

@@ -58,7 +58,7 @@ def build_theirs(name):
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
 
-    import mmcv_ops
+    from tests.helpers import mmcv_ops
 
     mmcv_ops.install()
     import mmdet.models  # registers them

@@ -12,8 +12,7 @@ from detectron2.config import instantiate
 from msrcnn_d2 import model_zoo, published_models
 from msrcnn_d2.modeling import MaskScoringROIHeads
 from msrcnn_d2.utils.errors import UserError
-
-from toy import tiny_mask_scoring_rcnn, tiny_yacs_config
+from tests.helpers.toy import tiny_mask_scoring_rcnn, tiny_yacs_config
 
 FOLDER = "COCO-InstanceSegmentation"
 NAME = f"{FOLDER}/ms_rcnn_R_101_FPN_2x"

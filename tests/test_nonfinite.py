@@ -17,9 +17,8 @@ from msrcnn_d2.engine.plain_batch import from_plain, to_plain
 from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 from msrcnn_d2.utils.distributed import StepAgreement
 from msrcnn_d2.utils.errors import UserError
-
-from toy import toy_instances
-from toy_training import run, write_dataset, write_lazy_config
+from tests.helpers.toy import toy_instances
+from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 

@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 import torch
-from simulated_cuda import SimulatedCuda
 
 from detectron2.config import instantiate
 from detectron2.data.datasets import register_coco_instances
@@ -21,8 +20,8 @@ from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
 from msrcnn_d2.modeling import MaskScoringRCNNWithTTA, UnpastedMasks
 from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer
-
-from toy import (
+from tests.helpers.simulated_cuda import SimulatedCuda
+from tests.helpers.toy import (
     tiny_mask_rcnn,
     tiny_mask_scoring_rcnn,
     tiny_yacs_config,

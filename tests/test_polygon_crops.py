@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from rasterised import assert_areas_are_rasterised
 
 from detectron2.structures import PolygonMasks
 
 from msrcnn_d2.modeling.polygon_crops import crop_polygons, polygon_areas
+from tests.helpers.rasterised import assert_areas_are_rasterised
 
 SQUARE = [10.0, 10, 30, 10, 30, 30, 10, 30]
 TRIANGLE = [5.0, 40, 60.5, 44.25, 20.1, 70.7]

@@ -11,8 +11,7 @@ from detectron2.structures import Boxes, Instances, ROIMasks
 from msrcnn_d2 import retrofit
 from msrcnn_d2.modeling import UnpastedMasks
 from msrcnn_d2.modeling.postprocessing import rescale_unpasted
-
-from toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
+from tests.helpers.toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
 
 
 def assert_pastes_to(unpasted: Instances, expected: Instances):

@@ -11,8 +11,7 @@ import pytest
 from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
 from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks
 from msrcnn_d2.utils.errors import UserError
-
-from toy import IMAGE_SIZE, write_coco_json
+from tests.helpers.toy import IMAGE_SIZE, write_coco_json
 
 HEIGHT, WIDTH = IMAGE_SIZE
 SQUARE = [8, 8, 40, 8, 40, 40, 8, 40]

@@ -21,8 +21,7 @@ from msrcnn_d2.report import __main__ as command
 from msrcnn_d2.report import write_report
 from msrcnn_d2.report.figures import NUM_CLASSES, charts
 from msrcnn_d2.report.gallery import draw_move, largest_moves, object_mask
-
-from filled_boxes import HEIGHT, WIDTH, build_coco, dataset_of, found, thing
+from tests.helpers.filled_boxes import HEIGHT, WIDTH, build_coco, dataset_of, found, thing
 
 CLASSES = ((3, "a"), (7, "b <i>"))
 CHARTS = [

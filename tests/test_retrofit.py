@@ -27,8 +27,7 @@ from msrcnn_d2.engine import find_config_file, load_config
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads, RetrofitRCNN
 from msrcnn_d2.utils.errors import UserError
-
-from toy import (
+from tests.helpers.toy import (
     tiny_mask_rcnn,
     tiny_yacs_config,
     toy_features,

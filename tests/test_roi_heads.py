@@ -28,8 +28,7 @@ from msrcnn_d2.modeling import (
     mask_iou_inference,
 )
 from msrcnn_d2.modeling.roi_heads import DetectedBoxes
-
-from toy import (
+from tests.helpers.toy import (
     IMAGE_SIZE,
     NUM_CLASSES,
     tiny_mask_rcnn,

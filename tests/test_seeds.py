@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from filled_boxes import build_coco, dataset_of, found, measure, thing
+from tests.helpers.filled_boxes import build_coco, dataset_of, found, measure, thing
 
 SEEDS = Path(__file__).resolve().parents[1] / "projects" / "seeds"
 OBJECT, OTHER, NOWHERE = (0, 0, 20, 20), (40, 0, 20, 20), (80, 60, 20, 20)

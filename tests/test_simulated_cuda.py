@@ -5,9 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from simulated_cuda import SimulatedCuda
 from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
+
+from tests.helpers.simulated_cuda import SimulatedCuda
 
 
 @pytest.fixture

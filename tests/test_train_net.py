@@ -13,9 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from detectron2.engine import SimpleTrainer
 
 import train_net
-
-from toy import NUM_CLASSES, real_datasets, tiny_yacs_config
-from toy_training import run, with_python_path, write_dataset, write_lazy_config
+from tests.helpers.toy import NUM_CLASSES, real_datasets, tiny_yacs_config
+from tests.helpers.toy_training import run, with_python_path, write_dataset, write_lazy_config
 
 ROOT = Path(train_net.__file__).parent
 COCO_CONFIG = "configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x"
@@ -58,7 +57,7 @@ def run_alone(*args, launcher=(), env=None):
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": with_python_path(ROOT / "tests"),
+            "PYTHONPATH": with_python_path(ROOT),
             "OMP_NUM_THREADS": "1",
             **(env or {}),
         },

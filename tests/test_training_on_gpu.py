@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from simulated_cuda import SimulatedCuda
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -14,9 +13,9 @@ from detectron2.utils.events import EventStorage
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer
 from msrcnn_d2.utils.distributed import StepAgreement
-
-from toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
-from toy_training import lazy_config, run, write_dataset
+from tests.helpers.simulated_cuda import SimulatedCuda
+from tests.helpers.toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
+from tests.helpers.toy_training import lazy_config, run, write_dataset
 
 REAL = torch.cuda.is_available()
 no_waits = pytest.mark.skipif(REAL, reason="a real GPU does not say when it is waited for")

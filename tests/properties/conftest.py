@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from strategies import NIGHTLY, TRIED
+from tests.helpers.strategies import NIGHTLY, TRIED
 
 FEWEST_CASES = 10_000  # of all properties together, that a nightly run promises
 

@@ -16,9 +16,8 @@ from msrcnn_d2.checkpoint.conversion import Weights, read_weights
 from msrcnn_d2.checkpoint.reading import NotWeightsError, read_file
 from msrcnn_d2.checkpoint.writing import WRITERS, write_weights
 from msrcnn_d2.utils.errors import UserError
-
-from strategies import Untouched, holds, same, seeds
-from weights import (
+from tests.helpers.strategies import Untouched, holds, same, seeds
+from tests.helpers.weights import (
     BODY,
     BOXES,
     HEADS,

@@ -18,9 +18,8 @@ from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator, mask_ap, measure_mask_quality
 from msrcnn_d2.evaluation.average_precision import ENGINES, build_engine
-
-from filled_boxes import build_coco, rle
-from strategies import Untouched, holds, same, seeds
+from tests.helpers.filled_boxes import build_coco, rle
+from tests.helpers.strategies import Untouched, holds, same, seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found annotation id 0")
 

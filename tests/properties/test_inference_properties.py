@@ -15,9 +15,14 @@ from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.modeling import mask_iou_inference
 from msrcnn_d2.modeling.mask_iou_head import set_mask_scores
 from msrcnn_d2.modeling.postprocessing import rescale_unpasted
-
-from strategies import UNUSUAL, Untouched, boxes, holds, same, seeds
-from toy import IMAGE_SIZE, NUM_CLASSES, tiny_mask_scoring_rcnn, tiny_yacs_config, toy_features
+from tests.helpers.strategies import UNUSUAL, Untouched, boxes, holds, same, seeds
+from tests.helpers.toy import (
+    IMAGE_SIZE,
+    NUM_CLASSES,
+    tiny_mask_scoring_rcnn,
+    tiny_yacs_config,
+    toy_features,
+)
 
 EXPONENTS = st.one_of(st.sampled_from([0.0, 1.0, 2.0, 1e-30]), st.floats(0, 1e30))
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -14,9 +14,8 @@ from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.evaluation.average_precision import ENGINES
 from msrcnn_d2.utils.errors import UserError
-
-from filled_boxes import rle
-from strategies import holds, seeds
+from tests.helpers.filled_boxes import rle
+from tests.helpers.strategies import holds, seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found annotation id 0")
 

@@ -13,8 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from msrcnn_d2.modeling import mask_iou_head
 from msrcnn_d2.modeling.mask_iou_target import MIN_BOX_SIDE, crop_gt_masks, mask_iou_targets
-
-from strategies import (
+from tests.helpers.strategies import (
     HEIGHT,
     USUAL,
     WIDTH,
@@ -28,7 +27,7 @@ from strategies import (
     seeds,
     stars,
 )
-from toy import IMAGE_SIZE, NUM_CLASSES, tiny_mask_scoring_rcnn, toy_features
+from tests.helpers.toy import IMAGE_SIZE, NUM_CLASSES, tiny_mask_scoring_rcnn, toy_features
 
 ROUNDING = 1e-5  # of the few operations in float32
 

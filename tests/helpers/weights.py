@@ -12,8 +12,7 @@ from detectron2.modeling import build_model
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.utils.errors import UserError
-
-from toy import tiny_yacs_config
+from tests.helpers.toy import tiny_yacs_config
 
 BODY, RPN, HEADS = "backbone.bottom_up.", "proposal_generator.rpn_head.", "roi_heads."
 SCORES, BOXES = HEADS + "box_predictor.cls_score.", HEADS + "box_predictor.bbox_pred."

@@ -15,10 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import simulated_cuda
 import torch
 import torch.distributed as dist
-from simulated_cuda import SimulatedCuda, SimulatedTensor
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
@@ -26,8 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from detectron2.utils import comm
 
 from msrcnn_d2.engine import launch
-
-from many_processes import train_and_keep
+from tests.helpers import simulated_cuda
+from tests.helpers.many_processes import train_and_keep
+from tests.helpers.simulated_cuda import SimulatedCuda, SimulatedTensor
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 NUM_GPUS = 2

@@ -10,8 +10,7 @@ from detectron2.config import LazyConfig
 
 import train_net
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
-
-from toy import OBJECTS, tiny_mask_scoring_rcnn, write_coco_json, write_images
+from tests.helpers.toy import OBJECTS, tiny_mask_scoring_rcnn, write_coco_json, write_images
 
 NUM_IMAGES = 9
 

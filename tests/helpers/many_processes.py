@@ -16,9 +16,8 @@ from detectron2.utils.events import EventStorage, get_event_storage
 import train_net
 from msrcnn_d2.engine import build_recipe, failed_forward, launch, train
 from msrcnn_d2.engine.loaders import build_resumable_loader
-
-from toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
-from toy_training import lazy_config, write_dataset
+from tests.helpers.toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
+from tests.helpers.toy_training import lazy_config, write_dataset
 
 DATASET = "toy_of_many"
 MAX_ITER = 4

@@ -1,0 +1,1 @@
+"""What several test files need; none of it is a test."""
