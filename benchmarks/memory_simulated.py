@@ -2,9 +2,8 @@
 Memory of a GPU in training, simulated: needs no GPU, only shapes are computed.
 
 A device of :mod:`tests.helpers.simulated_cuda` counts the bytes that a step of training holds.
-Feature maps,
-weights and gradients are meta tensors, which have shapes but no values. Boxes, classes and masks
-of the ground truth have values, since the shapes of others depend on them.
+Feature maps, weights and gradients are meta tensors, which have shapes but no values. Boxes,
+classes and masks of the ground truth have values, since the shapes of others depend on them.
 
 What a simulation leaves out: workspaces of cuDNN, and what a run holds beside its steps. So
 Detectron2's own models are simulated as well, and compared with the memory that its model zoo

@@ -95,7 +95,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _version(package: str) -> "str | None":
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,7 +1,6 @@
 """Names of classes: whether those of datasets and of weights go together, and how to say it."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 __all__ = ["difference", "match", "obstacle", "same", "shown_names"]
 
@@ -19,7 +18,7 @@ def same(names: Sequence[str], others: Sequence[str]) -> bool:
     return plain == [*map(_plain, others)]
 
 
-def match(names: Sequence[str], others: Sequence[str]) -> list[Optional[int]]:
+def match(names: Sequence[str], others: Sequence[str]) -> list[int | None]:
     """For each of the names its position among the others, or None."""
     positions = {name: k for k, name in enumerate(others)}
     return [positions.get(name) for name in names]
@@ -79,7 +78,7 @@ def _sentence(first: str, names: list[str], second: str, others: list[str], why:
     )
 
 
-def _spelled_differently(names: list[str], others: list[str]) -> Optional[tuple[str, str]]:
+def _spelled_differently(names: list[str], others: list[str]) -> tuple[str, str] | None:
     """Two names that differ in capitals, blanks, hyphens or underscores only."""
     known = {_plain(name): name for name in others if name not in names}
     for name in names:

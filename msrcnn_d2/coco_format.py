@@ -260,7 +260,7 @@ def _decoded(counts: str) -> list[int]:
     return values.tolist()
 
 
-def _are_counts(values: Any, length: "int | None" = None) -> bool:
+def _are_counts(values: Any, length: int | None = None) -> bool:
     return (
         isinstance(values, list)
         and length in (None, len(values))

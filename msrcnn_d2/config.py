@@ -263,7 +263,7 @@ def _retrofit_yacs_training(cfg: CfgNode) -> None:
         cfg.MODEL.WEIGHTS = ""
 
 
-def _retrofit_length(max_iter: int, batch: "int | None") -> int:
+def _retrofit_length(max_iter: int, batch: int | None) -> int:
     """Iterations: no more images than a retrofit needs, and no more than the model had."""
     return min(max_iter, math.ceil(RETROFIT_IMAGES / (batch or 16)))
 

@@ -24,7 +24,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from pycocotools.coco import COCO
@@ -69,7 +68,7 @@ def fit_exponent(
     results: Sequence[dict],
     exponents: Sequence[float] = EXPONENTS,
     max_dets: int = 100,
-    engine: Optional[str] = None,
+    engine: str | None = None,
     progress: bool = False,
 ) -> ExponentFit:
     """

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Optional
+from typing import IO, Any
 
 import numpy as np
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -75,10 +75,10 @@ class ImageSettings:
         UserError: a value is not of this kind, or range and percentiles are both given.
     """
 
-    intensity_range: Optional[tuple[float, float]] = None
-    intensity_percentiles: Optional[tuple[float, float]] = None
+    intensity_range: tuple[float, float] | None = None
+    intensity_percentiles: tuple[float, float] | None = None
     apply_exif: bool = True
-    max_pixels: Optional[int] = None
+    max_pixels: int | None = None
 
     def __post_init__(self):
         for key in ("intensity_range", "intensity_percentiles"):
@@ -109,7 +109,7 @@ class ImageSettings:
         return math.inf if limit is None else 2 * limit
 
 
-def _pair(key: str, value: Any) -> Optional[tuple[float, float]]:
+def _pair(key: str, value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     expected = "two numbers, the lower one first"
@@ -132,7 +132,7 @@ def _both_keys(key: str) -> str:
     return f"dataloader.images.{key} (yaml: {IMAGE_KEYS[key][0]})"
 
 
-def image_settings(cfg: "DictConfig | CfgNode") -> ImageSettings:
+def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
     """
     What a config of either kind says about reading images; defaults where it says nothing.
 
@@ -226,9 +226,9 @@ class _PixelLimits:
     def __init__(self):
         self._lock = threading.Lock()
         self._depth = 0
-        self._of_pillow: Optional[int] = None
+        self._of_pillow: int | None = None
 
-    def of_pillow(self) -> Optional[int]:
+    def of_pillow(self) -> int | None:
         return self._of_pillow if self._depth else Image.MAX_IMAGE_PIXELS
 
     @contextmanager
@@ -251,7 +251,7 @@ without_pixel_limit = _limits.lifted
 
 
 @contextmanager
-def open_image(file: "str | IO[bytes]", settings: ImageSettings) -> Iterator[Image.Image]:
+def open_image(file: str | IO[bytes], settings: ImageSettings) -> Iterator[Image.Image]:
     """
     `Image.open` with the limit of the settings instead of Pillow's.
 
@@ -412,7 +412,7 @@ class _ReadingMapper:
                 return self.mapper(dataset_dict)
             return self._map_decoded(dataset_dict, name, image)
 
-    def _read(self, name: str) -> Optional[Image.Image]:
+    def _read(self, name: str) -> Image.Image | None:
         """None if the mapper reads it alike."""
         try:
             with PathManager.open(name, "rb") as f, open_image(f, self.settings) as image:
@@ -444,7 +444,7 @@ class _ReadingMapper:
         return mapped
 
 
-def read_with(settings: ImageSettings, mapper: Optional[Callable]) -> Optional[Callable]:
+def read_with(settings: ImageSettings, mapper: Callable | None) -> Callable | None:
     """
     The mapper with images that are read by the settings.
 

@@ -2,7 +2,6 @@
 
 import difflib
 from pathlib import Path
-from typing import Optional
 
 import torch
 from omegaconf import DictConfig
@@ -45,7 +44,7 @@ def get_config_file(name: str) -> str:
     raise UserError(f"No config '{name}' comes with msrcnn_d2; near it: {', '.join(nearest)}.")
 
 
-def get_config(name: str, trained: bool = False) -> "DictConfig | CfgNode":
+def get_config(name: str, trained: bool = False) -> DictConfig | CfgNode:
     """
     Args:
         name: as in :func:`get_config_file`.
@@ -92,7 +91,7 @@ def get_checkpoint_url(name: str) -> str:
     return published.checkpoint_url
 
 
-def get(name: str, trained: bool = False, device: Optional[str] = None) -> nn.Module:
+def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
     """
     Args:
         name, trained: as in :func:`get_config`.

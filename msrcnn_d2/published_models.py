@@ -1,7 +1,7 @@
 """Models that others have trained and published: their results and where their weights are."""
 
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 __all__ = ["PUBLISHED", "SOURCE", "Published", "published_results", "published_table"]
 
@@ -20,8 +20,8 @@ class Published(NamedTuple):
     box_ap: float
     mask_ap: float
     checkpoint: str
-    memory: Optional[float] = None
-    speed: Optional[float] = None
+    memory: float | None = None
+    speed: float | None = None
 
     @property
     def checkpoint_url(self) -> str:
@@ -87,6 +87,6 @@ def published_table() -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
-def published_results(config_file: str) -> Optional[Published]:
+def published_results(config_file: str) -> Published | None:
     """What was published for a config, found by its file name; None where there is nothing."""
     return PUBLISHED.get(Path(config_file).stem)

@@ -50,7 +50,7 @@ def whole(base, tmp_path_factory):
     return losses
 
 
-def tagged(output: Path) -> "Path | None":
+def tagged(output: Path) -> Path | None:
     """The file that "last_checkpoint" names; it has to be complete."""
     tag = output / "last_checkpoint"
     if not tag.exists():
@@ -60,7 +60,7 @@ def tagged(output: Path) -> "Path | None":
     return checkpoint
 
 
-def iteration_of(checkpoint: "Path | None") -> int:
+def iteration_of(checkpoint: Path | None) -> int:
     return torch.load(checkpoint)["iteration"] if checkpoint else -1
 
 

@@ -65,7 +65,7 @@ def box(top: int, left: int, height: int = 4, width: int = 6) -> np.ndarray:
     return mask
 
 
-def write_sample(folder: Path, id: str, image: np.ndarray, masks: "list[np.ndarray] | None"):
+def write_sample(folder: Path, id: str, image: np.ndarray, masks: list[np.ndarray] | None):
     """Of stage1_train; ``image`` is gray and gets colour and alpha. Without masks: no folder."""
     rgba = np.stack([image, image // 2, 255 - image, np.full_like(image, 200)], axis=2)
     (folder / id / "images").mkdir(parents=True)

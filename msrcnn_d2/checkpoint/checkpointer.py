@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,18 +56,18 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
-        save_to_disk: Optional[bool] = None,
-        class_names: Optional[Sequence[str]] = None,
+        save_to_disk: bool | None = None,
+        class_names: Sequence[str] | None = None,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.class_names = class_names
-        self.loaded_class_names: Optional[list[str]] = None
+        self.loaded_class_names: list[str] | None = None
 
     def load(
         self,
         path: str,
-        checkpointables: Optional[list[str]] = None,
+        checkpointables: list[str] | None = None,
         *,
         strict: bool = False,
         finite: bool = True,
@@ -136,7 +136,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             )
         return self.load(last, strict=True)
 
-    def last_complete_checkpoint(self) -> Optional[str]:
+    def last_complete_checkpoint(self) -> str | None:
         """
         The checkpoint to go on from: the one that "last_checkpoint" names, or if that one is
         damaged the newest before it that is not. All processes get what the first one finds, and
@@ -150,7 +150,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         """
         return _found_by_first_process(self._find_complete)
 
-    def _find_complete(self) -> Optional[str]:
+    def _find_complete(self) -> str | None:
         if _is_remote(self.save_dir):
             return self.get_checkpoint_file() if self.has_checkpoint() else None
         candidates = self._candidates()
@@ -260,7 +260,7 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _found_by_first_process(find: Callable[[], Optional[str]]) -> Optional[str]:
+def _found_by_first_process(find: Callable[[], str | None]) -> str | None:
     """What `find` returns, or raises, in the main process, in all processes."""
     found = message = None
     if comm.is_main_process():
@@ -286,7 +286,7 @@ def _matched(model: nn.Module, weights: Weights, file: str) -> dict[str, torch.T
         ) from error
 
 
-def _pixels(model: nn.Module) -> Optional[Pixels]:
+def _pixels(model: nn.Module) -> Pixels | None:
     mean, std = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
     if not (isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor)):
         return None

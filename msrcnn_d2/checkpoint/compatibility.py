@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import nn
@@ -47,7 +46,7 @@ class Fit:
     unexpected: list[str]
     shapes: dict[str, tuple[tuple, tuple]]
     types: dict[str, tuple[torch.dtype, torch.dtype]]
-    score_exponent: Optional[torch.Tensor]
+    score_exponent: torch.Tensor | None
 
     @property
     def absent(self) -> list[str]:
@@ -196,7 +195,7 @@ def _types_differ(fit: Fit) -> str:
     )
 
 
-def _is_wrong_exponent(value: Optional[torch.Tensor]) -> bool:
+def _is_wrong_exponent(value: torch.Tensor | None) -> bool:
     return value is not None and not (value.ndim == 0 and value.isfinite() and value >= 0)
 
 
@@ -226,7 +225,7 @@ def _shapes_differ(fit: Fit) -> str:
     )
 
 
-def _classes(fit: Fit) -> "tuple[int, int] | None":
+def _classes(fit: Fit) -> tuple[int, int] | None:
     """The number of classes in the file and in the model, if they differ."""
     for name, (given, expected) in fit.shapes.items():
         if CLASS_BIAS.fullmatch(name):

@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ class Weights:
     state_dict: dict[str, torch.Tensor]
     extras: dict[str, Any]
     matched_by_suffix: bool = False
-    pixels: Optional[Pixels] = None
+    pixels: Pixels | None = None
     note: str = ""
-    class_names: Optional[list[str]] = None
+    class_names: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Source:
     background_first: bool = False
     coco_ids: bool = False
     eps_of_frozen_bn: bool = True
-    pixels: Optional[Pixels] = None
+    pixels: Pixels | None = None
     note: str = ""
 
 
@@ -260,7 +260,7 @@ def _about_averages(key: str, taken: bool) -> str:
 
 def _class_names(
     extras: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
-) -> Optional[list[str]]:
+) -> list[str] | None:
     """Names in a file of this package or of MMDetection, if they are as many as its classes."""
     meta = _plain(extras.get("meta"))
     dataset_meta = _plain(meta.get("dataset_meta"))  # since version 3
@@ -346,7 +346,7 @@ def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any]
     return _tensors(values), {**extras, **_matching(author)}, note
 
 
-def _matching(author: Optional[str]) -> dict[str, Any]:
+def _matching(author: str | None) -> dict[str, Any]:
     return {"__author__": author, "matching_heuristics": True} if author else {}
 
 
@@ -436,7 +436,7 @@ def _compensated_for_eps(name: str, value: torch.Tensor) -> torch.Tensor:
     return value - FrozenBatchNorm2d(1).eps
 
 
-def _pixels_of_mmdetection(meta: Any) -> Optional[Pixels]:
+def _pixels_of_mmdetection(meta: Any) -> Pixels | None:
     """MMDetection keeps the text of the config, version 2 as "config", version 3 as "cfg"."""
     meta = _plain(meta)
     text = str(meta.get("config") or meta.get("cfg") or "")

@@ -108,7 +108,7 @@ TORCHVISION_DETECTOR = {
 _NUMBER = re.compile(r"\{(\w)(\+\d+)?\}")
 
 
-def compile_names(names: Mapping[str, str]) -> Callable[[str], "str | None"]:
+def compile_names(names: Mapping[str, str]) -> Callable[[str], str | None]:
     """
     Args:
         names: a table as above.
@@ -118,7 +118,7 @@ def compile_names(names: Mapping[str, str]) -> Callable[[str], "str | None"]:
     """
     rows = [(_pattern(theirs), ours) for theirs, ours in names.items()]
 
-    def translate(name: str) -> "str | None":
+    def translate(name: str) -> str | None:
         for pattern, ours in rows:
             match = pattern.fullmatch(name)
             if match:

@@ -178,7 +178,7 @@ def _load_torch_file(path: str, allowed: list) -> Any:
         raise RefusedError(refused) from error
 
 
-def _refused(message: str) -> "str | None":
+def _refused(message: str) -> str | None:
     """What PyTorch's reader does not allow, from its message."""
     operation = re.search(r"Unsupported operand (\d+)", message)
     if operation:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Optional
+from typing import IO
 
 import torch
 from safetensors.torch import save
@@ -42,7 +42,7 @@ def write_weights(
     state_dict: Mapping[str, torch.Tensor],
     target: str,
     half: bool = False,
-    class_names: Optional[Sequence[str]] = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """
     Args:

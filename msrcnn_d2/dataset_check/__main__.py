@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO
 
 from ..image_reading import add_image_arguments, arguments_for, settings_from
 from ..utils.errors import UserError, exit_on_user_error
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> bool:
     return has_failed(mended.left if mended else findings, args.strict)
 
 
-def check_any_file(files: Optional[dict[str, ImageFile]], args: argparse.Namespace) -> None:
+def check_any_file(files: dict[str, ImageFile] | None, args: argparse.Namespace) -> None:
     """A wrong folder is not mended by leaving out all of the images."""
     if files and all(file.kind == "image-missing" for file in files.values()):
         raise UserError(
@@ -86,7 +86,7 @@ def check_any_file(files: Optional[dict[str, ImageFile]], args: argparse.Namespa
         )
 
 
-def show(findings: Findings, mended: Optional[Mended], args: argparse.Namespace) -> None:
+def show(findings: Findings, mended: Mended | None, args: argparse.Namespace) -> None:
     max_shown = None if args.all else args.show
     parts = [head_line(findings, args), findings.summary(max_shown)]
     if mended:
@@ -188,7 +188,7 @@ def entries_of(findings: Findings) -> str:
     return ", ".join(parts)
 
 
-def text_of_mended(mended: Mended, args: argparse.Namespace, max_shown: Optional[int]) -> str:
+def text_of_mended(mended: Mended, args: argparse.Namespace, max_shown: int | None) -> str:
     lines = [f"MENDED in {args.fix}:", mended.summary(max_shown) or "  nothing"]
     left = mended.left
     lines += [f"It has {entries_of(left)}. Left are {left.totals()}."]
@@ -200,7 +200,7 @@ def text_of_mended(mended: Mended, args: argparse.Namespace, max_shown: Optional
     return "\n".join(lines)
 
 
-def last_line(findings: Findings, mended: Optional[Mended], args: argparse.Namespace) -> str:
+def last_line(findings: Findings, mended: Mended | None, args: argparse.Namespace) -> str:
     line = f"{findings.totals()}."
     if not args.all and any(len(x) > args.show for x in findings.by_kind().values()):
         line += " (--all shows all.)"
@@ -215,7 +215,7 @@ def last_line(findings: Findings, mended: Optional[Mended], args: argparse.Names
     return f"{line} To mend what can be mended:\n  {shlex.join(command)}"
 
 
-def as_data(findings: Findings, mended: Optional[Mended], args: argparse.Namespace) -> dict:
+def as_data(findings: Findings, mended: Mended | None, args: argparse.Namespace) -> dict:
     images = None if args.no_images else str(args.images)
     data = {"annotations": args.annotations, "images": images, **findings.as_data()}
     return {**data, "fixed": mended.as_data()} if mended else data

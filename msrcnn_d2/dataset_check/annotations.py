@@ -5,7 +5,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -84,9 +84,7 @@ class Annotations:
         return [entry.get(key, MISSING) for entry in self.entries]
 
 
-def check_images(
-    entries: list, files: Optional[dict[str, ImageFile]], findings: Findings
-) -> Images:
+def check_images(entries: list, files: dict[str, ImageFile] | None, findings: Findings) -> Images:
     """
     Args:
         entries: "images" of the file.
@@ -145,7 +143,7 @@ def _problems_of_orientation(
             yield k, "image-orientation-unclear", f"its orientation is {all_files[k].orientation}"
 
 
-def _said_of_orientation(file: ImageFile, sides: Optional[tuple[int, int]] = None) -> str:
+def _said_of_orientation(file: ImageFile, sides: tuple[int, int] | None = None) -> str:
     read, meant = ("turned", "stored") if file.is_turned else ("stored", "turned")
     sizes = ""
     if sides and file.size:
@@ -159,7 +157,7 @@ def _said_of_orientation(file: ImageFile, sides: Optional[tuple[int, int]] = Non
 
 
 def _problems_of_image(
-    entry: dict, names: set[str], files: Optional[dict[str, ImageFile]]
+    entry: dict, names: set[str], files: dict[str, ImageFile] | None
 ) -> Iterator[tuple[str, str]]:
     """
     Kinds and messages.
@@ -186,12 +184,12 @@ def _problems_of_image(
         yield "image-size", _said_of_size(file, sides)
 
 
-def _said_of_size(file: ImageFile, sides: Optional[tuple[int, int]]) -> str:
+def _said_of_size(file: ImageFile, sides: tuple[int, int] | None) -> str:
     has, said = ("{1} x {0}".format(*size or ("?", "?")) for size in (file.size, sides))
     return f"it has {has} pixels (width x height), the annotations say {said}"
 
 
-def sides_of(entry: dict) -> Optional[tuple[int, int]]:
+def sides_of(entry: dict) -> tuple[int, int] | None:
     """Height and width in pixels; None unless they are whole numbers that an image can have."""
     height, width = entry.get("height"), entry.get("width")
     if type(height) is not int or type(width) is not int:
@@ -265,7 +263,7 @@ def is_id(value: Any) -> bool:
     return is_number and abs(value) <= sys.float_info.max  # `math.isfinite` fails at a long integer
 
 
-def id_or_none(value: Any) -> Optional[Id]:
+def id_or_none(value: Any) -> Id | None:
     """For findings, which have to be plain data."""
     return value if is_id(value) else None
 
@@ -395,7 +393,7 @@ def indices_of(chosen: np.ndarray) -> list[int]:
     return np.flatnonzero(chosen).tolist()
 
 
-def to_floats(values: "Sequence | Iterable") -> np.ndarray:
+def to_floats(values: Sequence | Iterable) -> np.ndarray:
     """As numbers; NaN for what is none, such as text."""
     values = values if isinstance(values, list) else list(values)
     try:

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +21,12 @@ __all__ = ["check_contents", "check_dataset", "check_encoding", "read_contents",
 
 def check_dataset(
     annotations: str,
-    images: Optional[str],
+    images: str | None,
     quick: bool = False,
-    num_workers: Optional[int] = None,
+    num_workers: int | None = None,
     progress: bool = True,
     needs_annotations: bool = True,
-    settings: Optional[ImageSettings] = None,
+    settings: ImageSettings | None = None,
 ) -> Findings:
     """
     Args:
@@ -58,7 +58,7 @@ def check_encoding(annotations: str, findings: Findings) -> None:
         findings.add("byte-order-mark", "the file starts with the byte order mark of UTF-8")
 
 
-def check_folder(images: Optional[str]) -> None:
+def check_folder(images: str | None) -> None:
     if images is not None and not os.path.isdir(images):
         raise UserError(f"There is no folder '{images}': give that of the images.")
 
@@ -96,12 +96,12 @@ def _without_garbage_collection() -> Iterator[None]:
 
 def read_images(
     contents: dict,
-    images: Optional[str],
+    images: str | None,
     quick: bool,
-    num_workers: Optional[int],
+    num_workers: int | None,
     progress: bool,
-    settings: Optional[ImageSettings] = None,
-) -> Optional[dict[str, ImageFile]]:
+    settings: ImageSettings | None = None,
+) -> dict[str, ImageFile] | None:
     """What the files of images are, by name; None without a folder."""
     if images is None:
         return None
@@ -111,7 +111,7 @@ def read_images(
     return look_at_images(images, known, quick, num_workers, progress, settings)
 
 
-def check_contents(contents: dict, files: Optional[dict[str, ImageFile]]) -> Findings:
+def check_contents(contents: dict, files: dict[str, ImageFile] | None) -> Findings:
     """
     Args:
         contents: from :func:`read_contents`; they are not modified.

@@ -5,13 +5,13 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from .kinds import KINDS, Level
 
 __all__ = ["BAD_IMAGES", "Finding", "Findings", "Id", "Level", "plural", "shown"]
 
-Id = Union[int, float, str]
+Id = int | float | str
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Finding:
     kind: str
     level: Level
     message: str
-    image_id: Optional[Id] = None
-    annotation_id: Optional[Id] = None
-    file_name: Optional[str] = None
+    image_id: Id | None = None
+    annotation_id: Id | None = None
+    file_name: str | None = None
     index: int = -1
-    part: Optional[int] = None
+    part: int | None = None
 
     def __str__(self) -> str:
         place = place_of(self.image_id, self.annotation_id, self.file_name)
         return f"{place}: {self.message}" if place else self.message
 
 
-def place_of(image_id: Optional[Id], annotation_id: Optional[Id], file_name: Optional[str]) -> str:
+def place_of(image_id: Id | None, annotation_id: Id | None, file_name: str | None) -> str:
     """Such as "image 12 'a.jpg', annotation 345"; empty if there is nothing to say."""
     image = [] if image_id is None else [_id(image_id)]
     image += [] if file_name is None else [repr(file_name)]
@@ -69,7 +69,7 @@ class Findings:
     num_images: int = 0
     num_annotations: int = 0
     num_categories: int = 0
-    num_files: Optional[int] = None
+    num_files: int | None = None
     has_annotations: bool = True
     objects_per_image: dict[Id, int] = field(default_factory=dict)
     mask_format: str = "polygon"
@@ -92,7 +92,7 @@ class Findings:
             found[finding.kind].append(finding)
         return {kind: found[kind] for kind in KINDS if kind in found}
 
-    def summary(self, max_shown: Optional[int] = 5) -> str:
+    def summary(self, max_shown: int | None = 5) -> str:
         """
         Text: for each level its kinds, with counts and examples.
 
@@ -111,7 +111,7 @@ class Findings:
         return "\n".join(lines)
 
     def _lines_of_kind(
-        self, kind: str, findings: list[Finding], max_shown: Optional[int]
+        self, kind: str, findings: list[Finding], max_shown: int | None
     ) -> list[str]:
         about = KINDS[kind]
         if not about.of:  # there is one, which says it all
@@ -142,7 +142,7 @@ class Findings:
 BAD_IMAGES = ("image-missing", "image-unreadable", "image-truncated", "image-size")
 
 
-def first(items: list, max_shown: Optional[int]) -> Iterable[str]:
+def first(items: list, max_shown: int | None) -> Iterable[str]:
     """As text, and how many there are besides."""
     yield from map(str, items[:max_shown])
     more = len(items) - len(items[:max_shown])

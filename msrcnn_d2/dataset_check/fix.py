@@ -9,7 +9,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -24,7 +24,7 @@ from .masks import compressed, is_of_pairs
 __all__ = ["Change", "Mended", "mend_contents"]
 
 # Mends an entry, and says how; not at all if that has to wait for the next round
-Mender = Callable[[dict, Finding], Optional[Mend]]
+Mender = Callable[[dict, Finding], Mend | None]
 
 MAX_ROUNDS = 20  # a few are enough; to mend for ever would be a mistake of this code
 
@@ -67,7 +67,7 @@ class Mended:
     changes: list[Change] = field(default_factory=list)
     left: Findings = field(default_factory=Findings)
 
-    def summary(self, max_shown: Optional[int] = 5) -> str:
+    def summary(self, max_shown: int | None = 5) -> str:
         """Text: what was done about each kind, with counts and ids."""
         groups = defaultdict(list)
         for change in self.changes:
@@ -89,9 +89,7 @@ class Mended:
         return {"changes": changes, "left": self.left.as_data()}
 
 
-def mend_contents(
-    contents: dict, files: Optional[dict[str, ImageFile]], findings: Findings
-) -> Mended:
+def mend_contents(contents: dict, files: dict[str, ImageFile] | None, findings: Findings) -> Mended:
     """
     Args:
         contents: from :func:`read_contents`; modified in place.
@@ -109,7 +107,7 @@ def mend_contents(
 class _Round:
     """Mends what can be mended at once. Entries keep their places until its end."""
 
-    def __init__(self, contents: dict, files: Optional[dict[str, ImageFile]], mended: Mended):
+    def __init__(self, contents: dict, files: dict[str, ImageFile] | None, mended: Mended):
         self._contents, self._files, self._mended = contents, files, mended
         self._dropped: dict[str, set[int]] = {key: set() for key in DROPS.values()}
         self._sizes = _sizes_of(contents["images"])
@@ -224,7 +222,7 @@ class _Round:
                 self._dropped["annotations"].add(index)
             self._mended.changes += [Change(finding, mend) for finding in group]
 
-    def _set_box(self, entry: dict, finding: Finding) -> Optional[Mend]:
+    def _set_box(self, entry: dict, finding: Finding) -> Mend | None:
         if not self._is_settled(entry, finding):
             return None
         mask = entry["segmentation"]
@@ -236,7 +234,7 @@ class _Round:
             entry["bbox"] = [*low.tolist(), *(high - low).tolist()]
         return Mend.SET_BOX
 
-    def _set_area(self, entry: dict, finding: Finding) -> Optional[Mend]:
+    def _set_area(self, entry: dict, finding: Finding) -> Mend | None:
         if not self._is_settled(entry, finding):
             return None
         mask = entry["segmentation"]

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Optional
+from typing import IO
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -39,21 +39,21 @@ class ImageFile:
         other_size: height and width if it were read the other way.
     """
 
-    size: Optional[tuple[int, int]] = None
-    kind: Optional[str] = None
+    size: tuple[int, int] | None = None
+    kind: str | None = None
     message: str = ""
     orientation: int = 1
     is_turned: bool = False
-    other_size: Optional[tuple[int, int]] = None
+    other_size: tuple[int, int] | None = None
 
 
 def look_at_images(
     folder: str,
     names: Iterable[str],
     quick: bool = False,
-    num_workers: Optional[int] = None,
+    num_workers: int | None = None,
     progress: bool = True,
-    settings: Optional[ImageSettings] = None,
+    settings: ImageSettings | None = None,
 ) -> dict[str, ImageFile]:
     """
     Args:
@@ -131,7 +131,7 @@ def _read(f: IO[bytes], quick: bool, settings: ImageSettings) -> ImageFile:
         return ImageFile(sizes[0], *problem, orientation, is_turned, sizes[1])
 
 
-def _problem(image: Image.Image, settings: ImageSettings) -> tuple[Optional[str], str]:
+def _problem(image: Image.Image, settings: ImageSettings) -> tuple[str | None, str]:
     """Kind and message of a finding about the depth of an image, if there is one."""
     try:
         refuse_unless_readable(image, settings)

@@ -4,7 +4,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -67,7 +67,7 @@ class Read(NamedTuple):
     bad_images: list[BadImage]
 
 
-def map_or_tell(mapper: Callable, dataset_dict: dict) -> "dict | BadImage | None":
+def map_or_tell(mapper: Callable, dataset_dict: dict) -> dict | BadImage | None:
     """The mapped dataset dict, or which image cannot be read; None if the mapper refuses it."""
     try:
         return mapper(dataset_dict)
@@ -76,7 +76,7 @@ def map_or_tell(mapper: Callable, dataset_dict: dict) -> "dict | BadImage | None
         return BadImage(name, _reason(error))
 
 
-def read_or_tell(dataset, index: int, mapper: "Callable | None") -> "Any | BadImage | None":
+def read_or_tell(dataset, index: int, mapper: Callable | None) -> Any | BadImage | None:
     """
     :func:`map_or_tell` of an element of a map-style dataset, which may read images itself. Without
     a mapper, the element.
@@ -114,9 +114,9 @@ class ReadingLoader(DataLoader):
         self,
         dataset,
         *,
-        collate_fn: Optional[Callable],
+        collate_fn: Callable | None,
         on_bad_images: Callable[[list[BadImage]], object],
-        worker_init_fn: Optional[Callable[[int], object]] = None,
+        worker_init_fn: Callable[[int], object] | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -142,7 +142,7 @@ class ReadingLoader(DataLoader):
 class _InitWorker:
     """Calls our function in a new worker process, then the user's, if there is one."""
 
-    def __init__(self, *functions: Optional[Callable[[int], object]]):
+    def __init__(self, *functions: Callable[[int], object] | None):
         self.functions = [f for f in functions if f is not None]
 
     def __call__(self, worker: int) -> None:

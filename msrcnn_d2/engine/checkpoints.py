@@ -1,7 +1,5 @@
 """When checkpoints are saved in a training, and which of them are kept."""
 
-from typing import Optional
-
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
@@ -19,7 +17,7 @@ class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
     """
 
     def __init__(
-        self, checkpointer: MaskScoringCheckpointer, period: int, max_to_keep: Optional[int] = None
+        self, checkpointer: MaskScoringCheckpointer, period: int, max_to_keep: int | None = None
     ):
         super().__init__(checkpointer, period, max_to_keep=max_to_keep)
         self._saved_iter = -1

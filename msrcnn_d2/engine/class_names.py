@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 ADVICE = "Give the categories of all annotation files the same names and the same order of ids."
 
 
-def names_of_training(recipe: Recipe) -> Optional[list[str]]:
+def names_of_training(recipe: Recipe) -> list[str] | None:
     """Of the classes that the model learns; None where the training data do not say."""
     return _names(recipe.train_names[0]) if recipe.train_names else None
 
 
-def _names(dataset: str) -> Optional[list[str]]:
+def _names(dataset: str) -> list[str] | None:
     metadata = MetadataCatalog.get(dataset)
     if not hasattr(metadata, "thing_classes") and dataset in DatasetCatalog.list():
         DatasetCatalog.get(dataset)  # the json has the categories
@@ -48,7 +48,7 @@ def check_names_of_datasets(recipe: Recipe, training: bool) -> None:
     """
     train_names = recipe.train_names if training else ()
     test_names = [name for test_set in recipe.test_sets for name in test_set.names]
-    first: Optional[tuple[str, list[str]]] = None
+    first: tuple[str, list[str]] | None = None
     for dataset in dict.fromkeys([*train_names, *test_names]):
         names = _names(dataset)
         if names is None:
@@ -77,7 +77,7 @@ def check_number(dataset: str, names: Sequence[str], num_classes: int) -> None:
 
 
 def check_names_of_weights(
-    found: Optional[Sequence[str]], expected: Optional[Sequence[str]], keeps_classes: bool
+    found: Sequence[str] | None, expected: Sequence[str] | None, keeps_classes: bool
 ) -> None:
     """
     Args:
@@ -105,7 +105,7 @@ def check_names_of_weights(
 
 
 def use_names(
-    evaluator: Any, test_set: TestSet, class_names: Optional[Sequence[str]], recipe: Recipe
+    evaluator: Any, test_set: TestSet, class_names: Sequence[str] | None, recipe: Recipe
 ) -> None:
     """
     Tell evaluators the names of the model's classes.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,8 +36,8 @@ class Rule(NamedTuple):
         expected: what is sound, in words.
     """
 
-    lazy: Optional[str]
-    yaml: Optional[str]
+    lazy: str | None
+    yaml: str | None
     holds: Callable[[Any], bool]
     expected: str
 
@@ -87,7 +87,7 @@ RULES = [
 ]
 
 
-def check_values(cfg: "DictConfig | CfgNode") -> None:
+def check_values(cfg: DictConfig | CfgNode) -> None:
     """
     Check the values that only a file, or the command line, can have got wrong.
 
@@ -107,7 +107,7 @@ def check_values(cfg: "DictConfig | CfgNode") -> None:
         raise UserError(f"{key}{named} is {value!r}, but takes {rule.expected}{advice}.")
 
 
-def _find(cfg: "DictConfig | CfgNode", key: str) -> tuple[bool, Any]:
+def _find(cfg: DictConfig | CfgNode, key: str) -> tuple[bool, Any]:
     if isinstance(cfg, CfgNode):
         node: Any = cfg
         for name in key.split("."):

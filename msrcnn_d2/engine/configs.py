@@ -107,9 +107,9 @@ def _near(name: str, root: Path) -> str:
 
 def load_config(
     path: str,
-    overrides: "list[str] | tuple[str, ...]" = (),
+    overrides: list[str] | tuple[str, ...] = (),
     retrofitted: bool = False,
-) -> "DictConfig | CfgNode":
+) -> DictConfig | CfgNode:
     """
     Args:
         path: from :func:`find_config_file`.
@@ -318,7 +318,7 @@ def _retrofit(cfg, path):
         raise UserError(f"Config file '{path}' cannot be retrofitted: {error}") from error
 
 
-def _check_weights_of_retrofit(cfg: "DictConfig | CfgNode") -> None:
+def _check_weights_of_retrofit(cfg: DictConfig | CfgNode) -> None:
     if isinstance(cfg, CfgNode):
         is_retrofit = cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__
         weights = cfg.MODEL.WEIGHTS
@@ -342,6 +342,6 @@ def _on_available_device(cfg):
     return cfg
 
 
-def device_of(cfg: "DictConfig | CfgNode") -> str:
+def device_of(cfg: DictConfig | CfgNode) -> str:
     """The device that a config of either kind runs on."""
     return cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device

@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-from typing import Optional
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
@@ -89,7 +88,7 @@ def _check(
         )
 
 
-def refuse_annotations(name: str, json_file: str, image_root: "str | None") -> None:
+def refuse_annotations(name: str, json_file: str, image_root: str | None) -> None:
     """
     Raises:
         UserError: the file cannot be read, or it has errors; it tells the first one.
@@ -107,7 +106,7 @@ def _error(name: str, errors: list[Finding], advice: str) -> UserError:
     )
 
 
-def _advice(json_file: str, image_root: "str | None") -> str:
+def _advice(json_file: str, image_root: str | None) -> str:
     command = shlex.join(
         ["python", "-m", "msrcnn_d2.dataset_check", json_file, image_root or "IMAGES"]
     )
@@ -139,7 +138,7 @@ def _log(name: str, findings: Findings) -> None:
     logger.log(level, "Dataset '%s' has %s.%s", name, findings.totals(), text)
 
 
-def _warn_of_crowded(name: str, findings: Findings, limit: Optional[int]) -> None:
+def _warn_of_crowded(name: str, findings: Findings, limit: int | None) -> None:
     crowded = {
         k: n for k, n in findings.objects_per_image.items() if limit is not None and n > limit
     }

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -98,7 +97,7 @@ class _Watch:
             time.sleep(POLL_SECONDS)
 
 
-_watch: Optional[_Watch] = None
+_watch: _Watch | None = None
 
 
 @contextmanager

@@ -15,11 +15,11 @@ __all__ = ["build_test_loader"]
 def build_test_loader(
     dataset,
     *,
-    mapper: "Callable | None" = None,
+    mapper: Callable | None = None,
     sampler=None,
     batch_size: int = 1,
     num_workers: int = 0,
-    collate_fn: "Callable | None" = None,
+    collate_fn: Callable | None = None,
     **options,
 ) -> DataLoader:
     """
@@ -74,10 +74,10 @@ class _Elements(Dataset):
 class _Reader:
     """A class, since worker processes may have to be sent it."""
 
-    def __init__(self, mapper: "Callable | None"):
+    def __init__(self, mapper: Callable | None):
         self.mapper = mapper
 
-    def __call__(self, element) -> "Read | None":
+    def __call__(self, element) -> Read | None:
         mapped = element
         if self.mapper is not None and not isinstance(element, BadImage):
             mapped = map_or_tell(self.mapper, element)

@@ -115,15 +115,15 @@ class ResumableBatches:
 def build_resumable_loader(
     dataset,
     *,
-    mapper: "Callable | None",
+    mapper: Callable | None,
     seed: int,
     first_iter: int,
-    total_batch_size: "int | None" = None,
-    single_gpu_batch_size: "int | None" = None,
+    total_batch_size: int | None = None,
+    single_gpu_batch_size: int | None = None,
     sampler=None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
-    collate_fn: "Callable | None" = None,
+    collate_fn: Callable | None = None,
     drop_last: bool = True,
     on_bad_images: Callable[[list[BadImage]], object] = refuse,
     **options,
@@ -191,7 +191,7 @@ def outlines(dataset) -> Iterator[dict]:
         yield element
 
 
-def _groups(dataset) -> "list[int] | None":
+def _groups(dataset) -> list[int] | None:
     """Of each image 1 if it is wider than high, else 0; None if the dataset does not say."""
     groups = [
         int(d["width"] > d["height"]) if "width" in d and "height" in d else -1
@@ -219,7 +219,7 @@ class _BatchSampler:
         sampler: Iterable[int],
         dataset_size: int,
         batch_size: int,
-        groups: "Sequence[int] | None",
+        groups: Sequence[int] | None,
         first_batch: int,
     ):
         self.sampler = sampler
@@ -251,7 +251,7 @@ class _SeededSamples(Dataset):
 
     MAX_TRIES = 100
 
-    def __init__(self, dataset, mapper: "Callable | None", seed: int):
+    def __init__(self, dataset, mapper: Callable | None, seed: int):
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
@@ -276,7 +276,7 @@ class _SeededSamples(Dataset):
         raise RuntimeError(f"The mapper refused {self.MAX_TRIES} samples one after another.")
 
 
-def _derived_seed(seed: int, count: int, rank: "int | None" = None) -> int:
+def _derived_seed(seed: int, count: int, rank: int | None = None) -> int:
     rank = comm.get_rank() if rank is None else rank
     return int(np.random.SeedSequence([seed, rank, count]).generate_state(1)[0])
 

@@ -5,7 +5,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -162,7 +162,7 @@ def _full_disk_is_a_user_error(output_dir: str) -> Iterator[None]:
         ) from error
 
 
-def _is_full_disk(error: Optional[BaseException]) -> bool:
+def _is_full_disk(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -187,7 +187,7 @@ def _distributed(model: nn.Module, recipe: Recipe) -> nn.Module:
     return create_ddp_model(model, **{**recipe.ddp, "device_ids": device_ids})
 
 
-def _precise_bn(recipe: Recipe, model, batches: ResumableBatches) -> Optional[hooks.PreciseBN]:
+def _precise_bn(recipe: Recipe, model, batches: ResumableBatches) -> hooks.PreciseBN | None:
     if not (recipe.precise_bn_iters and get_bn_modules(model)):
         return None
     return hooks.PreciseBN(recipe.eval_period, model, batches, recipe.precise_bn_iters)
@@ -219,9 +219,9 @@ class _Writer(hooks.PeriodicWriter):
 def evaluate(
     recipe: Recipe,
     model: nn.Module,
-    published: Optional[Published] = None,
+    published: Published | None = None,
     use_quality: Callable[[MaskQuality, TestSet, Recipe], object] = lambda *_: None,
-    class_names: Optional[Sequence[str]] = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict:
     """
     Evaluate on each test set; log the results.
@@ -253,7 +253,7 @@ def evaluate(
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
-def _use(use_quality: Callable, quality: Optional[MaskQuality], *args) -> None:
+def _use(use_quality: Callable, quality: MaskQuality | None, *args) -> None:
     """A report or a figure that fails must not cost a training, or the other test sets."""
     if quality is None:
         return
@@ -266,7 +266,7 @@ def _use(use_quality: Callable, quality: Optional[MaskQuality], *args) -> None:
         )
 
 
-def _mask_quality(evaluator) -> Optional[MaskQuality]:
+def _mask_quality(evaluator) -> MaskQuality | None:
     """What an evaluator, or the first one of several, has measured of it."""
     found = (getattr(e, "mask_quality", None) for e in evaluators_in(evaluator))
     return next((q for q in found if isinstance(q, MaskQuality)), None)
@@ -308,7 +308,7 @@ def _test_precision(recipe: Recipe) -> AbstractContextManager:
 
 
 def evaluate_checkpoint(
-    recipe: Recipe, resume: bool = False, published: Optional[Published] = None
+    recipe: Recipe, resume: bool = False, published: Published | None = None
 ) -> dict:
     """
     Evaluate `recipe.init_checkpoint`, or with `resume` the last one in the output folder if there
@@ -327,7 +327,7 @@ def evaluate_checkpoint(
     return _verified(evaluate(recipe, model.eval(), published, write_report_of, names), recipe)
 
 
-def summary_table(results: dict, published: Optional[Published] = None) -> str:
+def summary_table(results: dict, published: Published | None = None) -> str:
     """
     Args:
         results: of one test set, {task: {metric: percent}}.

@@ -60,7 +60,7 @@ def _boolean(key: str, text: str, current: bool) -> Any:
     raise UserError(f"'{key}={text}': {key} takes True or False (now {current}).")
 
 
-def _number(key: str, text: str, current: "int | float") -> Any:
+def _number(key: str, text: str, current: int | float) -> Any:
     try:
         value = int(text)
     except ValueError:

@@ -121,7 +121,7 @@ def _check_compiler(recipe: Recipe) -> None:
         )
 
 
-def _check_test_batch_size(batch_size: "int | None") -> None:
+def _check_test_batch_size(batch_size: int | None) -> None:
     if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
         raise UserError(
             f"The batch size for evaluation is {batch_size}, not a whole number from 1 on: "
@@ -129,7 +129,7 @@ def _check_test_batch_size(batch_size: "int | None") -> None:
         )
 
 
-def _check_dataset(name: str, num_classes: "int | None") -> None:
+def _check_dataset(name: str, num_classes: int | None) -> None:
     if name not in DatasetCatalog.list():
         nearest = difflib.get_close_matches(name, DatasetCatalog.list(), n=2)
         hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."

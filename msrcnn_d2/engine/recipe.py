@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -68,7 +68,7 @@ class TestSet:
     names: tuple[str, ...]
     build_loader: Callable[[], Any]
     build_evaluator: Callable[[], Any]
-    batch_size: Optional[int] = None
+    batch_size: int | None = None
     number: int = 1
 
     def __str__(self) -> str:
@@ -128,8 +128,8 @@ class Recipe:
     build_train_loader: Callable[[int, int, Callable], Any]
     test_sets: list[TestSet]
     train_names: tuple[str, ...]
-    num_classes: Optional[int]
-    total_batch_size: Optional[int]
+    num_classes: int | None
+    total_batch_size: int | None
     device: str
     seed: int
     output_dir: str
@@ -147,13 +147,13 @@ class Recipe:
     max_nonfinite_steps: int = 0
     check_images: bool = True
     images: ImageSettings = field(default_factory=ImageSettings)
-    detections_per_image: Optional[int] = None
+    detections_per_image: int | None = None
     precise_bn_iters: int = 0
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
 
 
-def build_recipe(cfg: "DictConfig | CfgNode") -> Recipe:
+def build_recipe(cfg: DictConfig | CfgNode) -> Recipe:
     """
     Args:
         cfg: a training config of either kind. A LazyConfig has what Detectron2's
@@ -418,7 +418,7 @@ def _predicts_keypoints(cfg: DictConfig) -> bool:
     return OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
 
 
-def _detections_per_image(cfg: DictConfig) -> Optional[int]:
+def _detections_per_image(cfg: DictConfig) -> int | None:
     """Of the model; None if the config does not say."""
     predictor = OmegaConf.select(cfg, "model.roi_heads.box_predictor")
     if isinstance(predictor, ListConfig):  # Cascade: the last stage's counts
@@ -471,7 +471,7 @@ def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int, on_bad_images: 
     return _train_loader(arguments, image_settings(cfg), seed, first_iter, on_bad_images)
 
 
-def _check_engine(name: Optional[str]) -> Optional[str]:
+def _check_engine(name: str | None) -> str | None:
     """The engine of an evaluator, or None for the default; a mistake shows before training."""
     try:
         return name and choose_engine(name)
@@ -511,7 +511,7 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     )
 
 
-def _limit_of(cfg: CfgNode) -> Optional[int]:
+def _limit_of(cfg: CfgNode) -> int | None:
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     return limit if limit >= 0 else None
 

@@ -7,7 +7,7 @@ Run a step of a training again whose loss was not finite.
 import argparse
 import os
 import sys
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -36,7 +36,7 @@ examples:
 """
 
 
-def replay(path: str, config_file: str, overrides: "list[str] | None" = None) -> list[dict]:
+def replay(path: str, config_file: str, overrides: list[str] | None = None) -> list[dict]:
     """
     Args:
         path: of a file in "nonfinite/" of an output folder.
@@ -86,7 +86,7 @@ class _FirstNonFinite:
     """Inside of its block, `name` becomes that of the first module with such an output."""
 
     def __init__(self, model: nn.Module):
-        self.name: Optional[str] = None
+        self.name: str | None = None
         self._model = model
 
     def __enter__(self):

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Optional, Protocol
+from typing import Protocol
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Evaluate the detections with these scores, one for each result; NaN comes last."""
 
 
-def choose_engine(engine: Optional[str] = None) -> str:
+def choose_engine(engine: str | None = None) -> str:
     """
     Args:
         engine: one of ENGINES, or None for faster-coco-eval where it can be imported and
@@ -84,9 +84,9 @@ def build_engine(
     coco_gt: COCO,
     results: Sequence[dict],
     task: str,
-    engine: Optional[str] = None,
+    engine: str | None = None,
     max_dets: Sequence[int] = COCO_MAX_DETS,
-    img_ids: Optional[Collection] = None,
+    img_ids: Collection | None = None,
 ) -> Engine:
     """
     Prepare detections for evaluation under one or more rankings.
@@ -239,7 +239,7 @@ class _FasterCocoEval:
             }
         )
 
-    def _ranked_ious(self, place: Place, scores: Sequence[float]) -> "np.ndarray | list":
+    def _ranked_ious(self, place: Place, scores: Sequence[float]) -> np.ndarray | list:
         """IoUs (detections, the best ones first, x objects) that count in a place."""
         if place not in self._ious:
             return []

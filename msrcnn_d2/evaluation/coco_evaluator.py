@@ -6,7 +6,6 @@ import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 
@@ -58,11 +57,11 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     def __init__(
         self,
         *args,
-        engine: Optional[str] = None,
-        use_fast_impl: Optional[bool] = None,
+        engine: str | None = None,
+        use_fast_impl: bool | None = None,
         mask_quality: bool = True,
-        max_dets_per_image: Optional[int] = None,
-        class_names: Optional[Sequence[str]] = None,
+        max_dets_per_image: int | None = None,
+        class_names: Sequence[str] | None = None,
         **kwargs,
     ):
         """
@@ -101,8 +100,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         for annotation in self._coco_api.dataset.get("annotations", []):
             annotation.setdefault("iscrowd", 0)  # as in training
         self._measures_mask_quality = mask_quality
-        self.mask_quality: Optional[MaskQuality] = None
-        self._class_in_dataset: Optional[torch.Tensor] = None
+        self.mask_quality: MaskQuality | None = None
+        self._class_in_dataset: torch.Tensor | None = None
         if class_names is not None:
             self.use_class_names(class_names)
 

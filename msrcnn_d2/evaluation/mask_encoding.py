@@ -28,7 +28,7 @@ def encode_predicted_masks(instances: Instances) -> list[dict]:
 
 def encode_roi_masks(
     masks: torch.Tensor,
-    boxes: "Boxes | torch.Tensor",
+    boxes: Boxes | torch.Tensor,
     image_size: tuple[int, int],
     threshold: float = 0.5,
 ) -> list[dict]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -74,7 +74,7 @@ class Part:
     ap: dict[str, float]
     gap_closed: float
     matched: Agreement
-    all: Optional[Agreement]
+    all: Agreement | None
 
 
 class MaskQuality:
@@ -117,7 +117,7 @@ class MaskQuality:
         evaluations: Mapping[str, Evaluation],
         overlaps: MaskOverlaps,
         max_dets: int = 100,
-        img_ids: Optional[Collection] = None,
+        img_ids: Collection | None = None,
     ):
         """
         Args:
@@ -324,9 +324,9 @@ def limit_of(results: Sequence[dict]) -> int:
 def measure_mask_quality(
     coco_gt: COCO,
     results: Sequence[dict],
-    engine: Optional[str] = None,
+    engine: str | None = None,
     max_dets: int = 100,
-    img_ids: Optional[Collection] = None,
+    img_ids: Collection | None = None,
 ) -> MaskQuality:
     """
     Args:
@@ -358,7 +358,7 @@ def mask_ap(
     results: Sequence[dict],
     scores: Sequence[float],
     max_dets: int = 100,
-    engine: Optional[str] = None,
+    engine: str | None = None,
 ) -> dict[str, float]:
     """
     Mask AP that a ranking gives to masks.

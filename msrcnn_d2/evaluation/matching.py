@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -75,8 +75,8 @@ class MaskOverlaps:
 
     def match(
         self,
-        scores: "Sequence[float] | np.ndarray",
-        thresholds: "Sequence[float] | np.ndarray" = IOU_THRESHOLDS,
+        scores: Sequence[float] | np.ndarray,
+        thresholds: Sequence[float] | np.ndarray = IOU_THRESHOLDS,
         max_dets: int = 100,
     ) -> Matches:
         """
@@ -174,7 +174,7 @@ def _match_place(place: _Place, order: np.ndarray, limits: np.ndarray, matches: 
 
 def _choose(
     candidates: list[int], ious: list[float], limit: float, taken: list[bool], crowd: list[bool]
-) -> Optional[int]:
+) -> int | None:
     """Which of the objects a detection takes; crowds are the last candidates."""
     chosen = None
     for k in candidates:

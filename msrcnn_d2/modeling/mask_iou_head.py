@@ -7,7 +7,6 @@ better for some models (see :mod:`msrcnn_d2.fit_exponent`), and it is a part of 
 
 import logging
 import math
-from typing import Optional
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -135,7 +134,7 @@ class MaskIoUHead(nn.Module):
         fc_dim: int = 1024,
         num_fc: int = 2,
         loss_weight: float = 1.0,
-        score_exponent: Optional[float] = None,
+        score_exponent: float | None = None,
     ):
         """
         Args:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ __all__ = ["MaskScoringPredictor", "read_bgr_image"]
 
 logger = logging.getLogger(__name__)
 
-ImageLike = Union[np.ndarray, Image.Image, str, os.PathLike]
+ImageLike = np.ndarray | Image.Image | str | os.PathLike
 # What instances can be ranked by -> the field that has it
 RANKINGS = {"mask_score": "mask_scores", "score": "scores"}
 
@@ -55,12 +55,12 @@ class MaskScoringPredictor:
 
     def __init__(
         self,
-        cfg: "DictConfig | CfgNode",
+        cfg: DictConfig | CfgNode,
         *,
         rank_by: str = "mask_score",
         score_threshold: float = 0.0,
-        device: Optional[str] = None,
-        class_names: Optional[Sequence[str]] = None,
+        device: str | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         """
         Args:
@@ -110,7 +110,7 @@ class MaskScoringPredictor:
         self.metadata = _with_names(parts.metadata, names, self.model)
         use_channels_last_on_cpu(self.model)
 
-    def __call__(self, images: "ImageLike | list[ImageLike]") -> "dict[str, Any] | list[dict]":
+    def __call__(self, images: ImageLike | list[ImageLike]) -> dict[str, Any] | list[dict]:
         """
         Args:
             images: an image, or a list of images to predict as one batch. An image is a path, a
@@ -166,7 +166,7 @@ class _Parts(NamedTuple):
     weights: str
 
 
-def _from_yacs(cfg: CfgNode, device: Optional[str]) -> _Parts:
+def _from_yacs(cfg: CfgNode, device: str | None) -> _Parts:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = device or _available(cfg.MODEL.DEVICE)
@@ -180,7 +180,7 @@ def _from_yacs(cfg: CfgNode, device: Optional[str]) -> _Parts:
     )
 
 
-def _from_lazy(cfg: DictConfig, device: Optional[str]) -> _Parts:
+def _from_lazy(cfg: DictConfig, device: str | None) -> _Parts:
     def setting(key: str, default: Any) -> Any:
         value = OmegaConf.select(cfg, key)
         return default if value is None else value
@@ -210,7 +210,7 @@ def _metadata(names) -> Metadata:
     return MetadataCatalog.get(names[0]) if names else Metadata()
 
 
-def _with_names(metadata: Metadata, names: Optional[Sequence[str]], model: nn.Module) -> Metadata:
+def _with_names(metadata: Metadata, names: Sequence[str] | None, model: nn.Module) -> Metadata:
     """The metadata if they have the names; else others that have nothing but the names."""
     of_data = metadata.get("thing_classes")
     if names is not None and not same(names, of_data or []):
@@ -231,7 +231,7 @@ def _scores_masks(model: nn.Module) -> bool:
     return hasattr(getattr(model, "roi_heads", None), "mask_iou_head")
 
 
-def read_bgr_image(image: ImageLike, settings: Optional[ImageSettings] = None) -> np.ndarray:
+def read_bgr_image(image: ImageLike, settings: ImageSettings | None = None) -> np.ndarray:
     """
     Args:
         image: a path, a PIL image or an array, as in :class:`MaskScoringPredictor`.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Optional
 
 import matplotlib.colors as mplc
 import numpy as np
@@ -47,7 +46,7 @@ class MaskScoringVisualizer(Visualizer):
         if scale is None:
             scale = _legible_scale(*np.asarray(img_rgb).shape[:2])
         super().__init__(img_rgb, metadata, scale, instance_mode)
-        self._mask_labels: Optional[tuple[list[str], Sequence[float]]] = None
+        self._mask_labels: tuple[list[str], Sequence[float]] | None = None
 
     def draw_instance_predictions(self, predictions: Instances, *args, **kwargs) -> VisImage:
         """
@@ -148,7 +147,7 @@ class MaskScoringVisualizer(Visualizer):
 
 
 def mask_score_labels(
-    predictions: Instances, class_names: Optional[Sequence[str]] = None
+    predictions: Instances, class_names: Sequence[str] | None = None
 ) -> list[str]:
     """
     Args:

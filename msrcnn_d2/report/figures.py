@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -194,7 +194,7 @@ def _alpha(num_points: int) -> float:
     return float(np.clip(300 / max(num_points, 1), 0.15, 0.6))
 
 
-def _figure(x_label: str, y_label: str, height: Optional[float] = None) -> tuple[Figure, Axes]:
+def _figure(x_label: str, y_label: str, height: float | None = None) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(SIZE[0], height or SIZE[1]), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x_label, ylabel=y_label)

@@ -3,7 +3,6 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -98,8 +97,8 @@ def _one_of_each_image(moves, image_of: list) -> list[Move]:
 def draw_move(
     quality: MaskQuality,
     move: Move,
-    image_root: Optional[str],
-    settings: Optional[ImageSettings] = None,
+    image_root: str | None,
+    settings: ImageSettings | None = None,
 ) -> Figure:
     """
     A detection's mask in its image, cut out, with the outline of the object that it overlaps most.
@@ -128,7 +127,7 @@ def draw_move(
     return figure
 
 
-def object_mask(quality: MaskQuality, index: int) -> Optional[np.ndarray]:
+def object_mask(quality: MaskQuality, index: int) -> np.ndarray | None:
     """The H x W mask of the object of its class that a detection overlaps most, None without."""
     result, coco_gt = quality.results[index], quality.coco_gt
     ids = coco_gt.getAnnIds([result["image_id"]], [result["category_id"]], iscrowd=False)
@@ -143,7 +142,7 @@ def object_mask(quality: MaskQuality, index: int) -> Optional[np.ndarray]:
 
 
 def _image(
-    quality: MaskQuality, index: int, image_root: Optional[str], settings: ImageSettings, shape
+    quality: MaskQuality, index: int, image_root: str | None, settings: ImageSettings, shape
 ) -> np.ndarray:
     """H x W x 3, uint8; gray where there is no image that fits."""
     blank = np.broadcast_to(np.uint8(GRAY), (*shape, 3))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -32,10 +32,10 @@ NUM_MOVES = 8  # of detections that are shown, upwards and downwards each
 
 def write_report(
     quality: MaskQuality,
-    folder: "str | os.PathLike",
+    folder: str | os.PathLike,
     title: str = "Mask quality",
-    image_root: Optional[str] = None,
-    settings: Optional[ImageSettings] = None,
+    image_root: str | None = None,
+    settings: ImageSettings | None = None,
 ) -> Path:
     """
     Write what :class:`MaskQuality` knows for people to look at.
@@ -115,7 +115,7 @@ class _Drawn:
 
 
 def _moves(
-    quality: MaskQuality, image_root: Optional[str], settings: ImageSettings
+    quality: MaskQuality, image_root: str | None, settings: ImageSettings
 ) -> dict[str, list[dict[str, Any]]]:
     up, down = largest_moves(quality, NUM_MOVES)
     return {
@@ -125,7 +125,7 @@ def _moves(
 
 
 def _card(
-    quality: MaskQuality, move: Move, image_root: Optional[str], settings: ImageSettings
+    quality: MaskQuality, move: Move, image_root: str | None, settings: ImageSettings
 ) -> dict[str, Any]:
     result = quality.results[move.index]
     image = quality.coco_gt.imgs[result["image_id"]]

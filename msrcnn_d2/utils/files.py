@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import IO, Optional
+from typing import IO
 
 __all__ = ["INCOMPLETE", "os_error_of", "write_whole"]
 
@@ -44,7 +44,7 @@ def _sync_folder(path: str) -> None:
             os.close(folder)
 
 
-def os_error_of(error: "BaseException | None") -> Optional[OSError]:
+def os_error_of(error: BaseException | None) -> OSError | None:
     """The error of the system behind another one: PyTorch's own do not tell a full disk."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__

@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -84,7 +83,7 @@ class Stage1:
             if image is not None:
                 yield Sample(id, image, list(self._read_nuclei(id, image.shape[:2])))
 
-    def _read_image(self, name: str) -> Optional[np.ndarray]:
+    def _read_image(self, name: str) -> np.ndarray | None:
         try:
             with Image.open(io.BytesIO(self._files.read(name))) as image:
                 if max(image.size) > self._max_size:
@@ -113,7 +112,7 @@ class Stage1:
             else:
                 yield _annotation(mask)
 
-    def _read_mask(self, name: str) -> Optional[np.ndarray]:
+    def _read_mask(self, name: str) -> np.ndarray | None:
         """(H, W) bool"""
         try:
             with Image.open(io.BytesIO(self._files.read(name))) as image:
@@ -192,7 +191,7 @@ def _check(path: Path, images: dict[str, str], masks: dict[str, list[str]]) -> N
         )
 
 
-def _suggestion(path: Path) -> Optional[str]:
+def _suggestion(path: Path) -> str | None:
     """What inside of a folder looks more like stage1_train than the folder does."""
     folders = {png.parents[2] for png in path.glob("*/*/images/*.png")}
     # stage1_test has images too, but no masks

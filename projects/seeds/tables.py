@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -200,7 +200,7 @@ def _main_table(plain: list[dict], scoring: list[dict]) -> str:
     return tabulate(table, ["", *(title for title, *_ in COLUMNS)], "github", disable_numparse=True)
 
 
-def _of_head(numbers: dict, ranking: str, which: str) -> Optional[float]:
+def _of_head(numbers: dict, ranking: str, which: str) -> float | None:
     return numbers["head"]["val"][which] if ranking == "mask_score" else None
 
 

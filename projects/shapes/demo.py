@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 import torch
 from pictures import draw_predictions, draw_ranking
@@ -108,7 +107,7 @@ def run(script: Path, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def train_command(data: Path, training: Path, seed: int, max_iter: Optional[int]) -> list:
+def train_command(data: Path, training: Path, seed: int, max_iter: int | None) -> list:
     """The script to train and evaluate with, and its arguments."""
     command = [ROOT / "train_net.py", "--config-file", os.path.relpath(HERE / CONFIG)]
     for split in ("train", "val"):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -165,7 +165,7 @@ def _place(results: list[dict], detections: list[int], objects: list[dict], size
     return Place(detections, [np.count_nonzero(m) for m in masks], objects, ious)
 
 
-def _dense(segmentation: "dict | list", size: tuple[int, int]) -> np.ndarray:
+def _dense(segmentation: dict | list, size: tuple[int, int]) -> np.ndarray:
     """All pixels of an image, whether they belong to a mask."""
     if isinstance(segmentation, list):
         rle = mask_util.merge(mask_util.frPyObjects(segmentation, *size))
@@ -205,7 +205,7 @@ def _is_crowd(annotation: dict) -> bool:
 
 def _matches(
     place: Place, scores: Sequence[float], threshold: float, max_dets: int, ignored: list[bool]
-) -> list[tuple[int, Optional[int]]]:
+) -> list[tuple[int, int | None]]:
     """
     COCO's rule. `ignored` says which objects a detection is given to only where it finds no other.
 
@@ -262,7 +262,7 @@ def _crowds(place: Place) -> list[bool]:
 
 def _precisions(
     places: list[Place], scores: Sequence[float], size: str, max_dets: int
-) -> Optional[np.ndarray]:
+) -> np.ndarray | None:
     """Of one class the best precision at each threshold and recall; None without objects."""
     low, high = SIZES[size]
     ignored = [
@@ -299,7 +299,7 @@ def _by_size(places: dict, scores: Sequence[float], max_dets: int) -> dict[str, 
     }
 
 
-def _ap(by_class: dict, category: Any, threshold: Optional[int]) -> float:
+def _ap(by_class: dict, category: Any, threshold: int | None) -> float:
     """In percent, over all classes and thresholds or at one."""
     chosen = [p for c, p in by_class.items() if category in (None, c)]
     where = slice(None) if threshold is None else threshold

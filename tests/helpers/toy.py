@@ -262,7 +262,7 @@ def write_images(folder, objects=OBJECTS, image_size=IMAGE_SIZE) -> None:
         Image.fromarray(pixels).save(Path(folder) / f"{image}.png")
 
 
-def real_datasets() -> "Path | None":
+def real_datasets() -> Path | None:
     """The folder of coco/, if there is one."""
     beside = Path(__file__).resolve().parents[2] / "shared/data/datasets"
     for folder in map(Path, filter(None, [os.environ.get("DETECTRON2_DATASETS"), beside])):
