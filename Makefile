@@ -1,6 +1,7 @@
 # Mask Scoring R-CNN for Detectron2. Each target does the set-up that it needs; nothing is done twice.
 #   make demo    draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
 #   make test    check style and types, run all tests
+#   make docs    build the documentation: output/docs/index.html
 #   make fuzz    try the properties of tests/properties on 15,000 random cases, others each time (minutes)
 #   make bench   measure speed and memory against Detectron2 and pycocotools (minutes; see benchmarks/)
 #   make setup   only install, into .venv
@@ -23,7 +24,7 @@ UV := $(or $(SYSTEM_UV),$(BIN)/uv)
 # keep what it has compiled (PYTHONDONTWRITEBYTECODE)
 INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: setup demo test fuzz bench lint clean
+.PHONY: setup demo test docs fuzz bench lint clean
 
 setup: $(READY)
 
@@ -44,6 +45,12 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# Warnings are errors, also names in docstrings that nothing documents (-n)
+docs: setup
+	$(BIN)/python -c "import furo, myst_parser, sphinx" 2>/dev/null || $(INSTALL) --editable ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs output/docs
+	@echo "open output/docs/index.html"
 
 fuzz: setup
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/properties --numprocesses auto --maxprocesses 8 --dist worksteal

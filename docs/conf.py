@@ -1,0 +1,104 @@
+"""
+How Sphinx builds these pages: `make docs`. Nothing here needs the network.
+
+Docstrings name classes and functions without their module. Those of this package are looked up
+among the documented ones; those of Detectron2 and PyTorch become links to their own pages.
+"""
+
+import importlib
+
+from docutils import nodes
+from sphinx.util.nodes import make_refnode
+
+import msrcnn_d2
+
+project = "msrcnn_d2"
+author = "the authors of msrcnn_d2"
+copyright = "the authors of msrcnn_d2, Apache License 2.0"
+version = release = msrcnn_d2.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+default_role = "code"  # docstrings write `name` for code
+add_module_names = False
+python_use_unqualified_type_names = True
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+# The language of a block without one: commands, which no lexer has to understand
+highlight_language = "none"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+# A method without a docstring says what the one that it overrides says; that is others' prose
+autodoc_inherit_docstrings = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "msrcnn_d2"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_show_sourcelink = False
+
+# Types of other packages in signatures: without the network there is no list of where they are
+# described. Names in prose are not excused.
+nitpick_ignore_regex = [
+    ("py:class", r"(torch|numpy|omegaconf|yacs|fvcore|PIL|collections|pathlib|argparse|types)\..*"),
+    ("py:class", r"np\..*|optional|Config|CfgNode"),
+]
+
+DETECTRON2 = "https://detectron2.readthedocs.io/en/latest/modules/"
+# Where Detectron2's names are imported from, and the page that describes them
+DETECTRON2_PAGES = {
+    "detectron2.checkpoint": "checkpoint.html",
+    "detectron2.config": "config.html",
+    "detectron2.data": "data.html",
+    "detectron2.engine": "engine.html",
+    "detectron2.evaluation": "evaluation.html",
+    "detectron2.layers": "layers.html",
+    "detectron2.modeling": "modeling.html",
+    "detectron2.modeling.roi_heads": "modeling.html",
+    "detectron2.structures": "structures.html",
+    "detectron2.utils.visualizer": "utils.html",
+}
+
+
+def detectron2_url(name: str) -> str | None:
+    """The page of a class or function of Detectron2, given with or without its module."""
+    short = name.rpartition(".")[2]
+    for module, page in DETECTRON2_PAGES.items():
+        if hasattr(importlib.import_module(module), short):
+            return f"{DETECTRON2}{page}#{module}.{short}"
+    return None
+
+
+def resolve(app, env, node, contnode):
+    """Find the target of a role that gives a name without its module."""
+    if node.get("refdomain") != "py":
+        return None
+    name = node["reftarget"].lstrip("~.")
+    objects = env.domains["py"].objects
+    found = [full for full in objects if full == name or full.endswith(f".{name}")]
+    if found:
+        full = min(found, key=lambda x: (objects[x].aliased, len(x)))
+        entry = objects[full]
+        return make_refnode(
+            app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, full
+        )
+    url = detectron2_url(name)
+    if url is None:
+        return None
+    return nodes.reference("", "", contnode, internal=False, refuri=url)
+
+
+def setup(app):
+    app.connect("missing-reference", resolve)
