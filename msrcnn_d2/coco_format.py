@@ -16,6 +16,7 @@ import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
 from .utils.errors import UserError
+from .utils.text import shown
 
 __all__ = ["check_fits", "read_annotations", "read_results"]
 
@@ -102,7 +103,7 @@ def read_annotations(path: str) -> COCO:
         mask = annotation["segmentation"]
         if isinstance(mask, dict) and size is not None and list(mask.get("size", [])) != size:
             raise UserError(
-                f"The mask of annotation '{_shown(annotation['id'])}' in '{path}' has the size "
+                f"The mask of annotation {shown(annotation['id'])} in '{path}' has the size "
                 f"{mask.get('size')}, but its image has {size}: {ANNOTATIONS_ADVICE}."
             )
     coco = COCO()
@@ -201,10 +202,10 @@ def _problem_of_result(result: dict) -> str:
         if not isinstance(result[key], (int, str)):
             return f"has a '{key}' that is neither a number nor a name"
     if not _is_finite(result["score"]):
-        return f"has the score {_shown(result['score'])}, which is not a finite number"
+        return f"has the score {shown(result['score'])}, which is not a finite number"
     for key in ("pred_mask_iou", "mask_score"):
         if key in result and not _is_finite(result[key]):
-            return f"has the '{key}' {_shown(result[key])}, which is not a finite number"
+            return f"has the '{key}' {shown(result[key])}, which is not a finite number"
     return _problem_of_mask(result["segmentation"])
 
 
@@ -212,12 +213,6 @@ def _problem_of_mask(mask: Any) -> str:
     if isinstance(mask, list):
         return "" if _are_polygons(mask) else "has a mask that is no list of polygons"
     return "" if is_rle(mask) else "has a mask that is not in COCO's run-length encoding"
-
-
-def _shown(value: Any) -> str:
-    """A value of a file as a message quotes it: on one line, and no more than its beginning."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 50 else f"{text[:50]}..."
 
 
 def _is_finite(value: Any, most: float = sys.float_info.max) -> bool:
@@ -316,16 +311,16 @@ def _problem_of_id(entry: dict, keys: Sequence[str] = ("id",)) -> str:
 def _problem_of_image(image: dict) -> str:
     size = [image["height"], image["width"]]
     if not _are_counts(size, 2) or not 0 < math.prod(size) < MAX_PIXELS:
-        height, width = map(_shown, size)
+        height, width = map(shown, size)
         return f"has a height and a width of {height} and {width}, which no image has"
     return _problem_of_id(image)
 
 
 def _problem_of_annotation(annotation: dict) -> str:
     if not _is_finite(annotation["area"]):
-        return f"has the area {_shown(annotation['area'])}, which is not a finite number"
+        return f"has the area {shown(annotation['area'])}, which is not a finite number"
     if annotation.get("iscrowd") not in (None, 0, 1):
-        return f"has the iscrowd {_shown(annotation['iscrowd'])}, which is neither 0 nor 1"
+        return f"has the iscrowd {shown(annotation['iscrowd'])}, which is neither 0 nor 1"
     return _problem_of_id(annotation, ("id", "image_id", "category_id")) or _problem_of_mask(
         annotation["segmentation"]
     )
@@ -344,7 +339,7 @@ def _check_known(what: str, found: set, known: Collection) -> None:
     if unknown:
         raise UserError(
             f"There are predictions for {len(unknown)} {what} that the annotations do not have, "
-            f"one of them '{_shown(unknown[0])}': give the annotations of the images that were "
+            f"one of them {shown(unknown[0])}: give the annotations of the images that were "
             "predicted on."
         )
 
@@ -360,7 +355,7 @@ def _sized(result: dict, image: dict) -> dict:
         return {**result, "segmentation": _as_text(rle)}
     if mask["size"] != size:
         raise UserError(
-            f"A mask of image '{_shown(result['image_id'])}' has {mask['size'][0]} x "
+            f"A mask of image {shown(result['image_id'])} has {mask['size'][0]} x "
             f"{mask['size'][1]} pixels, but its annotation says {size[0]} x {size[1]}: give the "
             "annotations of the images that were predicted on."
         )

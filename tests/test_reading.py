@@ -82,7 +82,7 @@ BAD_RESULTS = {
     "no image": ([result(image_id=None)], "Prediction 1 in .* has no 'image_id'"),
     "no mask": ([result(), result(segmentation=None)], "Prediction 2 in .* no 'segmentation'"),
     "list as image": ([result(image_id=[1])], "'image_id' that is neither a number nor a name"),
-    "score of text": ([result(score="0.5")], "has the score 0.5, which is not a finite number"),
+    "score of text": ([result(score="0.5")], "has the score '0.5', which is not a finite number"),
     "NaN": ([result(score=float("nan"))], "has the score nan, which is not a finite number"),
     "short polygon": ([result(segmentation=[[1, 2, 3, 4]])], "no list of polygons"),
     "odd polygon": ([result(segmentation=[[1, 2, 3, 4, 5, 6, 7]])], "no list of polygons"),
@@ -185,11 +185,11 @@ def test_annotations_that_are_none(case, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"image_id": 9}, "predictions for 1 images that the annotations do not have.* '9'"),
-        ({"category_id": 0}, "predictions for 1 classes that the annotations do not have.* '0'"),
+        ({"image_id": 9}, "predictions for 1 images that the annotations do not have.* 9"),
+        ({"category_id": 0}, "predictions for 1 classes that the annotations do not have.* 0"),
         (
             {"segmentation": {**RLE, "size": [WIDTH, HEIGHT]}},
-            "image '1' has 96 x 64 pixels, but its annotation says 64 x 96",
+            "image 1 has 96 x 64 pixels, but its annotation says 64 x 96",
         ),
     ],
 )
@@ -203,7 +203,7 @@ def test_scores_of_masks_are_numbers_that_all_have_or_none(key, tmp_path):
     wrong = written([result(**{key: float("nan")})], tmp_path)
     assert f"has the '{key}' nan, which is not a finite number" in error_of(read_results, wrong)
     wrong = written([result(**{key: "x"})], tmp_path)
-    assert f"has the '{key}' x" in error_of(read_results, wrong)
+    assert f"has the '{key}' 'x'" in error_of(read_results, wrong)
     mixed = written([result(**{key: 0.5}), result()], tmp_path)
     assert f"Of 2 predictions in '{mixed}' 1 have a '{key}'" in error_of(read_results, mixed)
 
@@ -223,17 +223,17 @@ SHORT = {
     ].decode(),
 }
 BAD_VALUES = {
-    "area of text": ("annotations", {"area": "48"}, "has the area 48, which is not a finite"),
+    "area of text": ("annotations", {"area": "48"}, "has the area '48', which is not a finite"),
     "area without end": ("annotations", {"area": float("inf")}, "has the area inf"),
     "polygon of 4 numbers": ("annotations", {"segmentation": [[1, 2, 3, 4]]}, "list of polygons"),
     "polygon far away": ("annotations", {"segmentation": [[0, 0, 9, 0, 9, 1e9]]}, "of polygons"),
     "mask of text": ("annotations", {"segmentation": "x"}, "run-length encoding"),
     "counts of less": ("annotations", {"segmentation": {**RLE, "counts": [1, 2]}}, "run-length"),
     "short counts": ("annotations", {"segmentation": SHORT}, "run-length encoding"),
-    "crowd of text": ("annotations", {"iscrowd": "yes"}, "iscrowd yes, which is neither 0 nor 1"),
+    "crowd of text": ("annotations", {"iscrowd": "yes"}, "iscrowd 'yes', which is neither 0 nor 1"),
     "list as id": ("annotations", {"id": [1]}, "'id' that is neither a number nor a name"),
     "list as image": ("annotations", {"image_id": [1]}, "'image_id' that is neither a number"),
-    "height of text": ("images", {"height": "64"}, "a height and a width of 64 and 96, which no"),
+    "height of text": ("images", {"height": "64"}, "a height and a width of '64' and 96, which no"),
     "no height": ("images", {"height": 0}, "a height and a width of 0 and 96, which no image has"),
     "mixed ids": ("images", {"id": "a"}, "The ids of the images .* are numbers and text"),
     "mixed classes": ("categories", {"id": "a"}, "ids of the categories .* are numbers and text"),
@@ -269,4 +269,4 @@ def test_compressed_masks_of_any_runs_are_taken(share, truth, tmp_path):
 
 def test_messages_quote_the_beginning_of_a_value_on_one_line(tmp_path):
     found = error_of(read_results, written([result(score="a\n " + 100 * "b")], tmp_path))
-    assert f"has the score a {48 * 'b'}..., which is not" in found
+    assert "'a\\n bb" in found and 40 * "b" not in found

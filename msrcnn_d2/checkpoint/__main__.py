@@ -8,7 +8,7 @@ no conversion is needed.) What else the input holds, such as its optimizer's sta
 import argparse
 
 from ..utils.errors import UserError, exit_on_user_error
-from .compatibility import shown
+from ..utils.text import listed
 from .conversion import (
     CLASS_SCORE,
     COUNTER,
@@ -62,13 +62,13 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     unknown = [n for n in weights.state_dict if not n.startswith(DETECTOR)]
     if len(unknown) == len(weights.state_dict):
         raise UserError(
-            f"'{source}' has names that no model of Detectron2 has, such as {shown(unknown)}, and "
+            f"'{source}' has names that no model of Detectron2 has, such as {listed(unknown)}, and "
             "that are of no framework known here. Save the state_dict() of the detector itself, "
             f"whose names begin with {', '.join(DETECTOR)}."
         )
     write_weights(weights.state_dict, target, half, weights.class_names)
     if unknown:
-        print(f"Note: names that are not a Mask R-CNN's stay as they are: {shown(unknown)}.")
+        print(f"Note: names that are not a Mask R-CNN's stay as they are: {listed(unknown)}.")
     if weights.note:
         print(f"Note: {weights.note}")
     return f"{source} ({weights.source}): {_summary(weights)} -> {target}"

@@ -15,7 +15,8 @@ from detectron2.utils import comm
 
 from ..utils.errors import UserError
 from ..utils.files import INCOMPLETE, write_whole
-from .compatibility import Fit, compare, misfit, misfit_for_training, shown, summary
+from ..utils.text import listed
+from .compatibility import Fit, compare, misfit, misfit_for_training, summary
 from .conversion import CLASS_NAMES, Pixels, Weights, check_finite, read_weights
 from .fetching import find_file
 from .reading import NotWeightsError, check_whole, reason
@@ -233,7 +234,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         if weights.note:
             self.logger.warning("Weights of %s: %s", weights.source, weights.note)
         if fit.unexpected:
-            self.logger.warning("Not used, since the model has none: %s", shown(fit.unexpected))
+            self.logger.warning("Not used, since the model has none: %s", listed(fit.unexpected))
         pixels = _pixels(self.model)
         if weights.pixels and pixels and not _close(weights.pixels, pixels):
             mean, std = weights.pixels

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..utils.text import listed, plural
 from .conversion import CLASS_BIAS, COUNTER, SCORE_EXPONENT
 
 __all__ = [
@@ -14,13 +15,11 @@ __all__ = [
     "frozen_class_scores",
     "misfit",
     "misfit_for_training",
-    "shown",
     "summary",
 ]
 
 BACKBONE = "backbone.bottom_up."
 MASK_IOU_HEAD = "roi_heads.mask_iou_head."
-NUM_SHOWN = 3  # names in a message
 
 
 @dataclass
@@ -95,7 +94,7 @@ def misfit_for_training(fit: Fit, model: nn.Module) -> str:
     if _is_backbone(fit) and not stay_random[0].startswith(BACKBONE):
         return _only_backbone(fit)
     return (
-        f"it does not provide {shown(stay_random)}, which training leaves as they are, so they "
+        f"it does not provide {listed(stay_random)}, which training leaves as they are, so they "
         "would stay random. The config describes another model."
     )
 
@@ -131,7 +130,7 @@ def misfit(fit: Fit) -> str:
     if fit.missing and all(k.startswith(MASK_IOU_HEAD) for k in fit.missing):
         return (
             "it is a plain Mask R-CNN, so the mask IoU head has no weights "
-            f"({shown(fit.missing)}). Train that head alone, which leaves boxes, classes and "
+            f"({listed(fit.missing)}). Train that head alone, which leaves boxes, classes and "
             "masks as they are: train_net.py --retrofit (see projects/retrofit). To evaluate the "
             "Mask R-CNN as it is, use its own config."
         )
@@ -142,7 +141,7 @@ def misfit(fit: Fit) -> str:
     # A retrofitted Mask R-CNN is still a Mask R-CNN
     unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
     if unexpected:
-        return f"the model has no {shown(unexpected)}. The config describes another model."
+        return f"the model has no {listed(unexpected)}. The config describes another model."
     return ""
 
 
@@ -165,9 +164,9 @@ def _nothing_fits(fit: Fit) -> str:
 
 def _by_module(fit: Fit) -> str:
     """Parameters that the file lacks; if they are many, in which modules, and what it has there."""
-    if len(fit.missing) <= NUM_SHOWN:
-        return shown(fit.missing)
-    text = f"{shown(fit.missing)} (in {', '.join(_modules(fit.missing))})"
+    if len(fit.missing) <= 3:
+        return listed(fit.missing)
+    text = f"{listed(fit.missing)} (in {', '.join(_modules(fit.missing))})"
     unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
     return f"{text}, but has {', '.join(_modules(unexpected))}" if unexpected else text
 
@@ -182,7 +181,7 @@ def _is_backbone(fit: Fit) -> bool:
 
 def _only_backbone(fit: Fit) -> str:
     return (
-        f"it has the weights of a backbone only, without {shown(fit.missing)}, as training starts "
+        f"it has the weights of a backbone only, without {listed(fit.missing)}, as training starts "
         "from. Give the checkpoint of a whole model."
     )
 
@@ -213,8 +212,9 @@ def _shapes_differ(fit: Fit) -> str:
     classes = _classes(fit)
     if classes:
         return (
-            f"it has {_plural(classes[0])}, the model {classes[1]}. Set model.roi_heads.num_classes"
-            f"={classes[0]} (yaml: MODEL.ROI_HEADS.NUM_CLASSES {classes[0]})."
+            f"it has {plural(classes[0], 'class', 'classes')}, the model {classes[1]}. Set "
+            f"model.roi_heads.num_classes={classes[0]} (yaml: MODEL.ROI_HEADS.NUM_CLASSES "
+            f"{classes[0]})."
         )
     name, (given, expected) = next(iter(fit.shapes.items()))
     more = len(fit.shapes) - 1
@@ -233,19 +233,14 @@ def _classes(fit: Fit) -> tuple[int, int] | None:
     return None
 
 
-def _plural(num_classes: int) -> str:
-    return f"{num_classes} class{'' if num_classes == 1 else 'es'}"
-
-
 def summary(fit: Fit, file: str, source: str) -> str:
     text = f"{len(fit.given)} of {fit.total} parameters from '{file}' ({source})"
     if not fit.absent:
         return text + "."
     classes = _classes(fit)
-    why = f" (the file has {_plural(classes[0])}, the model {classes[1]})" if classes else ""
+    why = (
+        f" (the file has {plural(classes[0], 'class', 'classes')}, the model {classes[1]})"
+        if classes
+        else ""
+    )
     return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(_modules(fit.absent))}."
-
-
-def shown(names: list[str]) -> str:
-    more = len(names) - NUM_SHOWN
-    return ", ".join(names[:NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -23,8 +23,9 @@ from typing import IO
 from ..image_reading import add_image_arguments, arguments_for, settings_from
 from ..utils.errors import UserError, exit_on_user_error
 from ..utils.files import write_whole
+from ..utils.text import plural
 from .check import check_contents, check_encoding, check_folder, read_contents, read_images
-from .findings import Findings, Level, plural
+from .findings import Findings, Level
 from .fix import Mended, mend_contents
 from .images import ImageFile
 from .kinds import KINDS, Mend
@@ -183,7 +184,7 @@ def entries_of(findings: Findings) -> str:
     parts = [
         plural(findings.num_images, "image"),
         plural(findings.num_annotations, "annotation"),
-        f"{categories:,} {'category' if categories == 1 else 'categories'}",
+        plural(categories, "category", "categories"),
     ]
     return ", ".join(parts)
 

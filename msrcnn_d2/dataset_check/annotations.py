@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..coco_format import MAX_PIXELS
-from .findings import Findings, Id, shown
+from ..utils.text import shown
+from .findings import Findings, Id
 from .images import ImageFile
 
 __all__ = [

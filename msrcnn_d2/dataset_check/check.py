@@ -11,8 +11,9 @@ import numpy as np
 from ..coco_format import ANNOTATIONS_ADVICE, has_byte_order_mark, read_json
 from ..image_reading import ImageSettings
 from ..utils.errors import UserError
+from ..utils.text import plural, shown
 from .annotations import Annotations, check_annotations, check_categories, check_images
-from .findings import Findings, plural, shown
+from .findings import Findings
 from .images import ImageFile, look_at_images
 from .masks import check_masks
 

@@ -1,15 +1,14 @@
 """What a check of a dataset has found."""
 
-import json
-import reprlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..utils.text import plural, shown
 from .kinds import KINDS, Level
 
-__all__ = ["BAD_IMAGES", "Finding", "Findings", "Id", "Level", "plural", "shown"]
+__all__ = ["BAD_IMAGES", "Finding", "Findings", "Id", "Level"]
 
 Id = int | float | str
 
@@ -43,10 +42,10 @@ class Finding:
 
 def place_of(image_id: Id | None, annotation_id: Id | None, file_name: str | None) -> str:
     """Such as "image 12 'a.jpg', annotation 345"; empty if there is nothing to say."""
-    image = [] if image_id is None else [_id(image_id)]
+    image = [] if image_id is None else [shown(image_id)]
     image += [] if file_name is None else [repr(file_name)]
     places = [f"image {' '.join(image)}"] if image else []
-    places += [] if annotation_id is None else [f"annotation {_id(annotation_id)}"]
+    places += [] if annotation_id is None else [f"annotation {shown(annotation_id)}"]
     return ", ".join(places)
 
 
@@ -148,18 +147,3 @@ def first(items: list, max_shown: int | None) -> Iterable[str]:
     more = len(items) - len(items[:max_shown])
     if more:
         yield f"... and {more:,} more"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def shown(value: Any) -> str:
-    """A value of the file, which may be anything, in a few words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return reprlib.repr(value)
-
-
-def _id(value: Id) -> str:
-    return shown(value)

@@ -15,8 +15,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from ..coco_format import MAX_COORDINATE, is_rle
+from ..utils.text import plural, shown
 from .annotations import MAX_AREA, MISSING, Annotations, Images, indices_of, to_floats, where
-from .findings import Findings, plural, shown
+from .findings import Findings
 
 __all__ = ["check_masks", "compressed", "is_of_pairs"]
 

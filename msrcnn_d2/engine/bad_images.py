@@ -13,9 +13,9 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..dataset_check.findings import plural
 from ..utils.distributed import StepAgreement
 from ..utils.errors import UserError
+from ..utils.text import plural
 from .hooks import worker_init_fn as outlive_stop_signals
 
 __all__ = [

@@ -7,9 +7,10 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 
-from ..class_names import difference, obstacle, same, shown_names
+from ..class_names import difference, obstacle, same
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..utils.errors import UserError
+from ..utils.text import listed
 from .recipe import Recipe, TestSet
 
 __all__ = [
@@ -70,7 +71,7 @@ def check_number(dataset: str, names: Sequence[str], num_classes: int) -> None:
     """
     if len(names) != num_classes:
         raise UserError(
-            f"Dataset '{dataset}' has {len(names)} categories ({shown_names(names)}), but the "
+            f"Dataset '{dataset}' has {len(names)} categories ({listed(names)}), but the "
             f"model predicts {num_classes}: set model.roi_heads.num_classes={len(names)} "
             f"(yaml: MODEL.ROI_HEADS.NUM_CLASSES {len(names)})."
         )
@@ -100,7 +101,7 @@ def check_names_of_weights(
         logger.warning(
             "The weights were trained for other classes (%s): the class scores of %s start from "
             "theirs.",
-            *(shown_names(found), shown_names(expected)),
+            *(listed(found), listed(expected)),
         )
 
 

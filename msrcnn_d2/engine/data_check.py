@@ -8,8 +8,9 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..dataset_check import Finding, Findings, Level, check_dataset
-from ..dataset_check.findings import BAD_IMAGES, plural
+from ..dataset_check.findings import BAD_IMAGES
 from ..utils.errors import UserError
+from ..utils.text import plural
 from .recipe import Recipe
 
 __all__ = ["check_data", "refuse_annotations"]

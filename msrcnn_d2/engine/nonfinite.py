@@ -8,10 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
 
-from ..checkpoint.compatibility import shown
 from ..checkpoint.writing import why_not_written
 from ..utils.errors import UserError
 from ..utils.files import write_whole
+from ..utils.text import listed
 from .loaders import ResumableBatches, StepSeeds
 from .plain_batch import to_plain
 from .recipe import Recipe
@@ -40,7 +40,7 @@ class StepKeeper:
             texts = [f"the gradient of {name} is not finite" for name in found[0][1]]
         images = [image for _, _, ids in culprits for image in ids]
         return (
-            f"Iteration {self._seeds.trainer.iter}: {shown(list(dict.fromkeys(texts)))} (images "
+            f"Iteration {self._seeds.trainer.iter}: {listed(list(dict.fromkeys(texts)))} (images "
             f"{', '.join(images)})."
         )
 

@@ -18,8 +18,8 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import MaskScoringCheckpointer
-from ..checkpoint.compatibility import shown
 from ..utils.errors import UserError, exit_on_user_error
+from ..utils.text import listed
 from .configs import find_config_file, load_config
 from .plain_batch import from_plain
 from .recipe import build_recipe
@@ -125,7 +125,7 @@ def table(results: list[dict]) -> str:
         parts.append(
             f"Process {process}, images {', '.join(map(str, result['images']))}\n{rows}\n"
             f"first module whose output is not finite: {result['first'] or 'none'}\n"
-            f"gradients that are not finite: {shown(result['gradients']) or 'none'}"
+            f"gradients that are not finite: {listed(result['gradients']) or 'none'}"
         )
     return "\n\n".join(parts)
 

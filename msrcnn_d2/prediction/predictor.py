@@ -18,10 +18,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from ..checkpoint import MaskScoringCheckpointer
-from ..class_names import same, shown_names
+from ..class_names import same
 from ..image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
 from ..modeling.acceleration import use_channels_last_on_cpu
 from ..utils.errors import UserError
+from ..utils.text import listed
 
 __all__ = ["MaskScoringPredictor", "read_bgr_image"]
 
@@ -220,7 +221,7 @@ def _with_names(metadata: Metadata, names: Sequence[str] | None, model: nn.Modul
         whose = "were given" if names is not None else f"are those of '{metadata.get('name')}'"
         raise UserError(
             f"The weights have {num_classes} classes, but the {len(of_data)} names "
-            f"({shown_names(of_data)}) {whose}: give class_names=[...] with the names of the "
+            f"({listed(of_data)}) {whose}: give class_names=[...] with the names of the "
             "weights' classes, or a config with their dataset in dataloader.test.dataset.names "
             "(yaml: DATASETS.TEST)."
         )
