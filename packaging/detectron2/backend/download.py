@@ -1,4 +1,4 @@
-"""Finding the archive in package indexes and downloading it."""
+"""Finds the archive in package indexes and downloads it."""
 
 import io
 import os
@@ -12,8 +12,7 @@ from pypi_simple import DistributionPackage, NoSuchProjectError, PyPISimple
 from requests.adapters import BaseAdapter, HTTPAdapter
 from urllib3.util import Retry
 
-from .errors import BuildError
-from .source import LOCAL_COPY_VARIABLE, Archive, mismatch
+from .archive import LOCAL_COPY_VARIABLE, Archive, BuildError, mismatch
 
 TIMEOUT = (10, 30)  # seconds to connect, and between two pieces of the answer
 RETRIES = Retry(total=3, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504))
@@ -38,7 +37,7 @@ def _download_from(index: str, archive: Archive, directory: Path) -> Path:
     path = directory / archive.filename
     with _client(index) as client:
         package = _find(client, archive)
-        # Compared below with the digest that is written here, not with the index's own.
+        # `mismatch` compares it with the digest in archive.py, not with the one of the index.
         client.download_package(package, path, verify=False, timeout=TIMEOUT)
     if problem := mismatch(path, archive):
         raise BuildError(f"offers a file that {problem}")
@@ -54,7 +53,7 @@ def _find(client: PyPISimple, archive: Archive) -> DistributionPackage:
 
 
 def _client(index: str) -> PyPISimple:
-    """A client for the index, whose user name and password stay out of every URL."""
+    """A client for the index; user name and password do not appear in its URLs."""
     parts = urlsplit(index)
     host = parts.netloc.rpartition("@")[2]
     session = requests.Session()
@@ -96,9 +95,9 @@ class _FileAdapter(BaseAdapter):
 
 
 def _public_name(index: str) -> str:
-    """The index as an error message may name it: passwords and tokens hide in the rest.
+    """The name of the index for an error message, without what may hold passwords and tokens.
 
-    Not left to urlsplit, which rejects some malformed URLs and splits others in a password.
+    urlsplit would not do: it rejects some malformed URLs, and splits others within a password.
     """
     place = index.rpartition("@")[2]
     place = place.partition("://")[2] or place

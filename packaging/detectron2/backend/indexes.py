@@ -1,4 +1,4 @@
-"""Which package indexes to ask: those that the user has configured for uv or pip."""
+"""Finds the package indexes that the user has configured for uv or pip."""
 
 import configparser
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-# Neither uv nor pip tells a build which of the two runs it, so the variables of both count.
+# A build cannot tell whether uv or pip runs it, so the variables of both count.
 MAIN_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 FURTHER_VARIABLES = ("UV_INDEX", "UV_EXTRA_INDEX_URL", "PIP_EXTRA_INDEX_URL")
 
 
 def configured_indexes() -> list[str]:
-    """URLs of package indexes, in the order to ask them.
+    """URLs of package indexes in the order in which to ask them.
 
-    The public index is only asked if no other takes its place.
+    The public index is asked only if no other replaces it.
     """
     main = _from_environment(MAIN_VARIABLES) or _from_pip_config("index-url")
     further = _from_environment(FURTHER_VARIABLES) or _from_pip_config("extra-index-url")
@@ -29,7 +29,7 @@ def _from_environment(variables: tuple[str, ...]) -> list[str]:
 
 
 def _from_pip_config(option: str) -> list[str]:
-    """The words of an option in pip's configuration files, of which the last one counts."""
+    """The words of an option in pip's configuration files; later files override earlier ones."""
     config = configparser.RawConfigParser(strict=False)
     try:
         config.read(_pip_config_files(), encoding="utf-8")
@@ -41,7 +41,7 @@ def _from_pip_config(option: str) -> list[str]:
 
 
 def _pip_config_files() -> list[Path]:
-    """From the machine's to the user's own, as `pip config debug` lists them."""
+    """From those of the machine to those of the user, as `pip config debug` lists them."""
     if os.environ.get("PIP_CONFIG_FILE") == os.devnull:
         return []
     home, name = Path.home(), "pip.ini" if os.name == "nt" else "pip.conf"

@@ -1,16 +1,16 @@
-"""What Detectron2 0.6 needs changed to work without compiled code and with current libraries."""
+"""The changes that let Detectron2 0.6 work without compiled code and with current libraries."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import BuildError
+from .archive import BuildError
 
 # Apache-2.0 asks that a modified file say so.
 NOTICE = "# Modified: differs from Detectron2 0.6; this build's README says how.\n"
 
 
 class Mend(NamedTuple):
-    """Replace `old`, which `file` holds so many `times`, by `new`."""
+    """Replace `old`, which occurs `times` times in `file`, by `new`."""
 
     file: str
     old: str
@@ -46,15 +46,15 @@ MENDS = (
         "        return modified_color\n",
         "        return tuple(np.clip(modified_color, 0.0, 1.0))\n",
     ),
-    # PyTorch 2.0 renamed the base class of its schedulers; tested by its old name, they are left
-    # out of checkpoints.
+    # PyTorch 2.0 renamed the base class of its schedulers; the hook that looks for the old name
+    # leaves them out of checkpoints.
     Mend(
         "detectron2/engine/hooks.py",
         "torch.optim.lr_scheduler._LRScheduler",
         "torch.optim.lr_scheduler.LRScheduler",
         2,
     ),
-    # PyTorch warns that meshgrid is to require this argument, and that torch.cuda.amp has moved.
+    # PyTorch warns that meshgrid will require this argument, and that torch.cuda.amp has moved.
     Mend(
         "detectron2/modeling/anchor_generator.py",
         "torch.meshgrid(shifts_y, shifts_x)",
@@ -91,13 +91,13 @@ MENDS = (
         "except ImportError:\n"
         "    COCOeval_opt = COCOeval\n",
     ),
-    # Names the missing operator as _C does, where torch.ops would only say that it has none.
+    # _C names the operator that is missing; torch.ops would only say that it has none.
     Mend(
         "detectron2/layers/nms.py",
         "    return torch.ops.detectron2.nms_rotated(",
         "    from detectron2 import _C\n\n    return _C.nms_rotated(",
     ),
-    # PyTorch no longer has Caffe2; the rest of the package, TorchScript, does without.
+    # PyTorch no longer has Caffe2; the rest of this package, TorchScript, does not need it.
     Mend(
         "detectron2/export/__init__.py",
         "from .api import *\n",
@@ -107,7 +107,7 @@ MENDS = (
 
 
 def apply_mends(mends: tuple[Mend, ...], directory: Path) -> None:
-    """Change the files below `directory`, or fail if one is not as expected."""
+    """Change the files below `directory`; raise an error if one is not as expected."""
     for mend in mends:
         path = directory / mend.file
         text = path.read_bytes().decode("utf-8")

@@ -1,33 +1,11 @@
-"""Detectron2's sources: which archive holds them, how it is verified and unpacked."""
+"""Gets the archive of Detectron2's sources, unpacks it and arranges its packages."""
 
-import hashlib
-import os
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
 
-from .errors import BuildError
+from .archive import LOCAL_COPY_VARIABLE, Archive, BuildError, local_copy, mismatch
 
-
-class Archive(NamedTuple):
-    """A source distribution in a package index."""
-
-    project: str
-    filename: str
-    sha256: str
-
-
-# The name `detectron2` in the public index is not Detectron2's. The Python files of this archive
-# equal those of the official tag v0.6; the C++ sources are missing.
-DETECTRON2 = Archive(
-    project="pb1-detectron2",
-    filename="pb1-detectron2-0.6.tar.gz",
-    sha256="5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29",
-)
-
-LOCAL_COPY_VARIABLE = "DETECTRON2_SDIST"
-
-# Which directories of the archive are built, and where Detectron2 expects them as packages.
+# The directories of the archive that are built, and where Detectron2 expects each as a package.
 LAYOUT = {
     "detectron2": "detectron2",
     "projects/PointRend/point_rend": "detectron2/projects/point_rend",
@@ -36,16 +14,11 @@ LAYOUT = {
 }
 
 
-def local_copy() -> Path | None:
-    """The user's own copy of the archive, if one is named."""
-    path = os.environ.get(LOCAL_COPY_VARIABLE)
-    return Path(path).expanduser() if path else None
-
-
 def obtain(archive: Archive, directory: Path) -> Path:
     """Return the verified archive: the user's copy, or one downloaded into `directory`."""
     path = local_copy()
     if path is None:
+        # Imported here, because a build from a local copy does without the libraries they need.
         from .download import download
         from .indexes import configured_indexes
 
@@ -62,19 +35,11 @@ def obtain(archive: Archive, directory: Path) -> Path:
     return path
 
 
-def mismatch(path: Path, archive: Archive) -> str | None:
-    """Say how the file at `path` differs from the archive, or None if it is the same."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest == archive.sha256:
-        return None
-    return f"is damaged or not the expected file (SHA-256 {digest} instead of {archive.sha256})"
-
-
 def unpack(path: Path, directory: Path) -> None:
     """Write the files of the archive at `path`, less its topmost directory, to `directory`.
 
-    One by one, and not with `extractall`, whose safe `filter` Python 3.10.0 lacks: this way no
-    link, mode or owner in the archive has an effect.
+    The safe `filter` of `extractall` is missing in Python 3.10.0. Writing the files one by one is
+    as safe: links, modes and owners in the archive have no effect.
     """
     with tarfile.open(path) as tar:
         for member in tar:

@@ -5,7 +5,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from backend.source import Archive
+from backend.archive import Archive
 
 
 def pack(path: Path, files: dict[str, str], *special: tarfile.TarInfo) -> Archive:

@@ -8,11 +8,12 @@ import time
 import zipfile
 from pathlib import Path
 
-import backend
 import pytest
-from backend.errors import BuildError
+
+import backend
+from backend.archive import Archive, BuildError, mismatch
 from backend.mends import NOTICE, Mend, apply_mends
-from backend.source import Archive, mismatch, obtain, unpack
+from backend.source import obtain, unpack
 from local_index import pack
 
 TREE = Path(backend.__file__).resolve().parent.parent

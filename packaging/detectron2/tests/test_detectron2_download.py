@@ -2,12 +2,12 @@ import base64
 from pathlib import Path
 
 import pytest
-from backend import download, indexes
-from backend.errors import BuildError
-from backend.source import Archive
-from local_index import Server, pack
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 from urllib3.util import Retry
+
+from backend import download, indexes
+from backend.archive import Archive, BuildError
+from local_index import Server, pack
 
 NOWHERE = "http://127.0.0.1:9/simple"  # the port of the discard service, which nobody runs
 

@@ -1,2 +1,0 @@
-class BuildError(Exception):
-    """A reason, in one sentence for the user, why Detectron2 cannot be built."""
