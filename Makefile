@@ -57,7 +57,7 @@ fuzz: setup
 
 # BENCH="inference training" measures these parts only; --help tells more
 bench: setup
-	$(BIN)/python benchmarks/run.py $(BENCH)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: setup
 	$(BIN)/ruff check .

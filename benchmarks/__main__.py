@@ -1,14 +1,13 @@
 """
-Measures how fast and how large Mask Scoring R-CNN is, against what others need for the same.
+Measure the time and memory that Mask Scoring R-CNN takes, beside what others take for the same.
 
-On a GPU where PyTorch finds one, else on the CPU. All that is compared is timed in turn in this
-process; numbers are medians. README.md beside this file says what each part is about.
+Runs on a GPU if PyTorch finds one, else on the CPU. What is compared is timed in turn in this
+process; numbers are medians. benchmarks/README.md says what each part is about.
 """
 
 import argparse
 import importlib
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -16,19 +15,12 @@ import msrcnn_d2  # noqa: F401  imports Detectron2 without the warnings that oth
 
 # isort: split
 
-from measuring import ROUNDS
-from report import Part, machine
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for train_net and tests.helpers
+from benchmarks.measuring import ROUNDS
+from benchmarks.report import Part, machine
 
 PARTS = ("inference", "training", "targets", "evaluation", "throughput", "memory")
-ON_REQUEST = (
-    "growth",
-    "scaling",
-    "data_check",
-    "memory_simulated",
-)  # the others take a quarter of an hour on 2 cores
+# Only when named: the others take a quarter of an hour on 2 cores already
+ON_REQUEST = ("growth", "scaling", "data_check", "memory_simulated")
 
 
 def main() -> None:
@@ -39,7 +31,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
     for name in args.parts or PARTS:
         start = time.perf_counter()
-        parts[name] = importlib.import_module(name).run(args)
+        parts[name] = importlib.import_module(f"benchmarks.{name}").run(args)
         seconds[name] = time.perf_counter() - start
         print("", *parts[name], f"({name} took {seconds[name]:.0f} s)", sep="\n\n", flush=True)
     report = {
@@ -55,7 +47,9 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "parts",

@@ -9,12 +9,11 @@ from PIL import Image
 
 from detectron2.data.datasets import load_coco_json
 
+from benchmarks.measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
+from benchmarks.report import Part
+from benchmarks.synthetic_coco import HEIGHT, NUM_DISTINCT, WIDTH, draw_dataset
 from msrcnn_d2.dataset_check.check import check_contents, read_contents
 from msrcnn_d2.dataset_check.images import look_at_images
-
-from measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
-from report import Part
-from synthetic_coco import HEIGHT, NUM_DISTINCT, WIDTH, draw_dataset
 
 NUM_IMAGES = 118_000  # of COCO train2017
 NUM_FILES = 2_000

@@ -18,16 +18,15 @@ from pycocotools.cocoeval import COCOeval
 
 from detectron2.layers import paste_masks_in_image
 
+from benchmarks.measuring import Stopwatch, Timing, one_thread, time_in_turn, time_steps_in_turn
+from benchmarks.report import Part, Target
+from benchmarks.synthetic_coco import HEIGHT, WIDTH, draw_dataset
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import Engine, build_engine
 from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks, encode_roi_masks
 from msrcnn_d2.evaluation.mask_quality import scores_of
 from msrcnn_d2.evaluation.matching import MaskOverlaps
 from msrcnn_d2.report import write_report
-
-from measuring import Stopwatch, Timing, one_thread, time_in_turn, time_steps_in_turn
-from report import Part, Target
-from synthetic_coco import HEIGHT, WIDTH, draw_dataset
 
 ONE_TASK, ALL_TASKS = "masks", "boxes, masks by both scores"
 NUM_MASKS, MASK_SIZE = 100, 28

@@ -11,15 +11,14 @@ from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage
 
+from benchmarks.inference import PLAIN, SCORING, Pipeline
+from benchmarks.measuring import peak_memory, time_in_turn, time_steps_in_turn
+from benchmarks.models import DEVICE, IMAGE_SIZE, build_models, model_input, random_boxes
+from benchmarks.report import Part
+from benchmarks.training import polygons_in
 from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
 from msrcnn_d2.modeling.acceleration import channels_last_on_cpu
 from msrcnn_d2.modeling.mask_iou_target import crop_gt_masks
-
-from inference import PLAIN, SCORING, Pipeline
-from measuring import peak_memory, time_in_turn, time_steps_in_turn
-from models import DEVICE, IMAGE_SIZE, build_models, model_input, random_boxes
-from report import Part
-from training import polygons_in
 
 NUM_DETECTIONS = (10, 100, 1000)
 NUM_MASKS = (16, 64)

@@ -11,19 +11,18 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
 from detectron2.structures import Instances
 
-from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
-from msrcnn_d2.modeling.acceleration import channels_last_on_cpu
-from msrcnn_d2.modeling.postprocessing import rescale_unpasted
-
-from measuring import Stopwatch, time_in_turn, time_steps_in_turn
-from models import (
+from benchmarks.measuring import Stopwatch, time_in_turn, time_steps_in_turn
+from benchmarks.models import (
     DEVICE,
     build_models,
     model_input,
     random_proposals,
     set_number_of_detections,
 )
-from report import Part, Target
+from benchmarks.report import Part, Target
+from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
+from msrcnn_d2.modeling.acceleration import channels_last_on_cpu
+from msrcnn_d2.modeling.postprocessing import rescale_unpasted
 
 NUM_DETECTIONS = 100
 STEPS = ("preprocess", "backbone", "RPN", "box", "mask", "mask IoU", "paste", "RLE", "total")

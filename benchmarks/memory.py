@@ -6,12 +6,11 @@ import torch
 
 from detectron2.config import instantiate
 
+from benchmarks.measuring import Stopwatch
+from benchmarks.models import DEVICE, set_batch_norm
+from benchmarks.report import Part, Target
+from benchmarks.training import Training, training_input
 from msrcnn_d2 import model_zoo, published_models
-
-from measuring import Stopwatch
-from models import DEVICE, set_batch_norm
-from report import Part, Target
-from training import Training, training_input
 
 NAMES = (
     "ms_rcnn_R_50_FPN_1x",

@@ -22,13 +22,12 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from benchmarks.memory import NAMES, SIZE
+from benchmarks.models import random_boxes
+from benchmarks.report import Part
+from benchmarks.training import NUM_OBJECTS, polygons_in, proposals_for
 from msrcnn_d2 import model_zoo, published_models
 from tests.helpers.simulated_cuda import INDEXING, SimulatedCuda, SimulatedTensor, aten
-
-from memory import NAMES, SIZE
-from models import random_boxes
-from report import Part
-from training import NUM_OBJECTS, polygons_in, proposals_for
 
 NUM_IMAGES = 2
 GB = 2**30

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 import train_net
-
-from measuring import Timing
-from models import DEVICE
-from report import Part
+from benchmarks.measuring import Timing
+from benchmarks.models import DEVICE
+from benchmarks.report import Part
 
 ROOT = Path(train_net.__file__).parent
 SHAPES = ROOT / "projects" / "shapes"

@@ -10,14 +10,13 @@ from matplotlib.path import Path as Outline
 
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from benchmarks.measuring import Timing, one_thread, peak_memory, time_in_turn
+from benchmarks.models import DEVICE, random_boxes
+from benchmarks.report import Part, Target
+from benchmarks.training import polygons_in
 from msrcnn_d2.modeling import mask_iou_targets
 from msrcnn_d2.modeling.indexed_masks import IndexedMasks
 from msrcnn_d2.modeling.mask_iou_target import CroppedMasks, crop_gt_masks
-
-from measuring import Timing, one_thread, peak_memory, time_in_turn
-from models import DEVICE, random_boxes
-from report import Part, Target
-from training import polygons_in
 
 IMAGE_SIZE = (800, 1067)  # height, width
 MASK_SIZE = 28

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 import train_net
-
-from measuring import Timing
-from models import DEVICE, IMAGE_SIZE, build_models, model_input, photo
-from report import Part
+from benchmarks.measuring import Timing
+from benchmarks.models import DEVICE, IMAGE_SIZE, build_models, model_input, photo
+from benchmarks.report import Part
 
 ROOT = Path(train_net.__file__).parent
 SHAPES = ROOT / "projects" / "shapes"

@@ -11,12 +11,11 @@ from detectron2.modeling.roi_heads import select_foreground_proposals
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
+from benchmarks.measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
+from benchmarks.models import DEVICE, build_models, model_input, random_boxes
+from benchmarks.report import Part, Target
 from msrcnn_d2.modeling import mask_iou_targets
 from msrcnn_d2.modeling.mask_iou_target import crop_gt_masks
-
-from measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
-from models import DEVICE, build_models, model_input, random_boxes
-from report import Part, Target
 
 PLAIN, SCORING = "Mask R-CNN, Detectron2", "MS R-CNN, here"
 NUM_IMAGES = 2 if DEVICE == "cuda" else 1

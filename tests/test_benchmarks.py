@@ -1,28 +1,19 @@
 """The benchmarks' arithmetic; what they measure is measured by `make bench`."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 from detectron2.config import instantiate
 
+from benchmarks import evaluation, measuring, memory, memory_simulated
+from benchmarks.memory_simulated import GB, ShapesOnly, peak_of_training
+from benchmarks.models import model_input, random_boxes
+from benchmarks.report import Part, Target
+from benchmarks.synthetic_coco import draw_dataset
+from benchmarks.training import training_input
 from msrcnn_d2 import published_models
 from tests.helpers.simulated_cuda import SimulatedCuda, SimulatedTensor
 from tests.helpers.toy import tiny_mask_scoring_rcnn
-
-import evaluation
-import measuring
-import memory
-import memory_simulated
-from memory_simulated import GB, ShapesOnly, peak_of_training
-from models import model_input, random_boxes
-from report import Part, Target
-from synthetic_coco import draw_dataset
-from training import training_input
 
 
 def test_ratios_are_taken_within_rounds():

@@ -1,11 +1,9 @@
 """projects/nuclei: tiles that belong together, and stage1_train turned into COCO format."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,33 +12,14 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 from pycocotools.coco import COCO
 
+import prepare
+import tiles
 from msrcnn_d2.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NUCLEI = ROOT / "projects" / "nuclei"
 SIZE = (96, 128)  # height, width of the images, pixels; borders this long are not alike by chance
 NUM_IMAGES = 12
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The project's scripts as modules; `python projects/nuclei/...` finds them the same way."""
-    sys.path.insert(0, str(NUCLEI))
-    modules = {name: importlib.import_module(name) for name in ("prepare", "stage1", "tiles")}
-    yield modules
-    sys.path.remove(str(NUCLEI))
-    for name in modules:  # other projects may have scripts of these names
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def tiles(scripts):
-    return scripts["tiles"]
-
-
-@pytest.fixture(scope="module")
-def prepare(scripts):
-    return scripts["prepare"]
 
 
 def texture(seed: int, height: int = SIZE[0], width: int = SIZE[1]) -> np.ndarray:
@@ -110,44 +89,44 @@ def find(out: Path, id: str) -> tuple[COCO, dict, list[dict]]:
 # tiles.py
 
 
-def test_tiles_of_one_picture_are_one_group(tiles):
+def test_tiles_of_one_picture_are_one_group():
     first, second = quarters(texture(0, 192, 256)), quarters(texture(1, 192, 256))
     images = [first[0], second[3], first[3], second[2], first[1], second[1], first[2], second[0]]
     assert [sorted(g) for g in tiles.group_tiles(images)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_neighbours_of_neighbours_are_one_group(tiles):
+def test_neighbours_of_neighbours_are_one_group():
     strip = np.split(texture(0, 96, 512), 4, axis=1)
     assert tiles.group_tiles([strip[0], strip[2], strip[3]]) == [[0], [1, 2]]
     assert [len(g) for g in tiles.group_tiles([strip[k] for k in (3, 0, 2, 1)])] == [4]
 
 
-def test_tiles_of_different_sizes_can_be_neighbours(tiles):
+def test_tiles_of_different_sizes_can_be_neighbours():
     first, second = np.split(texture(0, 96, 256), [100], axis=1)
     assert tiles.group_tiles([first, second]) == [[0, 1]]
 
 
-def test_uneven_lighting_makes_no_difference(tiles):
+def test_uneven_lighting_makes_no_difference():
     first, second = quarters(texture(0, 192, 256))[:2]
     assert tiles.group_tiles([first // 2, second // 2 + 100]) == [[0, 1]]
 
 
-def test_unrelated_pictures_are_not_grouped(tiles):
+def test_unrelated_pictures_are_not_grouped():
     assert tiles.group_tiles([texture(seed) for seed in range(50)]) == [[k] for k in range(50)]
 
 
 @pytest.mark.parametrize("gray", [0, 1, 7, 100, 254, 255])
-def test_empty_borders_say_nothing(tiles, gray):
+def test_empty_borders_say_nothing(gray):
     assert tiles.group_tiles([np.full(SIZE, gray, np.uint8)] * 2) == [[0], [1]]
 
 
-def test_no_images_have_no_groups(tiles):
+def test_no_images_have_no_groups():
     assert tiles.group_tiles([]) == []
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_groups_are_divided_as_a_whole(tiles, share, seed):
+def test_groups_are_divided_as_a_whole(share, seed):
     sizes = np.random.default_rng(2).integers(1, 5, 60)
     groups = np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])
     first, second = tiles.divide(groups, share, seed)
@@ -157,7 +136,7 @@ def test_groups_are_divided_as_a_whole(tiles, share, seed):
     assert (first, second) == tiles.divide(groups, share, seed)
 
 
-def test_the_seed_decides_the_division(tiles):
+def test_the_seed_decides_the_division():
     groups = [[k] for k in range(100)]
     assert tiles.divide(groups, 0.2, seed=0) != tiles.divide(groups, 0.2, seed=1)
 
@@ -165,7 +144,7 @@ def test_the_seed_decides_the_division(tiles):
 # stage1_train
 
 
-def test_masks_are_the_same_pixel_by_pixel(prepare, stage1_train, tmp_path):
+def test_masks_are_the_same_pixel_by_pixel(stage1_train, tmp_path):
     pieces = box(1, 1) | box(15, 20)
     overlapping = [box(8, 8, 6, 6), box(10, 10, 6, 6)]
     irregular = 255 * (texture(99) > 150).astype(np.uint8)
@@ -198,14 +177,14 @@ def test_masks_are_the_same_pixel_by_pixel(prepare, stage1_train, tmp_path):
     ],
     ids=["0 and 1", "bits", "with alpha", "palette", "16 bits"],
 )
-def test_masks_may_be_of_any_mode(prepare, stage1_train, tmp_path, as_png):
+def test_masks_may_be_of_any_mode(stage1_train, tmp_path, as_png):
     as_png(box(3, 4)).save(stage1_train / "a" / "masks" / "0.png")
     prepare.main([str(stage1_train), str(tmp_path / "out")])
     coco, _, (annotation,) = find(tmp_path / "out", "a")
     np.testing.assert_array_equal(coco.annToMask(annotation), box(3, 4) > 0)
 
 
-def test_images_are_the_same_without_alpha(prepare, stage1_train, tmp_path):
+def test_images_are_the_same_without_alpha(stage1_train, tmp_path):
     prepare.main([str(stage1_train), str(tmp_path / "out")])
     pngs = sorted((tmp_path / "out").glob("*/*.png"), key=lambda png: png.name)
     assert len(pngs) == NUM_IMAGES
@@ -215,7 +194,7 @@ def test_images_are_the_same_without_alpha(prepare, stage1_train, tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(png)), np.asarray(original)[..., :3])
 
 
-def test_parts_and_ids(prepare, stage1_train, tmp_path, capsys):
+def test_parts_and_ids(stage1_train, tmp_path, capsys):
     out = tmp_path / "out"
     prepare.main([str(stage1_train), str(out), "--val", "0.25", "--holdout", "0.34"])
     parts = load_parts(out)
@@ -233,7 +212,7 @@ def test_parts_and_ids(prepare, stage1_train, tmp_path, capsys):
     assert "val          3 images       3 nuclei" in capsys.readouterr().out
 
 
-def test_tiles_of_one_picture_are_in_one_part(prepare, tmp_path):
+def test_tiles_of_one_picture_are_in_one_part(tmp_path):
     for i in range(8):
         for k, tile in enumerate(quarters(texture(i, 192, 256))):
             write_sample(tmp_path / "stage1", f"{k}{i}", tile, [box(1, 1)])
@@ -247,7 +226,7 @@ def test_tiles_of_one_picture_are_in_one_part(prepare, tmp_path):
     assert len(seen) == 8
 
 
-def test_the_same_arguments_give_the_same_bytes(prepare, stage1_train, tmp_path):
+def test_the_same_arguments_give_the_same_bytes(stage1_train, tmp_path):
     for out, seed in (("first", 0), ("second", 0), ("third", 1)):
         prepare.main([str(stage1_train), str(tmp_path / out), "--seed", str(seed)])
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
@@ -255,7 +234,7 @@ def test_the_same_arguments_give_the_same_bytes(prepare, stage1_train, tmp_path)
 
 
 @pytest.mark.parametrize("inside", ["", "stage1_train/"])
-def test_a_zip_is_read_as_the_folder_is(prepare, stage1_train, tmp_path, inside):
+def test_a_zip_is_read_as_the_folder_is(stage1_train, tmp_path, inside):
     with zipfile.ZipFile(tmp_path / "stage1_train.zip", "w") as file:
         for name, content in reversed(contents(stage1_train).items()):
             file.writestr(inside + name, content)
@@ -295,9 +274,7 @@ def deep_png(path: Path) -> None:
     ],
     ids=["broken", "16 bits", "large"],
 )
-def test_images_that_cannot_be_used(
-    prepare, stage1_train, tmp_path, capsys, damage, counted, named
-):
+def test_images_that_cannot_be_used(stage1_train, tmp_path, capsys, damage, counted, named):
     damage(stage1_train / "a")
     prepare.main([str(stage1_train), str(tmp_path / "out"), "--max-size", "128"])
     assert sum(len(c.imgs) for c in load_parts(tmp_path / "out").values()) == NUM_IMAGES - 1
@@ -327,7 +304,7 @@ def test_images_that_cannot_be_used(
     ],
     ids=["broken", "other size", "small"],
 )
-def test_masks_that_cannot_be_used(prepare, stage1_train, tmp_path, capsys, damage, counted, named):
+def test_masks_that_cannot_be_used(stage1_train, tmp_path, capsys, damage, counted, named):
     Image.fromarray(box(0, 0, 1, 5)).save(stage1_train / "a" / "masks" / "1.png")
     damage(stage1_train / "a" / "masks")
     prepare.main([str(stage1_train), str(tmp_path / "out")])
@@ -338,7 +315,7 @@ def test_masks_that_cannot_be_used(prepare, stage1_train, tmp_path, capsys, dama
     assert named in printed.err if named else "warning" not in printed.err
 
 
-def test_an_image_without_masks_is_kept(prepare, stage1_train, tmp_path, capsys):
+def test_an_image_without_masks_is_kept(stage1_train, tmp_path, capsys):
     write_sample(stage1_train, "zz", texture(100), None)
     prepare.main([str(stage1_train), str(tmp_path / "out")])
     assert find(tmp_path / "out", "zz")[2] == []
@@ -347,9 +324,7 @@ def test_an_image_without_masks_is_kept(prepare, stage1_train, tmp_path, capsys)
     assert "left out: nothing" in printed.out
 
 
-def test_an_interrupted_run_leaves_nothing_that_looks_complete(
-    prepare, stage1_train, tmp_path, monkeypatch
-):
+def test_an_interrupted_run_leaves_nothing_that_looks_complete(stage1_train, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare, "_write_json", interrupt)
@@ -394,7 +369,7 @@ def coco_format(tmp_path):
     return folder
 
 
-def test_coco_format_gets_a_holdout(prepare, tiles, coco_format, tmp_path):
+def test_coco_format_gets_a_holdout(coco_format, tmp_path):
     out = tmp_path / "out"
     prepare.main(["--from-coco", str(coco_format), str(out)])
     given = json.loads((coco_format / "annotations" / "nuclei_train.json").read_text())
@@ -415,9 +390,7 @@ def test_coco_format_gets_a_holdout(prepare, tiles, coco_format, tmp_path):
         assert contents(out / name) == contents(coco_format / name)
 
 
-def test_images_are_copied_where_links_are_not_possible(
-    prepare, coco_format, tmp_path, monkeypatch
-):
+def test_images_are_copied_where_links_are_not_possible(coco_format, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no privilege")
 
@@ -427,7 +400,7 @@ def test_images_are_copied_where_links_are_not_possible(
     assert contents(tmp_path / "out" / "train") == contents(coco_format / "train")
 
 
-def test_both_forms_divide_alike(prepare, stage1_train, tmp_path):
+def test_both_forms_divide_alike(stage1_train, tmp_path):
     """stage1_train as COCO format, given with train and holdout in one file, is divided again."""
     prepare.main([str(stage1_train), str(tmp_path / "out")])
     parts = {part: coco.dataset for part, coco in load_parts(tmp_path / "out").items()}
@@ -445,7 +418,7 @@ def test_both_forms_divide_alike(prepare, stage1_train, tmp_path):
 # errors
 
 
-def test_the_folder_above_or_below_or_another_one(prepare, stage1_train, tmp_path, capsys):
+def test_the_folder_above_or_below_or_another_one(stage1_train, tmp_path, capsys):
     def error_of(*arguments):
         with pytest.raises(SystemExit) as exit:
             prepare.main([*map(str, arguments), str(tmp_path / "out")])
@@ -469,7 +442,7 @@ def test_the_folder_above_or_below_or_another_one(prepare, stage1_train, tmp_pat
     assert "annotations/nuclei_train.json'" in error_of("--from-coco", stage1_train)
 
 
-def test_what_is_in_the_way_is_not_overwritten(prepare, stage1_train, coco_format, tmp_path):
+def test_what_is_in_the_way_is_not_overwritten(stage1_train, coco_format, tmp_path):
     for source, function, rest in (
         (stage1_train, prepare.prepare_stage1, (400, 0.2, 0.2, 0)),
         (coco_format, prepare.prepare_coco, (0.2, 0)),
@@ -483,7 +456,7 @@ def test_what_is_in_the_way_is_not_overwritten(prepare, stage1_train, coco_forma
             function(source, tmp_path / "file", *rest)
 
 
-def test_too_few_images(prepare, stage1_train, tmp_path):
+def test_too_few_images(stage1_train, tmp_path):
     with pytest.raises(UserError, match="No image of .* 12 image.s. over 20 px"):
         prepare.prepare_stage1(stage1_train, tmp_path / "out", 20, 0.2, 0.2, 0)
     with pytest.raises(UserError, match="12 image.s., 12 when .* a share of 0.05"):
@@ -503,7 +476,7 @@ def test_too_few_images(prepare, stage1_train, tmp_path):
     ],
     ids=["no val", "no JSON", "other JSON", "prepared before", "no image", "broken image"],
 )
-def test_coco_format_that_is_not_whole(prepare, coco_format, tmp_path, damage, message):
+def test_coco_format_that_is_not_whole(coco_format, tmp_path, damage, message):
     damage(coco_format)
     with pytest.raises(UserError, match=message):
         prepare.prepare_coco(coco_format, tmp_path / "out", 0.2, 0)
@@ -518,7 +491,7 @@ def test_coco_format_that_is_not_whole(prepare, coco_format, tmp_path, damage, m
         (["--from-coco", "--max-size", "9"], "--max-size has no effect with --from-coco"),
     ],
 )
-def test_options_that_make_no_sense(prepare, capsys, options, message):
+def test_options_that_make_no_sense(capsys, options, message):
     with pytest.raises(SystemExit) as exit:
         prepare.main(["source", "out", *options])
     assert exit.value.code == 2
@@ -537,7 +510,7 @@ def real_nuclei():
     pytest.skip("no nuclei: set DETECTRON2_DATASETS to the folder of nuclei/")
 
 
-def test_real_images_come_back_as_they_were(prepare, real_nuclei, tmp_path):
+def test_real_images_come_back_as_they_were(real_nuclei, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         given = COCO(real_nuclei / "annotations" / "nuclei_train.json")
     chosen = given.dataset["images"][:5]

@@ -1,7 +1,6 @@
 """projects/shapes: the drawn dataset, the config, and what the demo computes from detections."""
 
 import contextlib
-import importlib
 import io
 import json
 import subprocess
@@ -19,6 +18,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.events import EventStorage
 
+import demo
+import draw
+import pictures
 from msrcnn_d2.evaluation import measure_mask_quality
 
 SHAPES = Path(__file__).resolve().parents[1] / "projects" / "shapes"
@@ -26,23 +28,7 @@ NUM_TRAIN, NUM_VAL = 12, 6
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """The project's scripts as modules; `python projects/shapes/...` finds them the same way."""
-    sys.path.insert(0, str(SHAPES))
-    modules = {name: importlib.import_module(name) for name in ("draw", "pictures", "demo")}
-    yield modules
-    sys.path.remove(str(SHAPES))
-    for name in modules:  # other projects may have scripts of these names
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def draw(scripts):
-    return scripts["draw"]
-
-
-@pytest.fixture(scope="module")
-def data(draw, tmp_path_factory):
+def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     draw.draw_dataset(folder, NUM_TRAIN, NUM_VAL, seed=0)
     return folder
@@ -71,19 +57,19 @@ def load_coco(path: Path) -> COCO:
         return COCO(path)
 
 
-def test_same_seed_same_bytes(draw, data, tmp_path):
+def test_same_seed_same_bytes(data, tmp_path):
     draw.draw_dataset(tmp_path, NUM_TRAIN, NUM_VAL, seed=0, num_workers=2)
     assert contents(tmp_path) == contents(data)
 
 
-def test_other_seed_other_bytes(draw, data, tmp_path):
+def test_other_seed_other_bytes(data, tmp_path):
     draw.draw_dataset(tmp_path, NUM_TRAIN, NUM_VAL, seed=1)
     first, second = contents(data), contents(tmp_path)
     assert first.keys() == second.keys()
     assert not [name for name in first if first[name] == second[name]]
 
 
-def test_number_of_images_changes_no_image(draw, data, tmp_path):
+def test_number_of_images_changes_no_image(data, tmp_path):
     draw.draw_dataset(tmp_path, 2, 2, seed=0)
     fewer, more = contents(tmp_path), contents(data)
     pngs = [name for name in fewer if name.endswith(".png")]
@@ -91,7 +77,7 @@ def test_number_of_images_changes_no_image(draw, data, tmp_path):
     assert all(fewer[name] == more[name] for name in pngs)
 
 
-def test_global_random_state_is_left_alone(draw):
+def test_global_random_state_is_left_alone():
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
     draw.draw_scene(np.random.default_rng(0))
@@ -99,7 +85,7 @@ def test_global_random_state_is_left_alone(draw):
 
 
 @pytest.mark.parametrize("split, num_images", [("train", NUM_TRAIN), ("val", NUM_VAL)])
-def test_annotations_are_valid_coco(data, draw, split, num_images):
+def test_annotations_are_valid_coco(data, split, num_images):
     coco = load_coco(data / f"{split}.json")
     assert len(coco.imgs) == num_images
     assert [c["name"] for c in coco.dataset["categories"]] == list(draw.CLASSES)
@@ -122,7 +108,7 @@ def test_visible_masks_do_not_overlap(data):
         assert sum(coco.annToMask(a) for a in annotations).max() == 1
 
 
-def test_objects_of_all_classes_some_of_them_hidden_in_part(data, draw):
+def test_objects_of_all_classes_some_of_them_hidden_in_part(data):
     annotations = load_coco(data / "train.json").dataset["annotations"]
     assert {a["category_id"] for a in annotations} == set(range(1, len(draw.CLASSES) + 1))
     shares = [a["visible_share"] for a in annotations]
@@ -130,7 +116,7 @@ def test_objects_of_all_classes_some_of_them_hidden_in_part(data, draw):
     assert max(shares) == 1
 
 
-def test_complete_data_is_kept(draw, tmp_path):
+def test_complete_data_is_kept(tmp_path):
     assert draw.draw_dataset(tmp_path, 2, 1)
     assert not draw.draw_dataset(tmp_path, 2, 1)
 
@@ -144,7 +130,7 @@ def test_complete_data_is_kept(draw, tmp_path):
     ],
     ids=["interrupted", "no image", "no annotations"],
 )
-def test_incomplete_data_is_drawn_again(draw, tmp_path, damage):
+def test_incomplete_data_is_drawn_again(tmp_path, damage):
     draw.draw_dataset(tmp_path, 2, 1)
     whole = contents(tmp_path)
     damage(tmp_path)
@@ -152,7 +138,7 @@ def test_incomplete_data_is_drawn_again(draw, tmp_path, damage):
     assert contents(tmp_path) == whole
 
 
-def test_data_of_other_parameters_is_drawn_again(draw, tmp_path):
+def test_data_of_other_parameters_is_drawn_again(tmp_path):
     draw.draw_dataset(tmp_path, 3, 1)
     assert draw.draw_dataset(tmp_path, 2, 1)
     assert len(list((tmp_path / "train").iterdir())) == 2
@@ -211,27 +197,27 @@ def detections(data):
     return results
 
 
-def test_perfect_masks_have_perfect_metrics(scripts, data, detections, tmp_path):
+def test_perfect_masks_have_perfect_metrics(data, detections, tmp_path):
     (tmp_path / "inference").mkdir()
     results = tmp_path / "inference" / "coco_instances_results.json"
     results.write_text(json.dumps(detections))
-    loaded = scripts["demo"].load_detections(tmp_path)
+    loaded = demo.load_detections(tmp_path)
     quality = measure_mask_quality(load_coco(data / "val.json"), loaded)
-    metrics = scripts["demo"].compute_metrics(quality)
+    metrics = demo.compute_metrics(quality)
     assert metrics["box_ap"] == pytest.approx(100)
     assert list(metrics["mask_ap"]) == ["class_score", "mask_score", "true_iou"]
     for ap in metrics["mask_ap"].values():
         assert ap == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100, "AP90": 100})
     assert np.isnan(metrics["correlation_with_true_iou"]["mask_score"])  # all are 1
-    assert "100.0" in scripts["demo"].summary(metrics)
+    assert "100.0" in demo.summary(metrics)
 
 
 @pytest.mark.parametrize("found", ["all", "none"])
 @pytest.mark.parametrize("name", ["draw_predictions", "draw_ranking"])
-def test_pictures_are_drawn(scripts, data, detections, tmp_path, name, found):
+def test_pictures_are_drawn(data, detections, tmp_path, name, found):
     chosen = [{**d, "true_iou": d["pred_mask_iou"]} for d in detections] if found == "all" else []
     path = tmp_path / "picture.png"
-    getattr(scripts["pictures"], name)(path, load_coco(data / "val.json"), data / "val", chosen)
+    getattr(pictures, name)(path, load_coco(data / "val.json"), data / "val", chosen)
     assert min(Image.open(path).size) > 300
 
 

@@ -29,11 +29,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from stage1 import Stage1
-from tiles import divide, group_tiles
 from tqdm import tqdm
 
 from msrcnn_d2.utils.errors import UserError, exit_on_user_error
+from stage1 import Stage1
+from tiles import divide, group_tiles
 
 PARTS = ("train", "holdout", "val")
 UNFINISHED = ".unfinished"  # folder in OUT, of a run that goes on or was interrupted

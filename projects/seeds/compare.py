@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pycocotools.coco import COCO
-from tables import Run, tables
 
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.report import write_report
 from msrcnn_d2.utils.errors import UserError, exit_on_user_error
+from tables import Run, tables
 
 PROJECTS = Path(__file__).resolve().parents[1]
 ROOT = PROJECTS.parent

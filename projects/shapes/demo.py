@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import torch
-from pictures import draw_predictions, draw_ranking
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
@@ -34,6 +33,7 @@ from msrcnn_d2.evaluation import MaskQuality, measure_mask_quality
 from msrcnn_d2.evaluation.average_precision import build_engine
 from msrcnn_d2.evaluation.mask_quality import TITLES
 from msrcnn_d2.report import write_report
+from pictures import draw_predictions, draw_ranking
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -1,15 +1,13 @@
-"""Makes the build backend importable, and gives tests an index and an environment."""
+"""A package index for tests, and an environment that names none."""
 
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 write_bytecode = sys.dont_write_bytecode
 import backend.download  # noqa: E402
 import backend.indexes  # noqa: E402
