@@ -97,6 +97,8 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.COMPILE = False
     # Steps that may be left out since a loss, or its gradient, is not finite; 0 stops at the first
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
+    # Whether PyTorch looks for the operation that gives the first NaN; training is slower then
+    cfg.SOLVER.DETECT_ANOMALY = False
 
 
 def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import train_net
-from msrcnn_d2.engine.replay import replay
 from tests.helpers import many_processes
 from tests.helpers.many_processes import CASES, MAX_ITER
 from tests.helpers.toy_training import NUM_IMAGES, run, with_python_path
@@ -557,18 +556,16 @@ def assert_stopped(job: Job, name: str, output_dir: Path) -> None:
     assert not job.pids()
 
 
-def test_a_step_of_two_processes_that_is_not_finite_is_kept_whole(options, start, tmp_path):
+def test_a_step_of_two_processes_that_is_not_finite_names_its_images(options, start, tmp_path):
     too_high = ["optimizer.lr=1e12", "lr_multiplier.warmup_factor=1"]
     job = start(ROOT / "train_net.py", *SPAWN, *options, *stoppable(tmp_path), *too_high)
     assert job.wait() == 2
     assert job.output.count("error: Iteration ") == 1 and "Traceback" not in job.output
-    (step,) = (tmp_path / "nonfinite").iterdir()
-    results = replay(str(step), str(tmp_path / "config.yaml"))
-    images = [x for result in results for x in result["images"]]
-    assert len(results) == 2 and len(images) == 2
-    wrong = [r for r in results if not all(map(math.isfinite, r["losses"].values()))]
-    named = ", ".join(str(x) for r in wrong or results for x in r["images"])
-    assert f"(images {named})" in job.output
+    (images,) = re.findall(r"\(images (.*?)\)", job.output)
+    ids = set(images.split(", "))
+    assert ids <= set(map(str, range(1, NUM_IMAGES + 1)))
+    # Those of the processes whose own loss is not finite; of both if only gradients are not
+    assert len(ids) == 2 if "the gradient of" in job.output else ids
 
 
 def test_an_image_that_one_process_cannot_read_stops_both(options, start, tmp_path):

@@ -1,23 +1,20 @@
-"""Losses that are not finite: a step that stops, can be run again, or is left out."""
+"""Losses that are not finite: a step that ends the training, or is left out."""
 
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from detectron2.engine import hooks
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
-from msrcnn_d2.checkpoint.reading import read_file
-from msrcnn_d2.engine import replay as replay_module
-from msrcnn_d2.engine.plain_batch import from_plain, to_plain
+from msrcnn_d2.engine.bad_images import BadImages
 from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 from msrcnn_d2.utils.distributed import StepAgreement
 from msrcnn_d2.utils.errors import UserError
-from tests.helpers.toy import toy_instances
 from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
@@ -41,40 +38,32 @@ class Root(Line):
         return {"root": (self.weight * x).abs().sqrt()}
 
 
-class Stopped(Exception):
-    pass
-
-
 def trainer_of(inputs, model=None, max_nonfinite_steps=0):
     model = model or Line()
-
-    def stop(description):
-        raise Stopped(description)
-
     return FiniteTrainer(
         *(model, [torch.tensor(float(x)) for x in inputs]),
         torch.optim.SGD(model.parameters(), lr=1.0),
         max_nonfinite_steps=max_nonfinite_steps,
         agreement=StepAgreement(),
-        describe=lambda losses, gradients: f"{losses} {gradients}",
-        stop=stop,
+        image_ids=lambda: ["7", "8"],
     )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(value):
     trainer = trainer_of([0.25, value])
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(UserError) as stopped:
         trainer.train(0, 2)
-    assert str(stopped.value) == f"['slope is {value}'] []"
+    assert str(stopped.value).startswith(f"Iteration 1: slope is {value} (images 7, 8).")
     assert trainer.model.weight.item() == 0.75
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     trainer = trainer_of([0.0], Root())
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(UserError) as stopped:
         trainer.train(0, 1)
-    assert str(stopped.value) == "[] ['weight']"
+    expected = "Iteration 0: the gradient of weight is not finite (images 7, 8)."
+    assert str(stopped.value).startswith(expected)
     assert trainer.model.weight.item() == 1
 
 
@@ -85,9 +74,33 @@ def test_gradients_with_an_infinite_norm_are_finite():
     assert trainer.model.weight.item() == pytest.approx(-1e25)
 
 
+@pytest.mark.parametrize(
+    "others, expected",
+    [
+        ((["slope is inf"], [], ["9"]), "slope is nan, slope is inf (images 7, 8, 9)"),
+        ((["slope is nan"], [], ["9"]), "slope is nan (images 7, 8, 9)"),
+        (([], [], ["9"]), "slope is nan (images 7, 8)"),  # it has no part in it
+    ],
+)
+def test_the_images_of_all_processes_with_such_a_loss_are_named(others, expected, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda own: [own, others])
+    with pytest.raises(UserError) as stopped:
+        trainer_of([math.nan]).train(0, 1)
+    assert str(stopped.value).startswith(f"Iteration 0: {expected}.")
+
+
+def test_the_images_of_all_processes_are_named_for_a_gradient_which_they_share(monkeypatch):
+    monkeypatch.setattr(
+        "detectron2.utils.comm.all_gather", lambda own: [own, ([], ["weight"], ["9"])]
+    )
+    with pytest.raises(UserError) as stopped:
+        trainer_of([0.0], Root()).train(0, 1)
+    assert "the gradient of weight is not finite (images 7, 8, 9)." in str(stopped.value)
+
+
 def test_so_many_steps_may_be_left_out():
     trainer = trainer_of([0.25, math.nan, 0.25, math.inf, 0.125, math.nan], max_nonfinite_steps=2)
-    with pytest.raises(Stopped):
+    with pytest.raises(UserError):
         trainer.train(0, 6)
     assert trainer.iter == 5 and trainer.model.weight.item() == 1 - 0.25 - 0.25 - 0.125
 
@@ -98,7 +111,7 @@ def test_a_resumed_training_goes_on_counting_steps_left_out():
     state = copy.deepcopy(trainer.state_dict())
     resumed = trainer_of([math.nan], max_nonfinite_steps=1)
     resumed.load_state_dict(state)
-    with pytest.raises(Stopped):
+    with pytest.raises(UserError):
         resumed.train(2, 3)
     old = trainer_of([])
     del state["num_nonfinite_steps"]  # of a checkpoint from before there was such a count
@@ -122,10 +135,6 @@ def amp_trainer_of(monkeypatch):
 
     def build(inputs, max_skipped_steps=50, scale=65536.0, fused=False):
         model = Scaled()
-
-        def stop(description, advice):
-            raise Stopped(description, advice)
-
         trainer = FiniteAMPTrainer(
             *(model, [torch.tensor(float(x)) for x in inputs]),
             torch.optim.SGD(model.parameters(), lr=1.0, fused=fused),
@@ -133,8 +142,7 @@ def amp_trainer_of(monkeypatch):
             max_nonfinite_steps=0,
             max_skipped_steps=max_skipped_steps,
             agreement=StepAgreement(),
-            describe=lambda losses, gradients: f"{losses} {gradients}",
-            stop=stop,
+            image_ids=lambda: ["7", "8"],
         )
         scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
         trainer.register_hooks([hooks.LRScheduler(trainer.optimizer, scheduler)])
@@ -146,16 +154,17 @@ def amp_trainer_of(monkeypatch):
 @pytest.mark.parametrize("fused", [False, True])  # the scaler leaves it to a fused optimizer
 def test_so_many_steps_in_a_row_may_be_skipped(amp_trainer_of, fused):
     trainer = amp_trainer_of([-1, -1, 1, -1, -1, -1, 1], max_skipped_steps=3, fused=fused)
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(UserError) as stopped:
         trainer.train(0, 7)
-    description, advice = stopped.value.args
-    assert trainer.iter == 5 and description == "[] ['weight']" and "3 steps" in advice
+    expected = "Iteration 5: the gradient of weight is not finite (images 7, 8)."
+    assert trainer.iter == 5 and str(stopped.value).startswith(expected)
+    assert "3 steps" in str(stopped.value)
     assert trainer.model.weight.item() == 1
 
 
 def test_a_scale_that_has_fallen_to_nothing_stops(amp_trainer_of):
     trainer = amp_trainer_of([-1] * 9, scale=2.0**-17)  # 2 ** -20 is under 1e-6
-    with pytest.raises(Stopped):
+    with pytest.raises(UserError):
         trainer.train(0, 9)
     assert trainer.iter == 2
 
@@ -173,7 +182,7 @@ def test_a_resumed_training_goes_on_counting_skipped_steps(amp_trainer_of):
     trainer.train(0, 2)
     resumed = amp_trainer_of([-1], max_skipped_steps=3)
     resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
-    with pytest.raises(Stopped):
+    with pytest.raises(UserError):
         resumed.train(2, 3)
 
 
@@ -212,31 +221,7 @@ def test_a_copy_of_a_model_in_training_calls_its_own_weights(copied, autocast):
         twin.eval()(1.0)
 
 
-# The step that is kept
-
-
-@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
-def test_a_batch_comes_back_from_plain_data(mask_format, tmp_path):
-    instances = toy_instances(mask_format)[0]
-    instances.gt_keypoints = Keypoints(torch.rand(len(instances), 3, 3))
-    batch = [{"image": torch.rand(3, 4, 5), "image_id": 7, "file_name": "a.png"}]
-    batch[0]["instances"] = instances
-    torch.save({"batch": to_plain(batch)}, tmp_path / "batch.pth")
-    (back,) = from_plain(read_file(str(tmp_path / "batch.pth"))["batch"])  # which trusts no file
-    assert back["image"].equal(batch[0]["image"])
-    assert (back["image_id"], back["file_name"]) == (7, "a.png")
-    again = back["instances"]
-    assert isinstance(again, Instances) and again.image_size == instances.image_size
-    assert again.gt_boxes.tensor.equal(instances.gt_boxes.tensor)
-    assert again.gt_keypoints.tensor.equal(instances.gt_keypoints.tensor)
-    assert isinstance(again.gt_boxes, Boxes)
-    if mask_format == "bitmask":
-        assert isinstance(again.gt_masks, BitMasks)
-        assert again.gt_masks.tensor.equal(instances.gt_masks.tensor)
-    else:
-        assert isinstance(again.gt_masks, PolygonMasks)
-        for a, b in zip(again.gt_masks.polygons, instances.gt_masks.polygons):
-            assert all((x == y).all() for x, y in zip(a, b))
+# Whole trainings
 
 
 @pytest.fixture(scope="module")
@@ -258,52 +243,24 @@ def diverged(base, tmp_path, capsys):
     return tmp_path, captured.err
 
 
-def test_a_diverging_training_says_where_and_keeps_the_step(diverged):
+def test_a_diverging_training_says_where_and_what_to_do(diverged):
     output, error = diverged
-    (step,) = (output / "nonfinite").iterdir()
-    iteration = int(step.stem[-7:])
-    kept = read_file(str(step))
-    assert kept["iteration"] == iteration and len(kept["batches"]) == 1
-    ids = [x["image_id"] for x in kept["batches"][0]["inputs"]]
     assert error.count("error: ") == 1
-    assert f"error: Iteration {iteration}: " in error
-    assert f"(images {', '.join(map(str, ids))})." in error
-    assert f"`python -m msrcnn_d2.engine.replay {step}` runs the step again" in error
-    assert "train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now 0)" in error
+    (iteration, images) = re.search(
+        r"error: Iteration (\d+): .* \(images (.*?)\)\.", error
+    ).groups()
+    assert 0 < int(iteration) < 6 and len(images.split(", ")) == 2
+    for key in ("MAX_NONFINITE_STEPS", "DETECT_ANOMALY", "BASE_LR"):
+        assert f"SOLVER.{key}" in error
     assert not (output / "model_final.pth").exists()
 
 
-def test_the_kept_step_is_the_step(diverged, capsys):
-    output, error = diverged
-    (step,) = (output / "nonfinite").iterdir()
-    replay_module.main(replay_module.argument_parser().parse_args([str(step)]))
-    printed = capsys.readouterr().out
-    (result,) = replay_module.replay(str(step), str(output / "config.yaml"))
-    wrong = [f"{k} is {v}" for k, v in result["losses"].items() if not math.isfinite(v)]
-    assert all(text in error for text in wrong)
-    assert wrong or result["gradients"]
-    assert ", ".join(map(str, result["images"])) in printed
-    assert "first module whose output is not finite: " in printed
-
-
-def test_a_step_that_is_finite_is_repeated_to_the_last_bit(base, tmp_path, monkeypatch):
-    """Everything random in a step follows from its seed."""
-    losses = {}
-
-    def too_high(trainer, loss_dict):
-        losses.update({k: v.item() for k, v in loss_dict.items()})
-        return loss_dict, ["loss_cls is too high"], []
-
-    monkeypatch.setattr(FiniteTrainer, "_fetch", too_high)
-    with pytest.raises(SystemExit):
-        run(*base, f"train.output_dir={tmp_path}")
-    (step,) = (tmp_path / "nonfinite").iterdir()
-    (result,) = replay_module.replay(str(step), str(tmp_path / "config.yaml"))
-    assert result["losses"] == losses
-    assert (result["gradients"], result["first"]) == ([], None)
-
-
-def test_a_file_that_is_no_step_is_refused(base, tmp_path):
-    run(*base, "train.max_iter=1", f"train.output_dir={tmp_path}")
-    with pytest.raises(UserError, match="is no step of a training: give a file in nonfinite/"):
-        replay_module.replay(str(tmp_path / "model_final.pth"), str(tmp_path / "config.yaml"))
+@pytest.mark.parametrize("detect", [False, True])
+def test_pytorch_looks_for_nan_if_the_config_says_so(detect, base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        BadImages, "after_step", lambda self: seen.append(torch.is_anomaly_enabled())
+    )
+    options = ["train.max_iter=1", f"train.output_dir={tmp_path}", "dataloader.evaluator=null"]
+    run(*base, *options, f"train.detect_anomaly={detect}")
+    assert seen == [detect] and not torch.is_anomaly_enabled()

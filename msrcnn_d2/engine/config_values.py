@@ -68,6 +68,7 @@ RULES = [
     Rule("train.init_checkpoint", "MODEL.WEIGHTS", *FILE),
     Rule("train.amp.enabled", "SOLVER.AMP.ENABLED", *SWITCH),
     Rule("train.amp.test", "TEST.AMP.ENABLED", *SWITCH),
+    Rule("train.detect_anomaly", "SOLVER.DETECT_ANOMALY", *SWITCH),
     Rule("train.compile", "SOLVER.COMPILE", *SWITCH),
     Rule("train.check_images", "DATALOADER.CHECK_IMAGES", *SWITCH),
     Rule("dataloader.train.total_batch_size", "SOLVER.IMS_PER_BATCH", *FROM_1),

@@ -46,6 +46,7 @@ OPTIONAL_TRAIN_KEYS = {
     "amp.max_skipped_steps": 50,
     "max_bad_images": 10,
     "max_nonfinite_steps": 0,
+    "detect_anomaly": False,
     "check_images": True,
 }
 

@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,9 +66,6 @@ class ResumableBatches:
 
     The loader is built when iteration starts: a resumed run knows its seed and its iteration only
     after the checkpoint was read.
-
-    Attributes:
-        current: the batch given last.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class ResumableBatches:
         self.seeds = seeds
         self.on_bad_images = on_bad_images
         self.first_iter = 0
-        self.current: list[dict] = []
+        self._current: Any = []
         self._iterators: list[Generator] = []
 
     def __iter__(self):
@@ -101,6 +99,11 @@ class ResumableBatches:
         for iterator in self._iterators:
             iterator.close()
 
+    def image_ids(self) -> list[str]:
+        """Of the batch given last, as far as it tells them: it may be of the user's own loader."""
+        images = (x for x in self._current if isinstance(x, dict))
+        return [str(x.get("image_id", x.get("file_name"))) for x in images]
+
     def _read(self):
         # Samplers draw their own seed when they are built, and loaders when they start. It happens
         # in the first step of a run, resumed or not, whose numbers it must not change.
@@ -108,7 +111,7 @@ class ResumableBatches:
             loader = self.build_loader(self.seeds.seed, self.first_iter, self.on_bad_images)
             batches = iter(loader)
         for batch in batches:
-            self.current = batch
+            self._current = batch
             yield batch
 
 

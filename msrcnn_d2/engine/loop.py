@@ -30,15 +30,13 @@ from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from ..published_models import Published
-from ..utils.distributed import StepAgreement
+from ..utils.distributed import StepAgreement, job_is_ending, watching_forwards
 from ..utils.errors import UserError, agree_on_user_errors
 from .bad_images import BadImages
 from .checkpoints import PeriodicCheckpoints
 from .class_names import check_names_of_weights, evaluators_in, names_of_training, use_names
-from .failed_forward import job_is_ending, watching_forwards
 from .hooks import StopOnSignal
 from .loaders import ResumableBatches, StepSeeds
-from .nonfinite import StepKeeper
 from .quality import log_reliability, write_report_of
 from .recipe import Recipe, TestSet
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
@@ -71,12 +69,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     precise_bn_batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     model = _distributed(model, recipe)
-    keeper = StepKeeper(recipe, model, batches, seeds)
     trainer_args: dict[str, Any] = {
         "max_nonfinite_steps": recipe.max_nonfinite_steps,
         "agreement": agreement,
-        "describe": keeper.describe,
-        "stop": keeper.stop,
+        "image_ids": batches.image_ids,
     }
     trainer: SimpleTrainer
     if scaled:
@@ -120,7 +116,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
     with stop.listening(), closing(batches), closing(precise_bn_batches), watching_forwards():
         with _told_once(), _full_disk_is_a_user_error(recipe.output_dir):
-            trainer.train(batches.first_iter, recipe.max_iter)
+            with torch.autograd.set_detect_anomaly(recipe.detect_anomaly):
+                trainer.train(batches.first_iter, recipe.max_iter)
     return _verified(results, recipe)
 
 

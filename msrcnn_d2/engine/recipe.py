@@ -113,6 +113,7 @@ class Recipe:
         compile: whether `torch.compile` compiles what consists of layers only.
         max_bad_images: images that may be left out in training since they cannot be used.
         max_nonfinite_steps: steps that may be left out since their loss is not finite.
+        detect_anomaly: whether PyTorch looks for the operation that gives the first NaN.
         check_images: whether to look at all images before training.
         images: how they are read.
         detections_per_image: of the model at most; None for no limit, or if the config does not
@@ -145,6 +146,7 @@ class Recipe:
     ddp: dict = field(default_factory=dict)
     max_bad_images: int = 10
     max_nonfinite_steps: int = 0
+    detect_anomaly: bool = False
     check_images: bool = True
     images: ImageSettings = field(default_factory=ImageSettings)
     detections_per_image: int | None = None
@@ -197,6 +199,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         ddp=dict(train.ddp),
         max_bad_images=train.get("max_bad_images", 10),
         max_nonfinite_steps=train.get("max_nonfinite_steps", 0),
+        detect_anomaly=train.get("detect_anomaly", False),
         check_images=train.get("check_images", True),
         images=images,
         detections_per_image=_detections_per_image(cfg),
@@ -457,6 +460,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         ddp={"broadcast_buffers": False},
         max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
         max_nonfinite_steps=cfg.SOLVER.MAX_NONFINITE_STEPS,
+        detect_anomaly=cfg.SOLVER.DETECT_ANOMALY,
         check_images=cfg.DATALOADER.CHECK_IMAGES,
         images=image_settings(cfg),
         detections_per_image=_limit_of(cfg),

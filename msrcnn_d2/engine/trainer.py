@@ -1,4 +1,4 @@
-"""Detectron2's trainers, with an eye on numbers that go wrong."""
+"""Detectron2's trainers, which stop before a loss that is not finite spoils the weights."""
 
 import logging
 import math
@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
 
-from ..utils.distributed import StepAgreement
-from .failed_forward import forward_is_done, wait_for_other_forwards
+from ..utils.distributed import StepAgreement, forward_is_done, wait_for_other_forwards
+from ..utils.errors import UserError
+from ..utils.text import listed
 
-__all__ = ["FiniteAMPTrainer", "FiniteTrainer", "adapt_forward", "is_finite", "nonfinite_gradients"]
+__all__ = ["FiniteAMPTrainer", "FiniteTrainer", "adapt_forward"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,56 +31,50 @@ class _LeftStep(Exception):
     """The step must not reach the optimizer."""
 
 
-class _FiniteSteps(SimpleTrainer):
+class FiniteTrainer(SimpleTrainer):
     """
-    A step whose loss, or the gradient of it, is not finite does not reach the optimizer, which
-    would carry it into every weight. Of such steps up to `max_nonfinite_steps` are left out; the
-    one after them ends the training.
+    :class:`SimpleTrainer` that looks at losses and gradients before the optimizer's step.
 
-    Under AMP infinite gradients are normal: its scaler leaves those steps out, and looks for a
-    smaller scale. What it does not come to an end with, :class:`FiniteAMPTrainer` ends.
+    A step with a loss or a gradient that is not finite would spoil every weight. Up to
+    `max_nonfinite_steps` such steps are left out; the next one ends the training.
     """
 
     looks_at_gradients = True
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         max_nonfinite_steps: int,
         agreement: StepAgreement,
-        describe: Callable[[list[str], list[str]], str],
-        stop: Callable[..., None],
-        **kwargs,
+        image_ids: Callable[[], list[str]],
+        **kwargs: Any,
     ):
         """
         Args:
             args, kwargs: those of the Detectron2 trainer.
-            agreement: of the processes in each step; it is settled between the backward pass and
-                the optimizer's step.
-            describe: called in all processes with what is not finite in this one: texts about its
-                losses, and names of parameters for their gradients. Returns the same sentence in
-                all of them.
-            stop: called in all processes with this sentence when there are too many such steps;
-                has to raise an error. Under AMP it may get another sentence as `advice`.
+            agreement: of the processes in each step. The trainer settles it between the backward
+                pass and the optimizer's step.
+            image_ids: returns the ids of this process's images in the current step.
         """
         super().__init__(*args, **kwargs)
-        # The scheduler of the learning rate also follows a first step that was left out
+        # PyTorch gives this warning if the very first step was left out
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)`")
         self._max_nonfinite_steps = max_nonfinite_steps
         self._agreement = agreement
         self._is_nonfinite = False
         self._any_process_is_nonfinite = agreement.add(lambda: self._is_nonfinite)
-        self._describe = describe
-        self._stop = stop
+        self._image_ids = image_ids
         self._num_nonfinite_steps = 0
 
-    def run_step(self):
+    def run_step(self) -> None:
         with suppress(_LeftStep):
             super().run_step()
 
-    def _write_metrics(self, loss_dict: Mapping[str, torch.Tensor], *args, **kwargs):
-        # What Detectron2 calls between the backward pass and the optimizer's step, whatever its
-        # version and trainer
+    def _write_metrics(
+        self, loss_dict: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> None:
+        # All trainers in all versions of Detectron2 call this method between the backward pass and
+        # the optimizer's step
         values, losses, gradients = self._fetch(loss_dict)
         self._is_nonfinite = bool(losses or gradients)
         self._agreement.settle()
@@ -86,9 +83,11 @@ class _FiniteSteps(SimpleTrainer):
         # Detectron2 fetches one loss after the other; these are on the CPU already
         super()._write_metrics(values, *args, **kwargs)
 
-    def _fetch(self, loss_dict: Mapping[str, torch.Tensor]):
+    def _fetch(
+        self, loss_dict: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
         """
-        Wait for the device once in a step that is finite.
+        Wait for the device only once if all is finite.
 
         Returns:
             the losses on the CPU; texts about those that are not finite; names of parameters whose
@@ -96,49 +95,76 @@ class _FiniteSteps(SimpleTrainer):
         """
         fetched = [x.detach().double() for x in loss_dict.values()]
         if self.looks_at_gradients:
-            # One number to look at as long as all is well
-            fetched.append(_norm_of_gradients(self.model).double())
+            # The norm is finite only if all gradients are
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            fetched.append(nn.utils.get_total_norm(gradients).double())
         values = torch.stack(fetched).cpu()
         on_cpu = dict(zip(loss_dict, values))
-        losses = [f"{k} is {x.item()}" for k, x in on_cpu.items() if not is_finite(x)]
-        gradients = []
-        if self.looks_at_gradients and not losses and not is_finite(values[-1]):
-            gradients = nonfinite_gradients(self.model)
-        return on_cpu, losses, gradients
+        wrong = [f"{k} is {x.item()}" for k, x in on_cpu.items() if not x.isfinite()]
+        if wrong or not self.looks_at_gradients or values[-1].isfinite():
+            return on_cpu, wrong, []
+        return on_cpu, [], _nonfinite_gradients(self.model)  # none if only the norm is infinite
 
-    def _leave_step(self, losses: list[str], gradients: list[str]):
-        description = self._describe(losses, gradients)
+    def _leave_step(self, losses: list[str], gradients: list[str]) -> NoReturn:
         if self._num_nonfinite_steps >= self._max_nonfinite_steps:
-            self._stop(description)
+            self._stop(
+                losses,
+                gradients,
+                "Most often the learning rate (optimizer.lr, yaml: SOLVER.BASE_LR) is too high or "
+                "the warm-up too short. `--resume train.detect_anomaly=True` (yaml: "
+                "SOLVER.DETECT_ANOMALY True) repeats the iterations after the last checkpoint "
+                "with PyTorch's torch.autograd.set_detect_anomaly, which shows the operation that "
+                "gave the first NaN. To leave out up to N such steps, set "
+                "train.max_nonfinite_steps=N (yaml: SOLVER.MAX_NONFINITE_STEPS; now "
+                f"{self._max_nonfinite_steps}).",
+            )
         self._num_nonfinite_steps += 1
         logger.warning(
             "%s The step is left out (%d of at most %d).",
-            *(description, self._num_nonfinite_steps, self._max_nonfinite_steps),
+            self._describe(losses, gradients),
+            self._num_nonfinite_steps,
+            self._max_nonfinite_steps,
         )
         raise _LeftStep
 
-    def state_dict(self):
+    def _stop(self, losses: list[str], gradients: list[str], advice: str) -> NoReturn:
+        raise UserError(f"{self._describe(losses, gradients)} {advice}", on_all_processes=True)
+
+    def _describe(self, losses: list[str], gradients: list[str]) -> str:
+        """
+        Called in all processes, each with what is not finite in it; returns the same sentence in
+        all of them: the iteration, what is not finite, and the images.
+        """
+        found = comm.all_gather((losses, gradients, self._image_ids()))
+        culprits = [x for x in found if x[0]]
+        texts = [text for losses, _, _ in culprits for text in losses]
+        if not culprits:  # processes have averaged gradients: any of them may be the cause
+            culprits = found
+            texts = [f"the gradient of {name} is not finite" for name in found[0][1]]
+        images = [image for _, _, ids in culprits for image in ids]
+        what = listed(list(dict.fromkeys(texts)))
+        return f"Iteration {self.iter}: {what} (images {', '.join(images)})."
+
+    def state_dict(self) -> dict:
         return {**super().state_dict(), "num_nonfinite_steps": self._num_nonfinite_steps}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._num_nonfinite_steps = state_dict.get("num_nonfinite_steps", 0)
 
 
-class FiniteTrainer(_FiniteSteps):
-    """:class:`SimpleTrainer` that stops at numbers that are not finite."""
-
-
-class FiniteAMPTrainer(_FiniteSteps, AMPTrainer):
+class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
     """
-    :class:`AMPTrainer` that stops at losses that are not finite, and where its scaler finds no
-    scale: after `max_skipped_steps` steps in a row with gradients that are not finite, or at a
-    scale of less than `MIN_SCALE`. Processes share their gradients, so all of them count alike.
+    :class:`AMPTrainer` that looks at losses, and at its gradient scaler.
+
+    Under AMP infinite gradients are normal: the scaler skips the step and lowers its scale. The
+    training ends after `max_skipped_steps` such steps in a row, or at a scale below `MIN_SCALE`.
+    Processes share their gradients, so all of them count alike.
     """
 
     looks_at_gradients = False
 
-    def __init__(self, *args, max_skipped_steps: int, **kwargs):
+    def __init__(self, *args: Any, max_skipped_steps: int, **kwargs: Any):
         """
         Args:
             args, kwargs: those of :class:`FiniteTrainer` and Detectron2's `AMPTrainer`.
@@ -148,54 +174,57 @@ class FiniteAMPTrainer(_FiniteSteps, AMPTrainer):
         self._max_skipped_steps = max_skipped_steps
         self._num_skipped_steps = 0
         self._has_stepped = False
-        # The scaler has to wait for the device before each step. Who asks it waits again
+        # The scaler waits for the device before each step; to ask it would be a second wait
         self.optimizer.register_step_post_hook(self._on_optimizer_step)
 
-    def _on_optimizer_step(self, optimizer, *_):
+    def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A fused optimizer is called in any case, and skips the step itself where the scaler has
         # found something. The scaler does not wait then, so this is the only wait
         found = getattr(optimizer, "found_inf", None)
         self._has_stepped = found is None or not found.item()
 
-    def _leave_step(self, losses: list[str], gradients: list[str]):
-        self._has_stepped = True  # it has not been up to the scaler
+    def _leave_step(self, losses: list[str], gradients: list[str]) -> NoReturn:
+        self._has_stepped = True  # the scaler has not skipped it
         super()._leave_step(losses, gradients)
 
-    def run_step(self):
+    def run_step(self) -> None:
         self._has_stepped = False
         super().run_step()
         if self._has_stepped:
             self._num_skipped_steps = 0
             return
         self._num_skipped_steps += 1
-        scale = self.grad_scaler.get_scale()
-        if self._num_skipped_steps < self._max_skipped_steps and scale >= MIN_SCALE:
-            return
-        skipped = self._num_skipped_steps
-        self._stop(
-            self._describe([], nonfinite_gradients(self.model)),
-            advice=(
+        skipped, scale = self._num_skipped_steps, self.grad_scaler.get_scale()
+        if skipped >= self._max_skipped_steps or scale < MIN_SCALE:
+            self._stop(
+                [],
+                _nonfinite_gradients(self.model),
                 f"The gradient scaler has skipped {skipped} step{'s' * (skipped > 1)} in a row and "
                 f"has reached a scale of {scale:g}, so the weights no longer change. Train at full "
                 "precision (train.amp.enabled=False, yaml: SOLVER.AMP.ENABLED False) to see "
                 "whether the gradients are finite there, or allow more such steps by "
                 "train.amp.max_skipped_steps (yaml: SOLVER.AMP.MAX_SKIPPED_STEPS; now "
-                f"{self._max_skipped_steps})."
-            ),
-        )
+                f"{self._max_skipped_steps}).",
+            )
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {**super().state_dict(), "num_skipped_steps": self._num_skipped_steps}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._num_skipped_steps = state_dict.get("num_skipped_steps", 0)
 
 
+def _nonfinite_gradients(model: nn.Module) -> list[str]:
+    """Names of parameters whose gradient has an infinite number or a NaN."""
+    named = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    return [name for name, gradient in named if not gradient.isfinite().all()]
+
+
 def adapt_forward(model: nn.Module, autocast_on_cpu: bool = False) -> None:
     """
-    Let a model in training have a loss that is NaN where Detectron2 refuses predictions that are
-    not finite. In many processes only one has such an error, while the others wait for its
+    Give a model in training a NaN loss where Detectron2 raises an error about predictions that are
+    not finite. Of many processes only one would have that error, while the others wait for its
     gradients; a loss reaches all of them.
 
     Args:
@@ -206,7 +235,7 @@ def adapt_forward(model: nn.Module, autocast_on_cpu: bool = False) -> None:
     model.forward = partial(_forward, model, autocast_on_cpu)  # type: ignore[method-assign]
 
 
-def _forward(model: nn.Module, autocast_on_cpu: bool, inputs):
+def _forward(model: nn.Module, autocast_on_cpu: bool, inputs: Any) -> Any:
     forward = partial(type(model).forward, model)
     if not model.training:
         return forward(inputs)
@@ -221,20 +250,3 @@ def _forward(model: nn.Module, autocast_on_cpu: bool, inputs):
         return {"a prediction": sum(parts)}
     forward_is_done()
     return losses
-
-
-def _norm_of_gradients(model: nn.Module) -> torch.Tensor:
-    return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-
-
-def nonfinite_gradients(model: nn.Module) -> list[str]:
-    """Names of parameters whose gradient has an infinite number or a NaN."""
-    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if is_finite(_norm_of_gradients(model)):
-        return []
-    # Finite gradients can have an infinite norm
-    return [name for name, gradient in named.items() if not is_finite(gradient)]
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    return bool(tensor.isfinite().all())

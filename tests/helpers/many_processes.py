@@ -14,8 +14,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 import train_net
-from msrcnn_d2.engine import build_recipe, failed_forward, launch, train
+from msrcnn_d2.engine import build_recipe, launch, train
 from msrcnn_d2.engine.loaders import build_resumable_loader
+from msrcnn_d2.utils import distributed
 from tests.helpers.toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
 from tests.helpers.toy_training import lazy_config, write_dataset
 
@@ -66,7 +67,7 @@ class WaitingRCNN(GeneralizedRCNN):
     """
 
     def forward(self, images):
-        failed_forward.PATIENCE_SECONDS = 2.0
+        distributed.PATIENCE_SECONDS = 2.0
         if self.training and comm.get_rank() == 1 and get_event_storage().iter == 1:
             raise FloatingPointError("The predictions are\nnot finite.")
         dist.all_reduce(torch.ones(3))
