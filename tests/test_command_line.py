@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import load_config
-from msrcnn_d2.engine.config_values import RULES, check_values
+from msrcnn_d2.engine.configs import ABSENT, SETTINGS, _find, _known_keys, check_values
 from msrcnn_d2.engine.preflight import _check_paths
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.toy_training import run, write_dataset, write_lazy_config
@@ -107,17 +107,20 @@ def test_the_same_values_are_refused_in_a_file(tmp_path):
         load_config(str(path))
 
 
-def test_each_rule_names_keys_that_exist():
-    cfg, yacs = load_config(LAZY), load_config(YACS)
-    check_values(cfg)
+def test_each_setting_names_keys_that_exist():
+    lazy, yacs = load_config(LAZY), load_config(YACS)
+    check_values(lazy)
     check_values(yacs)
-    for rule in RULES:
-        if rule.yaml:
-            node = yacs
-            for name in rule.yaml.split("."):
-                node = node[name]
-            assert rule.holds(node)
-        assert not rule.holds(math.nan) and not rule.holds([])
+    for setting in SETTINGS:
+        if setting.yaml:
+            value = _find(yacs, setting.yaml)
+            assert value is not ABSENT
+            assert setting.holds is None or setting.holds(value)
+        if setting.holds:
+            assert not setting.holds(math.nan) and not setting.holds([])
+        parent, _, name = (setting.lazy or "train.").rpartition(".")
+        node = _find(lazy, parent)
+        assert node is not ABSENT and (name in ("", *_known_keys(node)[0]))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""Read a config of either kind, with overrides from the command line that are checked."""
+"""Read a config of either kind, with overrides from the command line, and check its values."""
 
+import ast
 import difflib
 import inspect
+import math
 import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,30 +28,174 @@ from detectron2.data import (
 from detectron2.data.datasets import register_coco_instances
 
 from .. import model_zoo
-from ..config import add_msrcnn_config, retrofit, target_of
+from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
 from ..image_reading import IMAGE_KEYS
 from ..modeling import RetrofitRCNN
 from ..utils.errors import UserError
-from .config_values import check_values
 from .inference_loader import build_test_loader
 from .loaders import LOADER_OPTIONS, build_resumable_loader
-from .override_values import AS_IT_IS, value_of_text
 
-__all__ = ["device_of", "find_config_file", "load_config", "register_dataset"]
+__all__ = [
+    "SETTINGS",
+    "both_keys",
+    "device_of",
+    "find_config_file",
+    "load_config",
+    "register_dataset",
+    "value_of",
+]
 
-# What Detectron2, or we, read from `train` if it is there; Detectron2's configs leave it out
-OPTIONAL_TRAIN_KEYS = {
-    "seed": -1,
-    "cudnn_benchmark": False,
-    "float32_precision": "",
-    "compile": False,
-    "amp.test": False,
-    "amp.max_skipped_steps": 50,
-    "max_bad_images": 10,
-    "max_nonfinite_steps": 0,
-    "detect_anomaly": False,
-    "check_images": True,
-}
+ABSENT: Any = object()
+
+
+class Setting(NamedTuple):
+    """
+    One thing that a config can say.
+
+    Attributes:
+        lazy, yaml: its key in a config of each kind; None where that kind has no such key.
+        holds: whether a value makes sense; None if it is not checked here.
+        expected: what makes sense, in words.
+        required: whether None makes no sense in a LazyConfig. Elsewhere it stands for the default.
+        default: for a LazyConfig that lacks the key, as Detectron2's configs do.
+    """
+
+    lazy: str | None
+    yaml: str | None
+    holds: Callable[[Any], bool] | None = None
+    expected: str = ""
+    required: bool = False
+    default: Any = ABSENT
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+
+def _number(least: float, most: float = math.inf) -> Callable[[Any], bool]:
+    """NaN is in no interval."""
+    return lambda x: (
+        isinstance(x, (int, float))
+        and not isinstance(x, bool)
+        and least <= x <= most
+        and math.isfinite(x)
+    )
+
+
+FROM_1 = (_whole(1), "a whole number from 1 on")
+FROM_0 = (_whole(0), "a whole number from 0 on")
+NOT_NEGATIVE = (_number(0), "a number from 0 on")
+SEED = (_whole(-(2**31), 2**32 - 1), "a whole number below 2^32 (negative: a random one)")
+SHARE = (_number(0, 1), "a share of the run, from 0 to 1")
+SWITCH = (lambda x: isinstance(x, bool), "True or False")
+FOLDER = (lambda x: isinstance(x, str) and x != "", "the path of a folder")
+FILE = (lambda x: isinstance(x, str), "the path of a file, or '' for none")
+
+SETTINGS = [
+    Setting("train.device", "MODEL.DEVICE"),
+    Setting("train.seed", "SEED", *SEED, default=-1),
+    Setting("train.output_dir", "OUTPUT_DIR", *FOLDER, required=True),
+    Setting("train.init_checkpoint", "MODEL.WEIGHTS", *FILE),
+    Setting("train.max_iter", "SOLVER.MAX_ITER", *FROM_1, required=True),
+    Setting("train.eval_period", "TEST.EVAL_PERIOD", *FROM_0, required=True),
+    # As in Detectron2's DefaultTrainer, for which yaml configs have no key
+    Setting("train.log_period", None, *FROM_1, required=True, default=20),
+    Setting("train.checkpointer.period", "SOLVER.CHECKPOINT_PERIOD", *FROM_1, required=True),
+    Setting("train.checkpointer.max_to_keep", None, *FROM_1),
+    Setting("train.amp.enabled", "SOLVER.AMP.ENABLED", *SWITCH),
+    Setting("train.amp.test", "TEST.AMP.ENABLED", *SWITCH, default=False),
+    Setting("train.amp.max_skipped_steps", "SOLVER.AMP.MAX_SKIPPED_STEPS", default=50),
+    Setting("train.compile", "SOLVER.COMPILE", *SWITCH, default=False),
+    Setting("train.cudnn_benchmark", "CUDNN_BENCHMARK", default=False),
+    Setting("train.float32_precision", None, default=""),
+    Setting("train.max_bad_images", "DATALOADER.MAX_BAD_IMAGES", *FROM_0, default=10),
+    Setting("train.max_nonfinite_steps", "SOLVER.MAX_NONFINITE_STEPS", *FROM_0, default=0),
+    Setting("train.detect_anomaly", "SOLVER.DETECT_ANOMALY", *SWITCH, default=False),
+    Setting("train.check_images", "DATALOADER.CHECK_IMAGES", *SWITCH, default=True),
+    Setting("dataloader.train.dataset.names", "DATASETS.TRAIN"),
+    Setting("dataloader.train.total_batch_size", "SOLVER.IMS_PER_BATCH", *FROM_1),
+    Setting("dataloader.train.num_workers", "DATALOADER.NUM_WORKERS", *FROM_0),
+    Setting("dataloader.test.dataset.names", "DATASETS.TEST"),
+    Setting("dataloader.test.num_workers", None, *FROM_0),
+    Setting("dataloader.test.batch_size", "DATALOADER.TEST_BATCH_SIZE", *FROM_1),
+    Setting("dataloader.evaluator.engine", "TEST.COCO_ENGINE"),
+    Setting("dataloader.evaluator.max_dets_per_image", "TEST.MAX_DETS_PER_IMAGE"),
+    Setting("dataloader.evaluator.kpt_oks_sigmas", "TEST.KEYPOINT_OKS_SIGMAS"),
+    *(
+        Setting(f"dataloader.images.{key}", yaml, default=default)
+        for key, (yaml, default) in IMAGE_KEYS.items()
+    ),
+    Setting("model.roi_heads.num_classes", "MODEL.ROI_HEADS.NUM_CLASSES", *FROM_1, required=True),
+    Setting(
+        "model.roi_heads.batch_size_per_image", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", *FROM_1
+    ),
+    Setting("model.roi_heads.box_predictor.test_topk_per_image", "TEST.DETECTIONS_PER_IMAGE"),
+    *(
+        Setting(f"model.roi_heads.mask_iou_head.{arg}", f"MODEL.ROI_MASK_IOU_HEAD.{arg.upper()}")
+        for arg in HEAD_ARGS
+    ),
+    Setting("optimizer.lr", "SOLVER.BASE_LR", *NOT_NEGATIVE, required=True),
+    Setting("optimizer.momentum", "SOLVER.MOMENTUM", *NOT_NEGATIVE),
+    Setting("optimizer.weight_decay", "SOLVER.WEIGHT_DECAY", *NOT_NEGATIVE),
+    Setting("lr_multiplier.warmup_factor", "SOLVER.WARMUP_FACTOR", *NOT_NEGATIVE),
+    Setting("lr_multiplier.warmup_length", None, *SHARE),
+    Setting(None, "SOLVER.WARMUP_ITERS", *FROM_0),
+    Setting(None, "SOLVER.REFERENCE_WORLD_SIZE", *FROM_0),
+    Setting(None, "TEST.PRECISE_BN.NUM_ITER", *FROM_1),
+]
+YAML_KEYS = {s.lazy: s.yaml for s in SETTINGS if s.lazy}
+DEFAULTS = {s.lazy: s.default for s in SETTINGS if s.lazy and s.default is not ABSENT}
+
+# Keys that are paths, also where they have no value yet
+PATHS = frozenset(
+    {"output_dir", "init_checkpoint", "json_file", "image_root", "OUTPUT_DIR", "WEIGHTS"}
+)
+# Text that the config's own grammar reads: Hydra's, or Python's literals for yacs
+AS_IT_IS = object()
+
+
+def both_keys(key: str, value: Any = ABSENT) -> str:
+    """
+    A key of a LazyConfig and of a yaml config, for messages.
+
+    Returns:
+        "train.seed (yaml: SEED)", or with a value "train.seed=3 (yaml: SEED 3)".
+    """
+    lazy, yaml = (key, YAML_KEYS[key])
+    if value is not ABSENT:
+        lazy, yaml = f"{lazy}={value}", f"{yaml} {value}"
+    return f"{lazy} (yaml: {yaml})"
+
+
+def value_of(cfg: DictConfig | CfgNode, key: str) -> Any:
+    """
+    Args:
+        cfg: a config of either kind.
+        key: of a LazyConfig, in `SETTINGS`.
+
+    Returns:
+        what the config says; the default if it says nothing, and None if there is none.
+    """
+    own_key = YAML_KEYS[key] if isinstance(cfg, CfgNode) else key
+    found = _find(cfg, own_key) if own_key else ABSENT
+    return DEFAULTS.get(key) if found is ABSENT else found
+
+
+def _find(cfg: DictConfig | CfgNode, key: str) -> Any:
+    """The value under a key of the config's own kind, or `ABSENT`."""
+    if not isinstance(cfg, CfgNode):
+        return OmegaConf.select(cfg, key, default=ABSENT)
+    node: Any = cfg
+    for name in key.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            return ABSENT
+        node = node[name]
+    return node
+
+
+def device_of(cfg: DictConfig | CfgNode) -> str:
+    """The device that a config of either kind runs on."""
+    return value_of(cfg, "train.device")
 
 
 def register_dataset(name: str, annotations: str, images: str) -> None:
@@ -66,7 +213,7 @@ def register_dataset(name: str, annotations: str, images: str) -> None:
         register_coco_instances(name, {}, annotations, images)
     metadata = MetadataCatalog.get(name)
     if (metadata.get("json_file"), metadata.get("image_root")) != (annotations, images):
-        raise UserError(f"Another dataset is called '{name}' already: choose another name for it.")
+        raise UserError(f"Another dataset is already called '{name}': choose another name.")
 
 
 def find_config_file(name: str) -> str:
@@ -74,7 +221,7 @@ def find_config_file(name: str) -> str:
     if not name:
         raise UserError(
             "Which model? Give --config-file, such as "
-            "configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py."
+            "COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py."
         )
     if os.path.isfile(name):
         if not name.endswith((".py", ".yaml", ".yml")):
@@ -83,44 +230,33 @@ def find_config_file(name: str) -> str:
     try:
         return model_zoo.get_config_file(name)
     except UserError as error:
-        root = _detectron2_configs()
+        # Imported here because it needs pkg_resources, which a new environment may lack
+        from detectron2 import model_zoo as detectron2_zoo
+
+        # Detectron2 tells where one of its configs is, not where the folder of all is
+        example = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+        root = Path(detectron2_zoo.get_config_file(example)).parents[1]
         if (root / name).is_file():
             return str(root / name)
-        raise UserError(
-            f"Config file '{name}' does not exist. {error}{_near(name, root)}"
-        ) from None
-
-
-def _detectron2_configs() -> Path:
-    # Imported here because it needs pkg_resources, which environments of today may lack
-    from detectron2 import model_zoo as detectron2_zoo
-
-    # It tells where one of its configs is, not where they are
-    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-    return Path(detectron2_zoo.get_config_file(name)).parents[1]
-
-
-def _near(name: str, root: Path) -> str:
-    names = sorted(str(p.relative_to(root)) for p in root.glob("*/*.*"))
-    nearest = difflib.get_close_matches(name, names, n=3)
-    return f" Of Detectron2's: {', '.join(nearest)}." if nearest else ""
+        names = sorted(str(p.relative_to(root)) for p in root.glob("*/*.*"))
+        nearest = difflib.get_close_matches(name, names, n=3)
+        hint = f" Similar names in Detectron2: {', '.join(nearest)}." if nearest else ""
+        raise UserError(f"Config file '{name}' does not exist. {error}{hint}") from None
 
 
 def load_config(
-    path: str,
-    overrides: list[str] | tuple[str, ...] = (),
-    retrofitted: bool = False,
+    path: str, overrides: Sequence[str] = (), retrofitted: bool = False
 ) -> DictConfig | CfgNode:
     """
     Args:
         path: from :func:`find_config_file`.
         overrides: "key=value" for a LazyConfig; "KEY=VALUE", or "KEY" and "VALUE" in turn, for
             yacs.
-        retrofitted: whether :func:`msrcnn_d2.retrofit` makes another config of the file's, before
-            it is overridden.
+        retrofitted: whether to turn the file's config into that of a retrofit, with
+            :func:`msrcnn_d2.retrofit`, before the overrides.
 
     Returns:
-        the config; its device is "cpu" where it asks for a GPU and there is none.
+        the config; its device is "cpu" if it asks for a GPU and there is none.
 
     Raises:
         UserError: the file or an override cannot be read, a key does not exist, a value makes no
@@ -129,16 +265,40 @@ def load_config(
     for late in (x for x in overrides if str(x).startswith("--")):
         raise UserError(f"Option '{late}' comes too late: give options before key=value.")
     with _errors_of_file(path):
-        is_lazy = _is_lazy(path)
-    cfg = (_load_lazy if is_lazy else _load_yacs)(path, overrides, retrofitted)
+        # A run with a LazyConfig saves it as a yaml file, which has these keys
+        is_lazy = path.endswith(".py") or re.search(r"\b_target_:", Path(path).read_text())
+        cfg = LazyConfig.load(path) if is_lazy else _read_yacs(path)
+    if is_lazy and "train" not in cfg:
+        raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
+    if retrofitted:
+        try:
+            cfg = retrofit(cfg)
+        except ValueError as error:
+            raise UserError(f"Config file '{path}' cannot be retrofitted: {error}") from error
+    texts = [str(x) for x in overrides]
+    if isinstance(cfg, CfgNode):
+        _override_yacs(cfg, texts, path)
+    else:
+        _add_defaults(cfg)
+        for text in texts:
+            _override_lazy(cfg, text)
     check_values(cfg)
-    _check_weights_of_retrofit(cfg)
-    return _on_available_device(cfg)
+    if _is_retrofit(cfg) and not value_of(cfg, "train.init_checkpoint"):
+        raise UserError(
+            "There is no trained Mask R-CNN to retrofit: give "
+            f"{both_keys('train.init_checkpoint', 'FILE')}."
+        )
+    if device_of(cfg).startswith("cuda") and not torch.cuda.is_available():
+        if isinstance(cfg, CfgNode):
+            cfg.MODEL.DEVICE = "cpu"
+        else:
+            cfg.train.device = "cpu"
+    return cfg
 
 
 @contextmanager
 def _errors_of_file(path: str) -> Iterator[None]:
-    """The code of a config file can raise anything: its own words, and the line, help its user."""
+    """The code of a config file can raise anything: show its own message, with the line."""
     try:
         yield
     except Exception as error:
@@ -155,7 +315,7 @@ def _errors_of_file(path: str) -> Iterator[None]:
 
 
 def _line_of_user(error: Exception) -> str:
-    """Where the error left a config file: the last line that is no library's."""
+    """The line of a config file that raised: the last one in the traceback outside libraries."""
     libraries = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
     libraries += [os.path.dirname(detectron2.__file__), str(Path(__file__).parents[1])]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -166,41 +326,24 @@ def _line_of_user(error: Exception) -> str:
     return ""
 
 
-def _is_lazy(path: str) -> bool:
-    """A .py file, or the yaml file that a run with a LazyConfig leaves in its output folder."""
-    if path.endswith(".py"):
-        return True
-    with open(path) as f:
-        return re.search(r"\b_target_:", f.read()) is not None
+def _add_defaults(cfg: DictConfig) -> None:
+    """So that the saved config says what Detectron2, and we, read; its parts stay optional."""
+    for key, default in DEFAULTS.items():
+        if key.split(".")[0] in cfg and OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, default, force_add=True)
 
 
-def _load_lazy(path, overrides, retrofitted):
-    with _errors_of_file(path):
-        cfg = LazyConfig.load(path)
-    if "train" not in cfg:
-        raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
-    if retrofitted:
-        cfg = _retrofit(cfg, path)
-    for key, default in OPTIONAL_TRAIN_KEYS.items():
-        if OmegaConf.select(cfg.train, key) is None:
-            OmegaConf.update(cfg.train, key, default, force_add=True)
-    if "dataloader" in cfg:
-        for key, (_, default) in IMAGE_KEYS.items():
-            if OmegaConf.select(cfg, f"dataloader.images.{key}") is None:
-                OmegaConf.update(cfg, f"dataloader.images.{key}", default, force_add=True)
-    for override in map(str, overrides):
-        _check_override(cfg, override)
-        _apply_override(cfg, override)
-    return cfg
-
-
-def _apply_override(cfg: DictConfig, override: str) -> None:
-    """As text where the key is a path or another string, else by Hydra's grammar."""
+def _override_lazy(cfg: DictConfig, override: str) -> None:
+    """Paths and other strings are taken as they are; the rest is read by Hydra's grammar."""
+    if "=" not in override:
+        raise UserError(f"Override '{override}' is not of the form key=value.")
     key, text = override.split("=", 1)
+    if not key.startswith("+"):  # Hydra's sign for a key to add
+        _check_key(cfg, key, override)
     key = key.lstrip("+")
     try:
         current = OmegaConf.select(cfg, key)
-    except OmegaConfBaseException:  # a reference to a key that is not there
+    except OmegaConfBaseException:  # a reference to a key that does not exist
         current = None
     value = value_of_text(key, text, current)
     try:
@@ -208,21 +351,16 @@ def _apply_override(cfg: DictConfig, override: str) -> None:
             LazyConfig.apply_overrides(cfg, [override])
         else:
             OmegaConf.update(cfg, key, value, force_add=True)
-    except Exception as error:  # hydra's parser has its own exceptions, omegaconf others
+    except Exception as error:  # Hydra's parser has its own exceptions, OmegaConf others
         raise UserError(f"Cannot override the config by '{override}': {error}") from error
 
 
-def _check_override(cfg: DictConfig, override: str) -> None:
+def _check_key(cfg: DictConfig, key: str, override: str) -> None:
     """A key that does not exist would be added silently and never read."""
-    if "=" not in override:
-        raise UserError(f"Override '{override}' is not of the form key=value.")
-    key = override.split("=", 1)[0]
-    if key.startswith("+"):  # hydra's sign for a key to add
-        return
     node, path = cfg, "the config"
     for name in key.split("."):
         if not isinstance(node, DictConfig):
-            return  # a list or a value: omegaconf says itself what it can do with them
+            return  # a list or a value: OmegaConf says itself what it can do with them
         known, open_ended = _known_keys(node)
         if name not in known and not open_ended:
             nearest = difflib.get_close_matches(name, known, n=3) or known
@@ -231,12 +369,12 @@ def _check_override(cfg: DictConfig, override: str) -> None:
                 f"{' or '.join(nearest)}?"
             )
         if name not in node:
-            return  # an argument that is left at its default so far
+            return  # an argument that still has its default
         node, path = node[name], f"'{name}'"
 
 
-def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
-    """The keys that make sense in a node, and whether others may: **kwargs take any."""
+def _known_keys(node: DictConfig) -> tuple[list[str], bool]:
+    """The keys that make sense in a node, and whether others do too: **kwargs take any."""
     keys = [str(k) for k in node if k != "_target_"]
     if "_target_" not in node:
         return keys, False
@@ -252,12 +390,12 @@ def _known_keys(node: DictConfig) -> "tuple[list[str], bool]":
     return ["_target_", *dict.fromkeys(keys + names)], open_ended
 
 
-def _arguments(target) -> "tuple[list[str], bool]":
+def _arguments(target: Callable) -> tuple[list[str], bool]:
     """
     The arguments of a callable, and whether there may be others: what a class takes as **kwargs
     it hands to the next `__init__` of its bases.
     """
-    functions = [target]
+    functions: list[Callable] = [target]
     if isinstance(target, type):
         functions = [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)]
     names: list[str] = []
@@ -269,80 +407,125 @@ def _arguments(target) -> "tuple[list[str], bool]":
     return names, True
 
 
-def _load_yacs(path, overrides, retrofitted):
+def _read_yacs(path: str) -> CfgNode:
     cfg = get_cfg()
     add_msrcnn_config(cfg)
-    with _errors_of_file(path):
-        cfg.merge_from_file(path)
-    if retrofitted:
-        cfg = _retrofit(cfg, path)
-    pairs = _key_value_pairs(map(str, overrides))
+    cfg.merge_from_file(path)
+    return cfg
+
+
+def _override_yacs(cfg: CfgNode, overrides: Sequence[str], path: str) -> None:
+    pairs: list[str] = []  # ["A.B=1", "C", "2"] -> ["A.B", "1", "C", "2"]
+    for text in overrides:
+        is_key = len(pairs) % 2 == 0
+        pairs += text.split("=", 1) if is_key else [text]
     try:
         for key, text in zip(pairs[::2], pairs[1::2]):
-            value = value_of_text(key, text, _yacs_value(cfg, key))
-            # yacs reads all text as a literal of Python, also '3' and '1e5' where it is a path
-            text = text if value is AS_IT_IS else repr(value)
-            cfg.merge_from_list([key, text])
+            current = _find(cfg, key)
+            value = value_of_text(key, text, None if current is ABSENT else current)
+            # yacs reads any text as a literal of Python, also '3' and '1e5' where it is a path
+            cfg.merge_from_list([key, text if value is AS_IT_IS else repr(value)])
         cfg.merge_from_list(pairs[len(pairs) // 2 * 2 :])  # a key without a value, if any
     except (KeyError, ValueError, AssertionError) as error:
         message = error.args[0] if error.args else type(error).__name__
         raise UserError(f"Config '{path}' with overrides {list(overrides)}: {message}.") from error
-    return cfg
 
 
-def _yacs_value(cfg: CfgNode, key: str):
-    """None if there is no such key; yacs itself says so."""
-    node = cfg
-    for name in key.split("."):
-        if not (isinstance(node, CfgNode) and name in node):
-            return None
-        node = node[name]
-    return node
+def value_of_text(key: str, text: str, current: Any) -> Any:
+    """
+    The value of `key=text` from the command line, of the type that the key has in the config.
+
+    Args:
+        current: the key's value so far, None if it has none.
+
+    Returns:
+        for a path or another string, `text` without quotes around it; for a number, a number; else
+        `AS_IT_IS`.
+
+    Raises:
+        UserError: the key takes a number, or True or False, and `text` is something else.
+    """
+    is_path = key.rsplit(".", 1)[-1] in PATHS
+    is_null = text in ("null", "None")
+    if is_path or isinstance(current, str):
+        if is_null or (text[:1] in ("[", "{") and not is_path):
+            return AS_IT_IS  # such as a list of datasets where there was one
+        return _without_quotes(text)
+    if isinstance(current, bool):
+        values = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() in values:
+            return values[text.lower()]
+        if is_null or text.startswith("$"):
+            return AS_IT_IS
+        raise UserError(f"'{key}={text}': {key} takes True or False (now {current}).")
+    if isinstance(current, (int, float)):
+        # Other forms: a list where there was one number, a reference, Hydra's functions
+        if is_null or text[:1] in ("[", "{", "(", "$") or text.endswith(")"):
+            return AS_IT_IS
+        return _number_of_text(key, text, current)
+    return AS_IT_IS
 
 
-def _key_value_pairs(overrides) -> list[str]:
-    """["A.B=1", "C", "2"] -> ["A.B", "1", "C", "2"]"""
-    pairs: list[str] = []
-    for item in overrides:
-        expects_key = len(pairs) % 2 == 0
-        if expects_key and "=" in item:
-            pairs.extend(item.split("=", 1))
-        else:
-            pairs.append(item)
-    return pairs
+def _without_quotes(text: str) -> str:
+    """A shell removes its own quotes; Hydra's grammar and yacs wanted others inside of them."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            return text
+        return value if isinstance(value, str) else text
+    return text
 
 
-def _retrofit(cfg, path):
+def _number_of_text(key: str, text: str, current: int | float) -> int | float:
     try:
-        return retrofit(cfg)
-    except ValueError as error:
-        raise UserError(f"Config file '{path}' cannot be retrofitted: {error}") from error
+        value = int(text)
+        return value if isinstance(current, int) else float(value)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        advice = ""
+        if text.count(",") == 1 and text.replace(",", "").lstrip("+-").isdigit():
+            advice = f": for a fraction write '{key}={text.replace(',', '.')}'"
+        raise UserError(f"'{key}={text}': {key} takes a number (now {current}){advice}.")
+    if isinstance(current, int) and number.is_integer():
+        raise UserError(f"'{key}={text}': {key} takes a whole number; write '{key}={int(number)}'.")
+    return number  # a fraction where a whole number was: 0 may be the default of any number
 
 
-def _check_weights_of_retrofit(cfg: DictConfig | CfgNode) -> None:
+def check_values(cfg: DictConfig | CfgNode) -> None:
+    """
+    Raises:
+        UserError: a value makes no sense, whether a file or the command line has it; the message
+            has the key and what it takes.
+    """
+    is_yaml = isinstance(cfg, CfgNode)
+    for setting in SETTINGS:
+        key, other = setting.lazy, setting.yaml
+        if is_yaml:
+            key, other = other, key
+        if setting.holds is None or key is None:
+            continue
+        try:
+            value = _find(cfg, key)
+        except OmegaConfBaseException:  # a list on the way, or a reference that leads nowhere
+            continue
+        is_left_out = value is None and not (is_yaml or setting.required)
+        if value is ABSENT or is_left_out or setting.holds(value):
+            continue
+        advice = ""
+        if isinstance(value, float) and value.is_integer() and setting.holds(int(value)):
+            advice = f": write {int(value)}"
+        named = f" ({'LazyConfig' if is_yaml else 'yaml'}: {other})" if other else ""
+        raise UserError(f"{key}{named} is {value!r}, but takes {setting.expected}{advice}.")
+
+
+def _is_retrofit(cfg: DictConfig | CfgNode) -> bool:
     if isinstance(cfg, CfgNode):
-        is_retrofit = cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__
-        weights = cfg.MODEL.WEIGHTS
-    else:
-        model = cfg.get("model", {})
-        is_retrofit = "_target_" in model and target_of(model) is RetrofitRCNN
-        weights = cfg.train.get("init_checkpoint")
-    if is_retrofit and not weights:
-        raise UserError(
-            "There is no trained Mask R-CNN to retrofit: give train.init_checkpoint=FILE (yaml: "
-            "MODEL.WEIGHTS FILE)."
-        )
-
-
-def _on_available_device(cfg):
-    if device_of(cfg).startswith("cuda") and not torch.cuda.is_available():
-        if isinstance(cfg, CfgNode):
-            cfg.MODEL.DEVICE = "cpu"
-        else:
-            cfg.train.device = "cpu"
-    return cfg
-
-
-def device_of(cfg: DictConfig | CfgNode) -> str:
-    """The device that a config of either kind runs on."""
-    return cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device
+        return cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__
+    model = cfg.get("model", {})
+    return "_target_" in model and target_of(model) is RetrofitRCNN
