@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, base, whole, 
     assert resumed.exit_code() == 0
     assert dict(resumed.losses()) == {k: whole[k] for k in range(6, 10)}
     printed = resumed.printed()
-    assert "model_final.pth' is " in printed and "looking for the checkpoint before" in printed
+    assert "model_final.pth' is " in printed and "trying the checkpoint before" in printed
 
 
 def _flipped(content: bytes) -> bytes:

@@ -1,10 +1,16 @@
 """
-Checkpoints: find them (`fetching.py`), read them safely (`reading.py`, `pickles.py`), give their
-parameters Detectron2's names (`names.py`: a table for each framework; `conversion.py`), see
-whether they fit a model (`fitting.py`), load them (`checkpointer.py`), and write them
-(`writing.py`).
+Load weights from anywhere, and write checkpoints. From a name to a model::
 
-`python -m msrcnn_d2.checkpoint IN OUT` converts a file once.
+    path, URL, or name in a model zoo
+      find_file      fetching.py       -> a file on this machine
+      read_file      reading.py        -> what it contains, read as data; pickles.py runs no code
+      read_weights   conversion.py     -> Weights: parameters with Detectron2's names; sources.py
+                                          has a table for each framework
+      compare        compatibility.py  -> Fit: what the file lacks, or has besides; misfit says why
+                                          it cannot be used
+      MaskScoringCheckpointer.load     -> the model
+
+`writing.py` writes weights to files of their own, for `msrcnn-d2 convert`.
 """
 
 from .checkpointer import MaskScoringCheckpointer

@@ -1,6 +1,7 @@
-"""How the parameters of a file and those of a model go together, and how to tell a person."""
+"""Whether the parameters of a file fit a model, and a message where they do not."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,33 +11,35 @@ from ..utils.text import listed, plural
 from .conversion import CLASS_BIAS, COUNTER, SCORE_EXPONENT
 
 __all__ = [
+    "MASK_IOU_HEAD",
     "Fit",
     "compare",
     "frozen_class_scores",
+    "frozen_parameters",
     "misfit",
-    "misfit_for_training",
     "summary",
 ]
 
 BACKBONE = "backbone.bottom_up."
 MASK_IOU_HEAD = "roi_heads.mask_iou_head."
+OTHER_MODEL = "The config describes another model."
 
 
 @dataclass
 class Fit:
     """
-    How the parameters of a file and of a model go together; persistent buffers count as well.
+    The parameters of a file compared with those of a model; persistent buffers count as well.
 
     Attributes:
         total: number of the model's parameters.
-        given: names of the model's that come from the file.
-        missing: names of the model's that the file lacks.
-        unexpected: names of the file's that the model lacks.
+        given: names of the model's parameters that come from the file.
+        missing: names of the model's parameters that the file lacks.
+        unexpected: names in the file that the model lacks.
         shapes: {name: (shape in the file, shape in the model)} where they differ.
         types: {name: (type in the file, type in the model)} where one is of integers and the
             other of floating-point numbers: loading would convert them as if they meant the same.
-        score_exponent: the file's, if it has one and the model takes it. It is a setting and not
-            counted: a file may lack it.
+        score_exponent: the file's, if it has one and the model takes it. It is a setting that a
+            file may lack, and not counted.
     """
 
     total: int
@@ -48,9 +51,12 @@ class Fit:
     score_exponent: torch.Tensor | None
 
     @property
-    def absent(self) -> list[str]:
-        """Names of the model's parameters that do not come from the file."""
-        return [*self.missing, *self.shapes]
+    def num_classes(self) -> tuple[int, int] | None:
+        """In the file and in the model, if they differ."""
+        for name, (given, expected) in self.shapes.items():
+            if CLASS_BIAS.fullmatch(name):
+                return given[0] - 1, expected[0] - 1  # one row is the background's
+        return None
 
 
 def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
@@ -58,49 +64,29 @@ def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
     given = {k: v for k, v in state_dict.items() if not k.endswith(COUNTER)}
     takes_exponent = expected.pop(SCORE_EXPONENT, None) is not None
     score_exponent = given.pop(SCORE_EXPONENT, None) if takes_exponent else None
+    both = {k: (given[k], v) for k, v in expected.items() if k in given}
     return Fit(
         total=len(expected),
-        given=[k for k, v in expected.items() if k in given and given[k].shape == v.shape],
+        given=[k for k, (a, b) in both.items() if a.shape == b.shape],
         missing=[k for k in expected if k not in given],
         unexpected=[k for k in given if k not in expected],
         shapes={
-            k: (tuple(given[k].shape), tuple(v.shape))
-            for k, v in expected.items()
-            if k in given and given[k].shape != v.shape
+            k: (tuple(a.shape), tuple(b.shape)) for k, (a, b) in both.items() if a.shape != b.shape
         },
         types={
-            k: (given[k].dtype, v.dtype)
-            for k, v in expected.items()
-            if k in given and given[k].is_floating_point() != v.is_floating_point()
+            k: (a.dtype, b.dtype)
+            for k, (a, b) in both.items()
+            if a.is_floating_point() != b.is_floating_point()
         },
         score_exponent=score_exponent,
     )
 
 
-def misfit_for_training(fit: Fit, model: nn.Module) -> str:
-    """Why training cannot start from a file, or ""."""
-    if not fit.given:
-        return _nothing_fits(fit)
-    if fit.types:
-        return _types_differ(fit)
-    if _is_wrong_exponent(fit.score_exponent):
-        return _exponent_is_wrong(fit)
-    frozen = _frozen(model)
-    if not frozen.intersection(fit.absent):
-        return ""
-    if frozen.intersection(fit.shapes):
-        return _shapes_differ(fit)
-    stay_random = [name for name in fit.missing if name in frozen]
-    if _is_backbone(fit) and not stay_random[0].startswith(BACKBONE):
-        return _only_backbone(fit)
-    return (
-        f"it does not provide {listed(stay_random)}, which training leaves as they are, so they "
-        "would stay random. The config describes another model."
-    )
-
-
-def _frozen(model: nn.Module) -> set[str]:
-    """Names of the parameters, and buffers such as those of a frozen batch norm, that stay."""
+def frozen_parameters(model: nn.Module) -> set[str]:
+    """
+    Names of the parameters that training leaves as they are, and of the buffers of modules without
+    other parameters, such as a frozen batch norm.
+    """
     names: set[str] = set()
     for prefix, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
@@ -114,40 +100,49 @@ def _frozen(model: nn.Module) -> set[str]:
 def frozen_class_scores(model: nn.Module) -> bool:
     """Whether training leaves the class scores as they are."""
     model = getattr(model, "module", model)  # of one that is trained in parallel
-    return any(CLASS_BIAS.fullmatch(name) for name in _frozen(model))
+    return any(CLASS_BIAS.fullmatch(name) for name in frozen_parameters(model))
 
 
-def misfit(fit: Fit) -> str:
-    """Why a model with these weights cannot be evaluated, or ""."""
+def misfit(fit: Fit, needed: Collection[str] | None = None) -> str:
+    """
+    Args:
+        needed: names of the parameters that have to come from the file. A training needs the
+            frozen ones only. None for an evaluation, which needs all, and in which the file must
+            not have others besides.
+
+    Returns:
+        why a model cannot be used with these weights; or "".
+    """
     if not fit.given and not fit.shapes:
-        return _nothing_fits(fit)
+        return _names_differ(fit)
     if fit.types:
-        return _types_differ(fit)
-    if fit.shapes:
-        return _shapes_differ(fit)
-    if _is_wrong_exponent(fit.score_exponent):
-        return _exponent_is_wrong(fit)
-    if fit.missing and all(k.startswith(MASK_IOU_HEAD) for k in fit.missing):
+        name, types = next(iter(fit.types.items()))
         return (
-            "it is a plain Mask R-CNN, so the mask IoU head has no weights "
-            f"({listed(fit.missing)}). Train that head alone, which leaves boxes, classes and "
-            "masks as they are: train_net.py --retrofit (see projects/retrofit). To evaluate the "
-            "Mask R-CNN as it is, use its own config."
+            f"'{name}' is of type {types[0]} in the file and {types[1]} in the model, as in a "
+            "quantised model. Give the weights as floating-point numbers."
         )
-    if fit.missing and _is_backbone(fit):
-        return _only_backbone(fit)
-    if fit.missing:
-        return f"it does not provide {_by_module(fit)}. The config describes another model."
+    # Where nothing else fits, other shapes say why
+    if any(not fit.given or needed is None or name in needed for name in fit.shapes):
+        return _shapes_differ(fit)
+    exponent = fit.score_exponent
+    if exponent is not None and not (exponent.ndim == 0 and 0 <= exponent < float("inf")):
+        shape = tuple(exponent.shape)
+        return (
+            f"'{SCORE_EXPONENT}' is {f'of shape {shape}' if shape else f'{exponent.item():g}'}, "
+            "not a finite number of at least 0. `msrcnn-d2 fit-exponent --exponent 1` writes a "
+            "copy with the paper's exponent."
+        )
+    missing = [name for name in fit.missing if needed is None or name in needed]
+    if missing:
+        return _parameters_missing(fit, missing, needed is not None)
     # A retrofitted Mask R-CNN is still a Mask R-CNN
     unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
-    if unexpected:
-        return f"the model has no {listed(unexpected)}. The config describes another model."
+    if unexpected and needed is None:
+        return f"the model has no {listed(unexpected)}. {OTHER_MODEL}"
     return ""
 
 
-def _nothing_fits(fit: Fit) -> str:
-    if fit.shapes:
-        return _shapes_differ(fit)
+def _names_differ(fit: Fit) -> str:
     missing = set(fit.missing)
     for name in fit.unexpected:
         for dot in re.finditer(r"\.", name):
@@ -157,90 +152,64 @@ def _nothing_fits(fit: Fit) -> str:
                     "the state_dict() of the model itself, without what is wrapped around it."
                 )
     return (
-        "it has none of the model's parameters. It belongs to another kind of model, or names its "
-        "parameters in a way that is not known here."
-    )
-
-
-def _by_module(fit: Fit) -> str:
-    """Parameters that the file lacks; if they are many, in which modules, and what it has there."""
-    if len(fit.missing) <= 3:
-        return listed(fit.missing)
-    text = f"{listed(fit.missing)} (in {', '.join(_modules(fit.missing))})"
-    unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
-    return f"{text}, but has {', '.join(_modules(unexpected))}" if unexpected else text
-
-
-def _modules(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
-
-
-def _is_backbone(fit: Fit) -> bool:
-    return all(name.startswith(BACKBONE) for name in fit.given)
-
-
-def _only_backbone(fit: Fit) -> str:
-    return (
-        f"it has the weights of a backbone only, without {listed(fit.missing)}, as training starts "
-        "from. Give the checkpoint of a whole model."
-    )
-
-
-def _types_differ(fit: Fit) -> str:
-    name, (given, expected) = next(iter(fit.types.items()))
-    return (
-        f"'{name}' is of type {given} in the file and {expected} in the model, as in a quantised "
-        "model. Give the weights as floating-point numbers."
-    )
-
-
-def _is_wrong_exponent(value: torch.Tensor | None) -> bool:
-    return value is not None and not (value.ndim == 0 and value.isfinite() and value >= 0)
-
-
-def _exponent_is_wrong(fit: Fit) -> str:
-    assert fit.score_exponent is not None
-    value, shape = fit.score_exponent, tuple(fit.score_exponent.shape)
-    return (
-        f"'{SCORE_EXPONENT}' is {f'of shape {shape}' if shape else f'{value.item():g}'}, not a "
-        "finite number of at least 0. `python -m msrcnn_d2.fit_exponent --exponent 1` writes a "
-        "copy with the paper's."
+        "it has none of the model's parameters. It belongs to another kind of model, or its names "
+        "are not known here."
     )
 
 
 def _shapes_differ(fit: Fit) -> str:
-    classes = _classes(fit)
-    if classes:
+    if fit.num_classes:
+        number, expected = fit.num_classes
         return (
-            f"it has {plural(classes[0], 'class', 'classes')}, the model {classes[1]}. Set "
-            f"model.roi_heads.num_classes={classes[0]} (yaml: MODEL.ROI_HEADS.NUM_CLASSES "
-            f"{classes[0]})."
+            f"it has {plural(number, 'class', 'classes')}, the model {expected}. Set "
+            f"model.roi_heads.num_classes={number} (yaml: MODEL.ROI_HEADS.NUM_CLASSES {number})."
         )
-    name, (given, expected) = next(iter(fit.shapes.items()))
-    more = len(fit.shapes) - 1
+    name, shapes = next(iter(fit.shapes.items()))
+    more = f", and {len(fit.shapes) - 1} more differ" if len(fit.shapes) > 1 else ""
     return (
-        f"'{name}' has shape {given} in the file and {expected} in the model"
-        + (f", and {more} more differ" if more else "")
-        + ". The config describes another model."
+        f"'{name}' has shape {shapes[0]} in the file and {shapes[1]} in the model{more}. "
+        f"{OTHER_MODEL}"
     )
 
 
-def _classes(fit: Fit) -> tuple[int, int] | None:
-    """The number of classes in the file and in the model, if they differ."""
-    for name, (given, expected) in fit.shapes.items():
-        if CLASS_BIAS.fullmatch(name):
-            return given[0] - 1, expected[0] - 1  # one row is the background's
-    return None
+def _parameters_missing(fit: Fit, missing: list[str], training: bool) -> str:
+    if not training and all(name.startswith(MASK_IOU_HEAD) for name in missing):
+        return (
+            "it is a plain Mask R-CNN, so the mask IoU head has no weights "
+            f"({listed(missing)}). Train that head alone, which leaves boxes, classes and "
+            "masks as they are: msrcnn-d2 train --retrofit (see projects/retrofit). To evaluate "
+            "the Mask R-CNN as it is, use its own config."
+        )
+    is_backbone = all(name.startswith(BACKBONE) for name in fit.given)
+    if is_backbone and not missing[0].startswith(BACKBONE):
+        return (
+            "it has the weights of a backbone only, to start a training from, but not "
+            f"{listed(fit.missing)}. Give the checkpoint of a whole model."
+        )
+    if training:
+        return (
+            f"it does not provide {listed(missing)}, which training does not change, so they would "
+            f"stay random. {OTHER_MODEL}"
+        )
+    where, instead = "", ""
+    unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
+    if len(missing) > 3:
+        where = f" (in {', '.join(_modules(missing))})"
+        instead = f", but has {', '.join(_modules(unexpected))}" if unexpected else ""
+    return f"it does not provide {listed(missing)}{where}{instead}. {OTHER_MODEL}"
+
+
+def _modules(names: Collection[str]) -> list[str]:
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
 def summary(fit: Fit, file: str, source: str) -> str:
     text = f"{len(fit.given)} of {fit.total} parameters from '{file}' ({source})"
-    if not fit.absent:
+    fresh = _modules([*fit.missing, *fit.shapes])
+    if not fresh:
         return text + "."
-    classes = _classes(fit)
-    why = (
-        f" (the file has {plural(classes[0], 'class', 'classes')}, the model {classes[1]})"
-        if classes
-        else ""
-    )
-    return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(_modules(fit.absent))}."
+    why = ""
+    if fit.num_classes:
+        number, expected = fit.num_classes
+        why = f" (the file has {plural(number, 'class', 'classes')}, the model {expected})"
+    return f"{text}. Starting fresh, in whole or in part{why}: {', '.join(fresh)}."

@@ -1,11 +1,10 @@
-"""Find the file behind a path, a URL or a name of the model zoos; download it if need be."""
+"""Find the file behind a path, a URL or a name of a model zoo, and download it if needed."""
 
 import os
 import posixpath
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from http.client import HTTPException
 from urllib.error import HTTPError, URLError
@@ -23,8 +22,8 @@ from .reading import NotWeightsError, read_file, reason
 __all__ = ["find_file"]
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".pyth", ".safetensors")
-# Before its suffix, a published file has the first digits of its SHA-256
-DIGEST = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$")  # a date is none
+# Names of published files end with the first digits of their SHA-256; a date looks like that
+DIGEST = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$")
 CONNECTION_TIMEOUT = 30  # seconds
 ZOO_FOLDER = "COCO-InstanceSegmentation"
 
@@ -41,7 +40,8 @@ def find_file(path: str) -> str:
         ~/.torch/iopath_cache.
 
     Raises:
-        UserError: there is no such file, it cannot be downloaded, or it is not what its name says.
+        UserError: there is no such file, it cannot be downloaded, or the download has another
+            checksum than its name says.
     """
     if os.path.isfile(path):
         return path
@@ -66,8 +66,8 @@ def find_file(path: str) -> str:
 
 def _cached(url: str) -> str:
     """
-    Where a download is kept: what is Detectron2's where Detectron2 keeps it, the rest by server.
-    Each query has a folder of its own; ".." in a URL does not lead out of the cache.
+    Where a download is kept: Detectron2's files where Detectron2 keeps them, others in a folder of
+    their server. Each query has a folder of its own. ".." in a URL does not lead out of the cache.
     """
     theirs, given = urlparse(Detectron2Handler.S3_DETECTRON2_PREFIX), urlparse(url)
     path = given.path if posixpath.basename(given.path) else given.path + "/download"
@@ -87,11 +87,11 @@ def _url(path: str) -> str:
         return path
     name = os.path.splitext(path)[0]
     folder, config = os.path.split(name)
-    # Any other folder is a place on this machine, where the user believes a file to be
+    # With any other folder, the user means a file on this machine
     if config in PUBLISHED and os.path.basename(folder) in ("", ZOO_FOLDER):
         return PUBLISHED[config].checkpoint_url
     try:
-        # Imported here because it needs pkg_resources, which environments of today may lack
+        # Imported here because it needs pkg_resources, which many environments no longer have
         import detectron2.model_zoo
 
         return detectron2.model_zoo.get_checkpoint_url(name)
@@ -100,10 +100,10 @@ def _url(path: str) -> str:
 
 
 def _other_file(path: str) -> str:
-    """A file that is not there, or of a storage that the user has registered with Detectron2."""
+    """A file from a storage that the user has registered with Detectron2, or a missing file."""
     try:
         local_path = PathManager.get_local_path(path)
-    except Exception as error:  # of any of the libraries that fetch files
+    except Exception as error:  # any library that fetches files may have raised it
         raise UserError(
             f"Checkpoint '{path}' cannot be fetched ({reason(error)}); download it by hand "
             "and give the path of the file."
@@ -117,12 +117,14 @@ def _other_file(path: str) -> str:
 
 
 def _download(url: str, path: str) -> None:
-    """Download to `path`, where there is never anything but the complete file."""
+    """Download to `path`, where the file appears only when it is complete."""
     incomplete = f"{path}.incomplete"
     digest = DIGEST.search(path)
+    timeout = socket.getdefaulttimeout()
+    # Without a timeout, a firewall that swallows packets looks like a server that is slow
+    socket.setdefaulttimeout(CONNECTION_TIMEOUT)
     try:
-        with _timeout(CONNECTION_TIMEOUT):
-            torch.hub.download_url_to_file(url, incomplete, digest[1] if digest else None)
+        torch.hub.download_url_to_file(url, incomplete, digest[1] if digest else None)
         read_file(incomplete)  # a web page, or half of a file, is not kept
         os.replace(incomplete, path)
     except (OSError, RuntimeError, ValueError, HTTPException, UserError) as error:
@@ -132,6 +134,7 @@ def _download(url: str, path: str) -> None:
             f"put it at '{path}', or give its own path."
         ) from error
     finally:
+        socket.setdefaulttimeout(timeout)
         with suppress(FileNotFoundError):
             os.remove(incomplete)
 
@@ -146,14 +149,3 @@ def _what_failed(error: Exception) -> str:
     if isinstance(error, NotWeightsError):
         return f"what comes {error.what}"
     return reason(error)
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """A firewall that swallows packets looks like a server that thinks."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

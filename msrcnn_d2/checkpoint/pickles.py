@@ -1,6 +1,6 @@
 """
-Pickles as data. They are programs, and PyTorch's files contain them as well; PyTorch's reader and
-the unpickler below execute those few that build tensors, arrays, numbers and plain containers.
+Read pickles as data. A pickle is a program, and PyTorch's files contain one. PyTorch's reader and
+the unpickler below only run what builds tensors, arrays, numbers and plain containers.
 """
 
 import codecs
@@ -20,33 +20,32 @@ __all__ = ["RefusedError", "SafeUnpickler", "load_torch"]
 
 
 class RefusedError(Exception):
-    """A pickle asks for something that is not data; the message is its name."""
+    """A pickle asks for something that is not data. The message is the name of that."""
 
 
 class _Ignored:
     """
-    Stands in for objects that describe a training run, not its weights.
-
-    MMEngine keeps its log in checkpoints. Nothing of the object is built or kept.
+    Takes the place of objects that describe a training run rather than its weights, such as
+    MMEngine's log. Nothing of the object is built or kept.
     """
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Ignored":
         return object.__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
-def _ignored(*args):
-    """Stands in for what such objects are put together with, without doing it."""
+def _ignored(*args: Any) -> _Ignored:
+    """Takes the place of the functions that put such objects together."""
     return _Ignored()
 
 
-# The classes, and what their pickles call besides. The latter are ignored only together with the
-# former: on their own they have no business in a checkpoint.
+# These classes, and the functions that their pickles call. The functions are ignored only in files
+# with one of the classes: nothing else in a checkpoint has a use for them.
 RUN_CLASSES: dict[str, type] = {
     "mmengine.logging.history_buffer.HistoryBuffer": _Ignored,
-    # The dicts are read as such: PyTorch lets a file put items into nothing else
+    # Read as dicts of this type, because PyTorch lets a file put items into no other
     "mmengine.config.config.ConfigDict": OrderedDict,
     "mmcv.utils.config.ConfigDict": OrderedDict,
     "addict.addict.Dict": OrderedDict,
@@ -55,41 +54,40 @@ RUN_FUNCTIONS = {"builtins.getattr", "getattr"}
 
 
 class _Function:
-    """A function that a pickle may call. Of a plain one it could also set the attributes."""
+    """A function that a pickle may call. A plain function's attributes it could also set."""
 
     def __init__(self, function: Callable):
         self._function = function
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return self._function(*args)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         raise RefusedError(f"a change of {self._function.__name__}")
 
 
 class _DType:
     """
-    Stands in for `numpy.dtype`: one of plain numbers or characters.
-
-    The state of the original can declare that a file's bytes are the addresses of objects.
+    Takes the place of `numpy.dtype`, for plain numbers and characters. The state of a real one can
+    declare that a file's bytes are the addresses of objects.
     """
 
-    def __init__(self, code, align=False, copy=False):
+    def __init__(self, code: Any, align: Any = False, copy: Any = False):
         if not isinstance(code, str) or np.dtype(code).kind not in "biufcSU":
             raise RefusedError(f"numpy.dtype of {code}")
         self.value = np.dtype(code)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.value = self.value.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
-    """An array that a file fills once. Refilling the original frees what others may look into."""
+    """An array that a file fills once. To fill a real one again frees memory that is in use."""
 
-    def __new__(cls, *args):
+    def __new__(cls, *args: Any) -> "_Array":
         raise RefusedError("numpy.ndarray in a way in which NumPy does not save arrays")
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, data = state
         data = data.encode("latin1") if isinstance(data, str) else data
         array = _array(data, dtype, shape, "F" if is_fortran else "C")
@@ -98,11 +96,11 @@ class _Array(np.ndarray):
         state = 1, array.shape, array.dtype, False, array.tobytes()
         super().__setstate__(state)  # type: ignore[arg-type]
 
-    def __reduce_ex__(self, protocol):
-        return np.asarray(self).__reduce_ex__(protocol)  # saved again, it is NumPy's
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return np.asarray(self).__reduce_ex__(protocol)  # it is saved as an array of NumPy
 
 
-def _array(data, dtype, shape, order="C") -> np.ndarray:
+def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
     if type(dtype) is not _DType or not isinstance(data, (bytes, bytearray)):
         raise RefusedError(f"numpy.ndarray of {type(data).__name__}")
     array: np.ndarray = np.ndarray(shape, dtype.value, bytes(data), order=order)
@@ -112,30 +110,32 @@ def _array(data, dtype, shape, order="C") -> np.ndarray:
 
 
 @_Function
-def _reconstruct(cls, shape, code):
+def _reconstruct(cls: Any, shape: Any, code: Any) -> np.ndarray:
     return np.ndarray.__new__(_Array, (0,), "b")
 
 
 @_Function
-def _scalar(dtype, data):
+def _scalar(dtype: Any, data: Any) -> Any:
     data = data.encode("latin1") if isinstance(data, str) else data
     return _array(data, dtype, ())[()]
 
 
 @_Function
-def _frombuffer(data, dtype, shape, order, axis_order=None):
+def _frombuffer(
+    data: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None
+) -> np.ndarray:
     if axis_order is None:
         return _array(data, dtype, shape, order)
     return _array(data, dtype, shape).transpose(axis_order)
 
 
 @_Function
-def _no_bytes():
-    """How pickles that Python 2 can read write the data of empty arrays."""
+def _no_bytes() -> bytes:
+    """The data of empty arrays, in pickles that Python 2 can read."""
     return b""
 
 
-# What pickles of NumPy arrays and numbers name, in NumPy 1 and 2
+# The names that pickles of NumPy arrays and numbers contain, from NumPy 1 and 2
 NUMPY = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _DType,
@@ -154,6 +154,12 @@ NUMPY = {
 
 
 def load_torch(path: str) -> Any:
+    """
+    What a file of PyTorch contains.
+
+    Raises:
+        RefusedError: it contains something that is not data.
+    """
     allowed: list = [(value, ".".join(name)) for name, value in NUMPY.items()]
     try:
         return _load_torch_file(path, allowed)
@@ -167,37 +173,35 @@ def load_torch(path: str) -> Any:
 
 def _load_torch_file(path: str, allowed: list) -> Any:
     try:
-        # Of an open file it cannot go by the name; what it warns of is refused or does no harm
+        # Given an open file, it ignores the suffix. What it warns about is refused or harmless
         with safe_globals(allowed), open(path, "rb") as f, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = _refused(str(error))
+        message = str(error)
+        if operation := re.search(r"Unsupported operand (\d+)", message):
+            known = {ord(o.code): o.name for o in pickletools.opcodes}.get(int(operation[1]))
+            if known is None:  # the file is damaged
+                raise
+            raise RefusedError(f"pickle operation {known}") from error
+        refused = re.search(
+            r"GLOBAL (\S+)|function (.+?)(?: which|$)|<class '(.+?)'", message, re.M
+        )
         if refused is None:
             raise
-        raise RefusedError(refused) from error
-
-
-def _refused(message: str) -> str | None:
-    """What PyTorch's reader does not allow, from its message."""
-    operation = re.search(r"Unsupported operand (\d+)", message)
-    if operation:
-        known = {ord(o.code): o.name for o in pickletools.opcodes}.get(int(operation[1]))
-        return f"pickle operation {known}" if known else None  # none: it is damaged
-    name = re.search(r"GLOBAL (\S+)|function (.+?)(?: which|$)|<class '(.+?)'", message, re.M)
-    return next(filter(None, name.groups())) if name else None
+        raise RefusedError(next(filter(None, refused.groups()))) from error
 
 
 @_Function
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 puts bytes into pickles that Python 2 can read."""
+    """Bytes, in pickles of Python 3 that Python 2 can read."""
     if encoding != "latin1":
         raise RefusedError(f"_codecs.encode to {encoding}")
     return codecs.latin_1_encode(text)[0]
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Unpickler that knows NumPy arrays and plain containers only."""
+    """Unpickler that knows only NumPy arrays and plain containers."""
 
     ALLOWED = {
         ("collections", "OrderedDict"): OrderedDict,
@@ -205,11 +209,11 @@ class SafeUnpickler(pickle.Unpickler):
         **NUMPY,
     }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         try:
             return self.ALLOWED[module, name]
         except KeyError:
             raise RefusedError(f"{module}.{name}") from None
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Any:
         raise RefusedError("a reference to something outside of the file")

@@ -1,4 +1,4 @@
-"""Read a file of weights as data: nothing in it can run, whoever made it."""
+"""Read a file of weights as data: no code in it can run, whoever wrote it."""
 
 import json
 import pickle
@@ -17,19 +17,19 @@ from .pickles import RefusedError, SafeUnpickler, load_torch
 __all__ = ["NotWeightsError", "check_whole", "read_file", "reason"]
 
 ZIP = b"PK\x03\x04"
-# What PyTorch wrote before its files were zip archives
+# How PyTorch's files began before they were zip archives
 LEGACY_TORCH = pickle.dumps(MAGIC_NUMBER, protocol=2)
-# A protocol since 2 says so; the first two begin with a dict, a list, or a global's name
+# Protocols since 2 begin with their number, older ones with a dict, a list or a global's name
 PICKLE = re.compile(rb"\x80|\(d|\(l|[}\]]|c\w[\w.]*\n\w+\n")
 HEAD_SIZE = 512  # bytes that are enough to tell formats apart
 
 
 class NotWeightsError(UserError):
     """
-    A file does not have what was expected of it.
+    A file does not contain weights that can be read.
 
     Attributes:
-        what: what it is instead; the message without the file's name and without advice.
+        what: what it is instead: the message without the file's name and the advice.
     """
 
     def __init__(self, path: str, what: str, advice: str):
@@ -40,21 +40,22 @@ class NotWeightsError(UserError):
 def read_file(path: str) -> Any:
     """
     Args:
-        path: of a file that PyTorch, Detectron2 (.pkl) or safetensors has written. Its content
-            decides, not its name.
+        path: of a file that PyTorch, Detectron2 (.pkl) or safetensors wrote. Its content decides
+            which of them, not its name.
 
     Returns:
-        what was saved: mostly a dict with tensors or NumPy arrays somewhere in it.
+        what was saved: usually a dict with tensors or NumPy arrays somewhere in it.
 
     Raises:
-        NotWeightsError: it is none of these, it is damaged, or it holds something that could run.
+        NotWeightsError: the file is none of these, is damaged, or contains code.
     """
     try:
         with open(path, "rb") as f:
             head = f.read(HEAD_SIZE)
         if head.startswith((ZIP, LEGACY_TORCH)):
             return load_torch(path)
-        if _is_safetensors(head):
+        # Eight bytes with the size of a JSON header, then the header
+        if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32:
             return _read_safetensors(path)
         if PICKLE.match(head):
             with open(path, "rb") as f:
@@ -83,21 +84,20 @@ def read_file(path: str) -> Any:
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
-    """Its tensors, and with them the names of classes if this package has written it."""
+    """The tensors, and the names of classes if this package wrote the file."""
     tensors = load_file(path)
     with safe_open(path, "pt") as f:
         text = (f.metadata() or {}).get("class_names")
     try:
         names = json.loads(text) if text else None
-    except ValueError:  # of another program
+    except ValueError:  # another program's metadata
         names = None
     return tensors if names is None else {"model": tensors, "class_names": names}
 
 
 def check_whole(path: str) -> None:
     """
-    Read a file of PyTorch once, to see whether each byte is as it was written: PyTorch itself
-    compares no checksums.
+    Read a file of PyTorch and compare its checksums, which PyTorch itself does not do.
 
     Raises:
         NotWeightsError: it is cut off, damaged, or something else.
@@ -106,7 +106,7 @@ def check_whole(path: str) -> None:
         with open(path, "rb") as f:
             is_zip = f.read(HEAD_SIZE).startswith(ZIP)
         if not is_zip:
-            read_file(path)  # what has no checksums
+            read_file(path)  # such a file has no checksums
             return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -123,7 +123,7 @@ def check_whole(path: str) -> None:
 
 
 def _what_instead(head: bytes) -> tuple[str, str]:
-    """What a file is that has no weights, and what to do."""
+    """What a file without weights is, and what to do."""
     if not head:
         return "is empty", "get the file again"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
@@ -139,14 +139,9 @@ def _what_instead(head: bytes) -> tuple[str, str]:
     )
 
 
-def _is_safetensors(head: bytes) -> bool:
-    """Eight bytes with the size of a JSON header, then the header."""
-    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32
-
-
 def reason(error: Exception) -> str:
-    """First sentence of an error's message; some go on for a page, and advise to run any code."""
+    """The first sentence of an error's message. Some have a page, and advise to run any code."""
     unnamed = "it ends too early" if isinstance(error, EOFError) else type(error).__name__
-    text = re.sub(r"^\[enforce fail at .*?\][ .]*", "", str(error).strip())  # a line of PyTorch's
+    text = re.sub(r"^\[enforce fail at .*?\][ .]*", "", str(error).strip())  # PyTorch's source line
     message = text.splitlines() or [unnamed]
     return message[0].split(". ")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Write checkpoints with Detectron2's names, wholly or not at all."""
+"""Write checkpoints with Detectron2's names, completely or not at all."""
 
 import json
 import os
@@ -17,7 +17,7 @@ __all__ = ["WRITERS", "check_target", "why_not_written", "write_weights"]
 
 WRITERS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, list[str]], IO[bytes]], object]] = {
     ".pth": lambda state_dict, names, f: torch.save({"model": state_dict, **names}, f),
-    # Not save_file, whose files only their owner may read. It keeps texts beside tensors only
+    # Not `save_file`, whose files only their owner may read. Beside tensors there can only be text
     ".safetensors": lambda state_dict, names, f: f.write(
         save(state_dict, {k: json.dumps(v) for k, v in names.items()} or None)
     ),
@@ -27,8 +27,8 @@ WRITERS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, list[str]], IO[b
 def check_target(target: str, source: str) -> None:
     """
     Raises:
-        UserError: if the path of a file to write has none of the suffixes in `WRITERS`, no folder,
-            or is that of the file `source`.
+        UserError: `target`, the path of a file to write, has none of the suffixes in `WRITERS`, is
+            in no folder, or is the file `source`.
     """
     if os.path.splitext(target)[1] not in WRITERS:
         raise UserError(f"'{target}' has to end with one of {', '.join(WRITERS)}.")
@@ -48,17 +48,20 @@ def write_weights(
     Args:
         state_dict: tensors by their names in a model.
         target: path of the file, see :func:`check_target`; its suffix decides on the format.
-        half: whether to write floating-point numbers as float16.
+        half: whether to write floating-point numbers as float16. Parameters with numbers that are
+            too large for it, as variances of batch norm can be, keep their type.
         class_names: to keep with the weights.
 
     Raises:
         UserError: the file cannot be written; what was there before is still there.
     """
-    contents = {
-        # Copies, as safetensors refuses tensors that share memory
-        name: (_halved(name, value) if half else value).clone(memory_format=torch.contiguous_format)
-        for name, value in state_dict.items()
-    }
+    contents = {}
+    for name, value in state_dict.items():
+        if half and value.is_floating_point() and name != SCORE_EXPONENT:  # a setting: one number
+            halved = value.half()
+            value = halved if torch.equal(halved.isfinite(), value.isfinite()) else value
+        # A copy, as safetensors refuses tensors that share memory
+        contents[name] = value.clone(memory_format=torch.contiguous_format)
     names = {CLASS_NAMES: list(class_names)} if class_names is not None else {}
     try:
         with write_whole(target) as f:
@@ -68,17 +71,6 @@ def write_weights(
 
 
 def why_not_written(error: Exception) -> str:
-    """What the system says, where it has refused something: a disk may be full."""
+    """What the operating system says, such as that the disk is full; else the error's own words."""
     refused = os_error_of(error)
     return refused.strerror if refused and refused.strerror else reason(error)
-
-
-def _halved(name: str, value: torch.Tensor) -> torch.Tensor:
-    """
-    As float16, unless numbers are too large for it: variances of batch norm can be. The exponent
-    of the mask scores is a setting that would save nothing.
-    """
-    if not value.is_floating_point() or name == SCORE_EXPONENT:
-        return value
-    half = value.half()
-    return half if torch.equal(half.isfinite(), value.isfinite()) else value
