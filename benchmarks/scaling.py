@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-import train_net
 from benchmarks.measuring import Timing
 from benchmarks.models import DEVICE
 from benchmarks.report import Part
 
-ROOT = Path(train_net.__file__).parent
+ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "projects" / "shapes"
 IMAGES_PER_PROCESS = 4
 NUM_ITERATIONS = 33  # Detectron2 does not time the first three

@@ -1,4 +1,4 @@
-"""Images per second of `train_net.py --eval-only`: workers and batches against neither."""
+"""Images per second of `msrcnn-d2 evaluate`: workers and batches against neither."""
 
 import contextlib
 import io
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import train_net
 from benchmarks.measuring import Timing
 from benchmarks.models import DEVICE, IMAGE_SIZE, build_models, model_input, photo
 from benchmarks.report import Part
+from msrcnn_d2_cli import main
 
-ROOT = Path(train_net.__file__).parent
+ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "projects" / "shapes"
 BATCH_SIZE = 8
 NUM_IMAGES = 80  # ten batches; Detectron2 does not time the first five
@@ -99,15 +99,14 @@ def _threshold(model) -> float:
 
 
 def seconds_per_image(arguments, batch_size: int, workers: int, output: Path) -> float:
-    """As `train_net.py` logs it: all that it does for an image, without the AP at the end."""
+    """As `msrcnn-d2 evaluate` logs it: all that it does for an image, without the AP at the end."""
     options = [
         f"dataloader.test.batch_size={batch_size}",
         f"dataloader.test.num_workers={workers}",
         f"train.output_dir={output}",
     ]
-    args = train_net.argument_parser().parse_args(["--eval-only", *arguments, *options])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train_net.run(args)
+        main(["evaluate", *arguments, *options])
     log = (output / "log.txt").read_text()
     (found,) = re.findall(r"Total inference time: .*\(([\d.]+) s / iter per device", log)
     return float(found) / batch_size
@@ -116,7 +115,7 @@ def seconds_per_image(arguments, batch_size: int, workers: int, output: Path) ->
 def _part(title: str, timings: dict[str, Timing]) -> Part:
     slowest = next(iter(timings.values()))
     return Part(
-        f"Throughput of `train_net.py --eval-only`: {title}, on {DEVICE}",
+        f"Throughput of `msrcnn-d2 evaluate`: {title}, on {DEVICE}",
         ["", "images / s", "ratio"],
         [[name, 1 / t.median, 1 / t.ratio_to(slowest)] for name, t in timings.items()],
         data={name: t.as_dict() for name, t in timings.items()},

@@ -22,7 +22,7 @@ __all__ = ["check_fits", "read_annotations", "read_results"]
 
 RESULTS_ADVICE = (
     "give predictions with masks, such as inference/coco_instances_results.json, which "
-    "`train_net.py --eval-only` writes"
+    "`msrcnn-d2 evaluate` writes"
 )
 ANNOTATIONS_ADVICE = "give a file of COCO's format with masks, as for training"
 

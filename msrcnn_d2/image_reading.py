@@ -1,6 +1,5 @@
 """One way to read images, for training, evaluation, prediction, checks and reports."""
 
-import argparse
 import io
 import math
 import threading
@@ -23,15 +22,12 @@ __all__ = [
     "IMAGE_KEYS",
     "ImageSettings",
     "NeedsSetting",
-    "add_image_arguments",
-    "arguments_for",
     "image_settings",
     "open_image",
     "orientation_of",
     "read_with",
     "refuse_unless_readable",
     "scaled_to_8_bits",
-    "settings_from",
     "to_rgb",
     "without_pixel_limit",
 ]
@@ -156,55 +152,6 @@ def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
         if key not in IMAGE_KEYS:
             raise UserError(f"dataloader.images has no key '{key}', only {', '.join(IMAGE_KEYS)}.")
     return ImageSettings(**{str(k): v for k, v in given.items()})
-
-
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that say the same as a config's keys."""
-    scale = parser.add_mutually_exclusive_group()
-    for name, example in (("range", "0 4095"), ("percentiles", "0.1 99.9")):
-        scale.add_argument(
-            f"--intensity-{name}",
-            nargs=2,
-            type=float,
-            metavar=("LOW", "HIGH"),
-            help=f"scale of images with more than 8 bits per pixel, such as {example} "
-            f"(dataloader.images.intensity_{name})",
-        )
-    parser.add_argument(
-        "--ignore-exif",
-        action="store_true",
-        help="take images as they are stored (dataloader.images.apply_exif=False)",
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        metavar="N",
-        help="read images of up to N pixels (dataloader.images.max_pixels)",
-    )
-
-
-def settings_from(args: argparse.Namespace) -> ImageSettings:
-    """
-    Args:
-        args: of a parser with :func:`add_image_arguments`.
-    """
-    return ImageSettings(
-        intensity_range=args.intensity_range,
-        intensity_percentiles=args.intensity_percentiles,
-        apply_exif=not args.ignore_exif,
-        max_pixels=args.max_pixels,
-    )
-
-
-def arguments_for(settings: ImageSettings) -> list[str]:
-    """What a command with :func:`add_image_arguments` has to be told to read images so."""
-    arguments = []
-    for name in ("range", "percentiles"):
-        values = getattr(settings, f"intensity_{name}")
-        arguments += [f"--intensity-{name}", *(f"{x:g}" for x in values)] if values else []
-    arguments += [] if settings.apply_exif else ["--ignore-exif"]
-    arguments += [] if settings.max_pixels is None else ["--max-pixels", str(settings.max_pixels)]
-    return arguments
 
 
 class NeedsSetting(ValueError):

@@ -16,11 +16,19 @@ from .published_models import PUBLISHED, published_results
 from .utils.errors import UserError
 
 __all__ = [
+    "config_names",
     "get",
     "get_checkpoint_url",
     "get_config",
     "get_config_file",
 ]
+
+
+def config_names() -> list[str]:
+    """The configs that come with this package, as :func:`get_config_file` takes them."""
+    root = _configs_root()
+    files = (p for p in root.glob("*/*") if p.suffix in (".py", ".yaml"))
+    return sorted(str(p.relative_to(root)) for p in files)
 
 
 def get_config_file(name: str) -> str:
@@ -39,7 +47,7 @@ def get_config_file(name: str) -> str:
     path = root / name
     if path.is_file() and path.suffix in (".py", ".yaml"):
         return str(path)
-    names = sorted(str(p.relative_to(root)) for p in root.glob("*/*") if p.suffix != ".pyc")
+    names = config_names()
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     raise UserError(f"No config '{name}' comes with msrcnn_d2; near it: {', '.join(nearest)}.")
 
@@ -50,7 +58,7 @@ def get_config(name: str, trained: bool = False) -> DictConfig | CfgNode:
         name: as in :func:`get_config_file`.
         trained: whether the config is to start from the weights that were published for it,
             rather than from those of its backbone. They have MMDetection's names, so programs
-            that only know Detectron2 need them converted: `python -m msrcnn_d2.checkpoint`.
+            that only know Detectron2 need them converted: `msrcnn-d2 convert`.
 
     Returns:
         the LazyConfig of a ".py" file, the yacs config of a ".yaml" file.

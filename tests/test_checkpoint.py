@@ -1,7 +1,6 @@
 """Own checkpoints, contents rather than suffixes, strictness, and the converter."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
-from msrcnn_d2.checkpoint.__main__ import main as convert
 from msrcnn_d2.utils.errors import UserError
+from tests.helpers.command import exit_code
 from tests.helpers.toy import NUM_CLASSES, tiny_mask_scoring_rcnn
 from tests.helpers.weights import (
     BODY,
@@ -450,18 +449,12 @@ def test_convert_keeps_the_exponent(suffix, half, slim, monkeypatch, capsys, tmp
         slim.roi_heads.mask_iou_head.score_exponent = 1.0
 
 
-# ---- python -m msrcnn_d2.checkpoint
+# ---- msrcnn-d2 convert
 
 
 def run_cli(monkeypatch, capsys, *args):
     """Exit code and what it printed and complained about."""
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, args)])
-    try:
-        convert()
-        code = 0
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
+    return exit_code("convert", *args), *capsys.readouterr()
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
@@ -547,5 +540,5 @@ def test_convert_fails_without_a_trace(case, monkeypatch, capsys, tmp_path):
 def test_convert_help(monkeypatch, capsys):
     code, out, _ = run_cli(monkeypatch, capsys, "--help")
     assert code == 0
-    for text in ("usage: python -m msrcnn_d2.checkpoint", "IN", "OUT", ".safetensors", "--half"):
+    for text in ("usage: msrcnn-d2 convert", "IN", "OUT", ".safetensors", "--half"):
         assert text in out

@@ -1,10 +1,8 @@
 """Names of classes travel with weights; sets with others are evaluated by name, or refused."""
 
-import importlib
 import json
 import logging
 import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +14,6 @@ from detectron2.evaluation import COCOEvaluator
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
-from msrcnn_d2.checkpoint import __main__ as conversion
 from msrcnn_d2.checkpoint.conversion import read_weights
 from msrcnn_d2.class_names import difference, match, obstacle, same
 from msrcnn_d2.engine import check_recipe, register_dataset
@@ -24,6 +21,7 @@ from msrcnn_d2.engine.class_names import check_names_of_weights, use_names
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.utils.errors import UserError
+from tests.helpers.command import exit_code
 from tests.helpers.toy import tiny_yacs_config, write_coco_json
 from tests.helpers.weights import MMDETECTION, renamed, saved, weights_for
 from tests.test_evaluation import CATEGORY_IDS, IMAGE_SIZE, detections, evaluate, square
@@ -255,19 +253,14 @@ def test_names_are_saved_and_loaded(tiny, tmp_path):
     assert torch.load(tmp_path / "again.pth", weights_only=True)["class_names"] == NAMES
 
 
-def run_program(module, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
-    module.main()
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_programs_keep_the_names(suffix, slim, monkeypatch, tmp_path):
+def test_programs_keep_the_names(suffix, slim, tmp_path):
     MaskScoringCheckpointer(slim, str(tmp_path), class_names=NAMES).save("in")
     source, copy, fitted = (tmp_path / f"{x}" for x in ("in.pth", f"a{suffix}", f"b{suffix}"))
-    run_program(conversion, monkeypatch, source, copy)
+    assert exit_code("convert", source, copy) == 0
     assert read_weights(str(copy)).class_names == NAMES
     options = ["--exponent", 2, "--checkpoint", copy, "--output", fitted]
-    run_program(importlib.import_module("msrcnn_d2.fit_exponent"), monkeypatch, *options)
+    assert exit_code("fit-exponent", *options) == 0
     assert read_weights(str(fitted)).class_names == NAMES
 
 

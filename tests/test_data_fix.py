@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import random
-import sys
 
 import pytest
 from pycocotools.coco import COCO
@@ -16,10 +15,10 @@ from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 
 from msrcnn_d2.dataset_check import Level, check_dataset
-from msrcnn_d2.dataset_check.__main__ import main
 from msrcnn_d2.dataset_check.check import check_contents, read_contents, read_images
 from msrcnn_d2.dataset_check.fix import mend_contents
 from msrcnn_d2.dataset_check.kinds import KINDS, Mend
+from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
 from tests.test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
 
@@ -282,11 +281,11 @@ def test_the_command_writes_a_mended_copy(folder, tmp_path, monkeypatch, capsys,
     arguments = path, folder / "images", "--fix", fixed, "--json", tmp_path / "c.json"
     code, text = run(monkeypatch, capsys, *arguments)
     assert code == 0
-    assert f"MENDED in {fixed}:\n" in text
+    assert f"FIXED in {fixed}:\n" in text
     assert "polygon-points (1): dropped the polygon\n    - image 1 '1.png', annotation 1" in text
     assert "annotation-id-twice (1): gave it a new id\n" in text and "annotation 1: id 2" in text
     assert "unknown-category (1): dropped the annotation" in text
-    assert "Left are 0 errors, 0 warnings" in text
+    assert "still has 0 errors, 0 warnings" in text
 
     assert path.read_bytes() == before
     written = json.loads(fixed.read_text())
@@ -329,11 +328,9 @@ def test_a_failed_check_leaves_no_file(tmp_path, monkeypatch, capsys):
 
 
 def run(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["check", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    code = exit_code("check-data", *args)
     printed = capsys.readouterr()
-    return ended.value.code, printed.out + printed.err
+    return code, printed.out + printed.err
 
 
 # Whatever may be in a file

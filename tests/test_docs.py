@@ -9,8 +9,8 @@ import pytest
 
 from detectron2.engine import DefaultTrainer
 
-import train_net
 from msrcnn_d2.engine import find_config_file, load_config
+from msrcnn_d2_cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [p for depth in ("*", "*/*", "*/*/*") for p in sorted(ROOT.glob(f"{depth}.md"))]
@@ -57,7 +57,7 @@ def commands_of_docs():
 
 @pytest.mark.parametrize("arguments", commands_of_docs())
 def test_commands_are_accepted(arguments):
-    args = train_net.argument_parser().parse_args(arguments)
+    args = build_parser("train").parse(arguments)
     load_config(find_config_file(str(ROOT / args.config_file)), args.opts)
 
 

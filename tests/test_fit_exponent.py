@@ -14,8 +14,9 @@ from detectron2.config import instantiate
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.coco_format import check_fits, read_annotations
-from msrcnn_d2.fit_exponent import EXPONENTS, ExponentFit, fit_exponent, main
+from msrcnn_d2.fit_exponent import EXPONENTS, ExponentFit, fit_exponent
 from msrcnn_d2.utils.errors import UserError
+from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, write_coco_json
 from tests.helpers.weights import EXPONENT, IOUS, fill, parameters, saved
 
@@ -116,7 +117,7 @@ def test_crowds_are_no_objects_to_find(tmp_path):
         fit_exponent(truth, check_fits(LARGE, truth))
 
 
-# ---- python -m msrcnn_d2.fit_exponent
+# ---- msrcnn-d2 fit-exponent
 
 
 @pytest.fixture
@@ -135,13 +136,7 @@ def files(tmp_path, truth):
 
 def run(monkeypatch, capsys, *args):
     """Exit code and what it printed and complained about."""
-    monkeypatch.setattr(sys, "argv", ["fit_exponent", *map(str, args)])
-    try:
-        main()
-        code = 0
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
+    return exit_code("fit-exponent", *args), *capsys.readouterr()
 
 
 def test_the_limit_is_that_of_the_results(files, monkeypatch, capsys):
@@ -245,7 +240,7 @@ CLI_ERRORS = {
     "exponent and fit": (nothing, [*FIT, *WRITE, "--exponent", "2"], "replaces a fit"),
     "negative": (nothing, ["--exponent", "-2", *WRITE], "at least 0, not -2"),
     "infinite": (nothing, [*FIT, "--exponents", "1", "inf"], "at least 0, not inf"),
-    "no detections": (nothing, [*FIT, "--max-dets", "0"], "--max-dets is at least 1, not 0"),
+    "no detections": (nothing, [*FIT, "--max-dets", "0"], "at least 1, not '0'"),
     "missing results": (nothing, ["none.json", FIT[1]], "none.json' does not exist"),
     "missing annotations": (nothing, [FIT[0], "none.json"], "none.json' does not exist"),
     "pickle": (nothing, ["in.pth", FIT[1]], "in.pth' is not JSON"),
@@ -297,5 +292,5 @@ def test_help(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "--help")
     assert code == 0
     assert "Never fit on the images that you report results of" in out
-    for text in ("python train_net.py", "--eval-only", "python -m msrcnn_d2.fit_exponent", "%"):
+    for text in ("msrcnn-d2 train", "msrcnn-d2 evaluate", "msrcnn-d2 fit-exponent", "%"):
         assert (text in out) is (text != "%")

@@ -3,7 +3,6 @@
 import json
 import pickle
 import struct
-import sys
 import zlib
 from types import SimpleNamespace
 
@@ -18,7 +17,6 @@ from detectron2.data.detection_utils import read_image
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.dataset_check import check_dataset
-from msrcnn_d2.dataset_check.__main__ import main
 from msrcnn_d2.dataset_check.findings import Level
 from msrcnn_d2.engine import build_recipe, load_config, register_dataset
 from msrcnn_d2.engine.data_check import check_data
@@ -33,6 +31,7 @@ from msrcnn_d2.image_reading import (
 from msrcnn_d2.prediction.predictor import read_bgr_image
 from msrcnn_d2.report import gallery
 from msrcnn_d2.utils.errors import UserError
+from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, tiny_yacs_config, write_coco_json, write_images
 from tests.helpers.toy_training import lazy_config, run, write_dataset
 
@@ -337,10 +336,7 @@ def kinds_of(folder, quick=True, **settings):
 
 def check_command(monkeypatch, capsys, *args):
     """Exit code and what was printed."""
-    monkeypatch.setattr(sys, "argv", ["check", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code, capsys.readouterr().out
+    return exit_code("check-data", *args), capsys.readouterr().out
 
 
 def make_deep(folder, factor=257):

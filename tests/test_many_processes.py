@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_net
+from msrcnn_d2.engine import build_recipe, evaluate_checkpoint
+from msrcnn_d2_cli import build_parser
+from msrcnn_d2_cli.train import read_config
 from tests.helpers import many_processes
 from tests.helpers.many_processes import CASES, MAX_ITER
 from tests.helpers.toy_training import NUM_IMAGES, run, with_python_path
 
-ROOT = Path(train_net.__file__).parent
+ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "projects" / "shapes"
 SPAWN = ["--num-gpus", "2", "--dist-url", "auto"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -239,7 +241,7 @@ def test_the_evaluation_in_training_is_that_of_one_process(both, options):
     folder, first, second = both
     again = folder / "again"
     weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
-    args = train_net.argument_parser().parse_args(
+    args = build_parser("train").parse(
         [*options, "--eval-only", weights, f"train.output_dir={again}"]
     )
     results = evaluate_here(args)
@@ -250,8 +252,7 @@ def test_the_evaluation_in_training_is_that_of_one_process(both, options):
 
 
 def evaluate_here(args) -> dict:
-    recipe = train_net.build_recipe(train_net.prepare(args))
-    return train_net.evaluate_checkpoint(recipe)
+    return evaluate_checkpoint(build_recipe(read_config(args)))
 
 
 def as_text(results: dict) -> str:

@@ -17,10 +17,12 @@ from detectron2.utils.events import EventStorage
 from msrcnn_d2.engine import recipe as engine_recipe
 from msrcnn_d2.engine.quality import log_reliability
 from msrcnn_d2.evaluation import measure_mask_quality
-from msrcnn_d2.report import __main__ as command
 from msrcnn_d2.report import write_report
 from msrcnn_d2.report.figures import NUM_CLASSES, charts
 from msrcnn_d2.report.gallery import draw_move, largest_moves, object_mask
+from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_cli.report import warn_of_more_than
+from tests.helpers.command import exit_code
 from tests.helpers.filled_boxes import HEIGHT, WIDTH, build_coco, dataset_of, found, thing
 
 CLASSES = ((3, "a"), (7, "b <i>"))
@@ -197,7 +199,7 @@ def test_of_many_classes_those_that_change_most_have_a_bar():
 
 def test_a_folder_that_cannot_be_written_is_named(quality, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(command.UserError, match="file/report"):
+    with pytest.raises(UserError, match="file/report"):
         write_report(quality, tmp_path / "file" / "report")
 
 
@@ -321,7 +323,7 @@ def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap
     results = train.evaluate(Trained(quality, wrap), None, use_quality=fail)
 
     assert shown == ["a", "b"] and list(results) == ["a", "b"]
-    assert "python -m msrcnn_d2.report" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert "msrcnn-d2 report" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 # ---- TensorBoard
@@ -351,7 +353,7 @@ def test_the_command(images, tmp_path):
     annotations, results = write(tmp_path, DATASET, RESULTS)
 
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "msrcnn_d2.report", results, annotations]
+        [sys.executable, "-W", "ignore", "-m", "msrcnn_d2_cli", "report", results, annotations]
         + ["--images", images, "--output", tmp_path / "out", "--title", "Title"],
         capture_output=True,
         text=True,
@@ -368,10 +370,7 @@ def test_the_command(images, tmp_path):
 
 
 def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-    with pytest.raises(SystemExit) as error:
-        command.main()
-    return error.value.code
+    return exit_code("report", *arguments)
 
 
 def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
@@ -392,17 +391,16 @@ def test_the_limit_is_that_of_the_results(monkeypatch, tmp_path):
     # The only right one is the last of 101: its precision is 1/101
     annotations, results = write(tmp_path, truth(OBJECT), [*elsewhere, detected(1, OBJECT, 0.1, 1)])
     measured = []
-    monkeypatch.setattr(command, "write_report", lambda quality, *args: measured.append(quality))
+    monkeypatch.setattr(
+        "msrcnn_d2.report.write_report", lambda quality, *args: measured.append(quality)
+    )
     for limit in ([], ["--max-dets", "100"]):
-        monkeypatch.setattr(sys, "argv", ["report", str(results), str(annotations), *limit])
-        command.main()
+        assert exit_code("report", results, annotations, *limit) == 0
     assert [x.overall.ap["class_score"] for x in measured] == [pytest.approx(100 / 101), 0]
 
 
 def test_more_detections_than_count_are_mentioned(capsys):
-    command.warn_of_more_than(
-        2, [detected(1, OBJECT, 0.5, 0.5)] * 3 + [detected(2, OBJECT, 0.5, 0.5)]
-    )
+    warn_of_more_than(2, [detected(1, OBJECT, 0.5, 0.5)] * 3 + [detected(2, OBJECT, 0.5, 0.5)])
     assert "3 predictions of one class" in capsys.readouterr().out
-    command.warn_of_more_than(3, [detected(1, OBJECT, 0.5, 0.5)] * 3)
+    warn_of_more_than(3, [detected(1, OBJECT, 0.5, 0.5)] * 3)
     assert not capsys.readouterr().out

@@ -21,12 +21,12 @@ from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
-import train_net
 from msrcnn_d2 import add_mask_scoring, retrofit
 from msrcnn_d2.engine import find_config_file, load_config
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads, RetrofitRCNN
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_cli import main
 from tests.helpers.toy import (
     tiny_mask_rcnn,
     tiny_yacs_config,
@@ -459,7 +459,7 @@ def toy_dataset(tmp_path):
 
 
 def run(*args):
-    train_net.run(train_net.argument_parser().parse_args(args))
+    main(["train", *args])
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from detectron2.engine import SimpleTrainer
 
-import train_net
+from msrcnn_d2 import engine
 from tests.helpers.toy import NUM_CLASSES, real_datasets, tiny_yacs_config
 from tests.helpers.toy_training import run, with_python_path, write_dataset, write_lazy_config
 
-ROOT = Path(train_net.__file__).parent
+ROOT = Path(__file__).parents[1]
 COCO_CONFIG = "configs/COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x"
 
 
@@ -361,7 +361,7 @@ def test_a_mistake_in_the_evaluation_is_met_before_a_model_is_built(
     kind, mistake, told, action, toy_dataset, request, tmp_path, capsys, monkeypatch
 ):
     for name in ("train", "evaluate_checkpoint"):
-        monkeypatch.setattr(train_net, name, lambda *args, **kwargs: pytest.fail("it started"))
+        monkeypatch.setattr(engine, name, lambda *args, **kwargs: pytest.fail("it started"))
     config = request.getfixturevalue(f"{kind}_config")
     output = f"{'train.output_dir' if kind == 'lazy' else 'OUTPUT_DIR'}={tmp_path}"
     with pytest.raises(SystemExit) as left:
@@ -381,7 +381,7 @@ def test_categories_that_do_not_match_stop_a_run(lazy_config, toy_dataset, tmp_p
 
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as left:
-        train_net.argument_parser().parse_args(["--help"])
+        run("--help")
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert "--resume" in printed and "--dataset" in printed and "torchrun" in printed

@@ -19,7 +19,7 @@ from ..published_models import PUBLISHED
 from ..utils.errors import UserError
 from .reading import NotWeightsError, read_file, reason
 
-__all__ = ["find_file"]
+__all__ = ["find_file", "path_in_cache"]
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".pyth", ".safetensors")
 # Names of published files end with the first digits of their SHA-256; a date looks like that
@@ -50,7 +50,7 @@ def find_file(path: str) -> str:
     url = _url(path)
     if urlparse(url).scheme not in ("http", "https"):
         return _other_file(url)
-    cached = _cached(url)
+    cached = path_in_cache(url)
     try:
         os.makedirs(os.path.dirname(cached), exist_ok=True)
         with file_lock(cached):  # one process of each machine downloads, the others wait
@@ -64,7 +64,7 @@ def find_file(path: str) -> str:
     return cached
 
 
-def _cached(url: str) -> str:
+def path_in_cache(url: str) -> str:
     """
     Where a download is kept: Detectron2's files where Detectron2 keeps them, others in a folder of
     their server. Each query has a folder of its own. ".." in a URL does not lead out of the cache.

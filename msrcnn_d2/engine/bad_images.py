@@ -31,7 +31,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ADVICE = (
-    "`python -m msrcnn_d2.dataset_check ANNOTATIONS IMAGES` finds all such images, and with --fix "
+    "`msrcnn-d2 check-data ANNOTATIONS IMAGES` finds all such images, and with --fix "
     "writes annotations without them."
 )
 

@@ -245,7 +245,10 @@ def find_config_file(name: str) -> str:
 
 
 def load_config(
-    path: str, overrides: Sequence[str] = (), retrofitted: bool = False
+    path: str,
+    overrides: Sequence[str] = (),
+    retrofitted: bool = False,
+    weights: str | None = None,
 ) -> DictConfig | CfgNode:
     """
     Args:
@@ -254,6 +257,7 @@ def load_config(
             yacs.
         retrofitted: whether to turn the file's config into that of a retrofit, with
             :func:`msrcnn_d2.retrofit`, before the overrides.
+        weights: what to start from, in place of what the config says; `overrides` come after it.
 
     Returns:
         the config; its device is "cpu" if it asks for a GPU and there is none.
@@ -262,8 +266,6 @@ def load_config(
         UserError: the file or an override cannot be read, a key does not exist, a value makes no
             sense, or there is no trained model to retrofit.
     """
-    for late in (x for x in overrides if str(x).startswith("--")):
-        raise UserError(f"Option '{late}' comes too late: give options before key=value.")
     with _errors_of_file(path):
         # A run with a LazyConfig saves it as a yaml file, which has these keys
         is_lazy = path.endswith(".py") or re.search(r"\b_target_:", Path(path).read_text())
@@ -276,6 +278,8 @@ def load_config(
         except ValueError as error:
             raise UserError(f"Config file '{path}' cannot be retrofitted: {error}") from error
     texts = [str(x) for x in overrides]
+    if weights is not None:
+        texts.insert(0, f"{'train.init_checkpoint' if is_lazy else 'MODEL.WEIGHTS'}={weights}")
     if isinstance(cfg, CfgNode):
         _override_yacs(cfg, texts, path)
     else:

@@ -108,9 +108,7 @@ def _error(name: str, errors: list[Finding], advice: str) -> UserError:
 
 
 def _advice(json_file: str, image_root: str | None) -> str:
-    command = shlex.join(
-        ["python", "-m", "msrcnn_d2.dataset_check", json_file, image_root or "IMAGES"]
-    )
+    command = shlex.join(["msrcnn-d2", "check-data", json_file, image_root or "IMAGES"])
     return f"`{command}` shows all of them, and with --fix OUT.json mends or leaves out what it can"
 
 

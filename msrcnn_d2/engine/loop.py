@@ -259,7 +259,7 @@ def _use(use_quality: Callable, quality: MaskQuality | None, *args) -> None:
     except Exception:
         logger.exception(
             "The quality of masks was measured, but cannot be shown; the results are complete. "
-            "`python -m msrcnn_d2.report` makes the report from them."
+            "`msrcnn-d2 report` makes the report from them."
         )
 
 

@@ -14,9 +14,9 @@ import torch
 
 from detectron2.engine import SimpleTrainer
 
-import train_net
 from msrcnn_d2.checkpoint import checkpointer
 from msrcnn_d2.utils import files as whole_file
+from msrcnn_d2_cli import main
 
 # Its server imports this module, and each training is forked from there
 context = multiprocessing.get_context("forkserver")
@@ -25,7 +25,7 @@ context.set_forkserver_preload([__name__])
 
 class Training:
     """
-    A process that runs train_net.py.
+    A process that runs `msrcnn-d2 train`.
 
     Attributes:
         process: of `multiprocessing`.
@@ -35,7 +35,7 @@ class Training:
     def __init__(self, args, folder, prepare=None):
         """
         Args:
-            args: of train_net.py.
+            args: of `msrcnn-d2 train`.
             folder: for the files of the losses and of the output.
             prepare: name of a function of this module, and its arguments, to call before training.
         """
@@ -90,7 +90,7 @@ def _run(args, losses_file, output, prepare):
     if prepare:
         name, *arguments = prepare
         globals()[name](*arguments)
-    train_net.run(train_net.argument_parser().parse_args(args))
+    main(["train", *args])
     sys.stdout.flush()
 
 

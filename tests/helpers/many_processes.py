@@ -13,10 +13,11 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
-import train_net
 from msrcnn_d2.engine import build_recipe, launch, train
 from msrcnn_d2.engine.loaders import build_resumable_loader
 from msrcnn_d2.utils import distributed
+from msrcnn_d2_cli import build_parser
+from msrcnn_d2_cli.train import read_config
 from tests.helpers.toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
 from tests.helpers.toy_training import lazy_config, write_dataset
 
@@ -41,7 +42,7 @@ def write_dataset_and_config(folder: Path) -> list[str]:
     Images and a LazyConfig that trains the tiny model on them, for a few iterations.
 
     Returns:
-        the options of train_net.py that name them.
+        the options that name them.
     """
     cfg = lazy_config(DATASET)
     cfg.train.max_iter = MAX_ITER
@@ -160,8 +161,8 @@ def order_of_images(upright: bool) -> list[list[int]]:
 
 def train_and_keep(options: list[str], output_dir: Path) -> dict:
     """What a run returns, and the weights that this process has before and after it."""
-    args = train_net.argument_parser().parse_args([*options, f"train.output_dir={output_dir}"])
-    cfg = train_net.prepare(args)
+    args = build_parser("train").parse([*options, f"train.output_dir={output_dir}"])
+    cfg = read_config(args)
     default_setup(cfg, args)
     recipe = build_recipe(cfg)
     torch.manual_seed(comm.get_rank())  # processes start from other weights

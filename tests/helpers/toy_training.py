@@ -1,4 +1,4 @@
-"""A training of a tiny model on nine small images, by train_net.py."""
+"""A training of a tiny model on nine small images, by `msrcnn-d2 train`."""
 
 import os
 from pathlib import Path
@@ -8,15 +8,15 @@ from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
 
-import train_net
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
+from msrcnn_d2_cli import main
 from tests.helpers.toy import OBJECTS, tiny_mask_scoring_rcnn, write_coco_json, write_images
 
 NUM_IMAGES = 9
 
 
 def write_dataset(folder: Path, name: str = "toy") -> list[str]:
-    """The images and their annotations; returns the options of train_net.py that register them."""
+    """The images and their annotations; returns the options that register them."""
     objects = (OBJECTS * NUM_IMAGES)[:NUM_IMAGES]
     write_images(folder, objects)
     annotations = write_coco_json(Path(folder) / "annotations.json", objects)
@@ -47,8 +47,8 @@ def lazy_config(dataset: str = "toy"):
 
 
 def run(*args) -> None:
-    """Run train_net.py in this process."""
-    train_net.run(train_net.argument_parser().parse_args([str(a) for a in args]))
+    """Run `msrcnn-d2 train` in this process; a mistake raises SystemExit."""
+    assert main(["train", *map(str, args)]) == 0
 
 
 def with_python_path(*folders) -> str:

@@ -1,39 +1,39 @@
 """
-Convert a checkpoint of another framework once, into one with Detectron2's names.
+Convert a checkpoint of another framework to Detectron2's names, once.
 
-A ".pth" then loads wherever Detectron2 loads checkpoints, without this package. (With this package
-no conversion is needed.) What else the input holds, such as its optimizer's state, is left out.
+The output, if it is a ".pth" file, then loads wherever Detectron2 loads checkpoints. (Programs that
+use msrcnn_d2 load the input as it is.) What else the input holds, such as the optimizer's state, is
+left out.
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
-from ..utils.errors import UserError, exit_on_user_error
-from ..utils.text import listed
-from .conversion import (
-    CLASS_SCORE,
-    COUNTER,
-    SCORE_EXPONENT,
-    Weights,
-    check_finite,
-    read_weights,
-)
-from .fetching import find_file
-from .writing import WRITERS, check_target, write_weights
+if TYPE_CHECKING:
+    from msrcnn_d2.checkpoint.conversion import Weights
+
+USAGE = "IN OUT [--half]"
+EXAMPLES = """
+  a model of MMDetection:
+    {prog} mask_rcnn_r50_fpn_1x_coco.pth mask_rcnn.pth
+  published weights of Mask Scoring R-CNN (`msrcnn-d2 zoo` lists them), half as large:
+    {prog} ms_rcnn_R_50_FPN_1x ms_rcnn.safetensors --half
+"""
 
 # How the names of a detector's parameters begin in Detectron2
 DETECTOR = ("backbone.", "proposal_generator.", "roi_heads.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m msrcnn_d2.checkpoint", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="file, URL, or name of the model zoo")
-    parser.add_argument("output", metavar="OUT", help=f"file to write: {', '.join(WRITERS)}")
+    parser.add_argument("output", metavar="OUT", help="file to write: .pth, .safetensors")
     parser.add_argument(
         "--half", action="store_true", help="write float16, half as large; it loads as float32"
     )
-    args = parser.parse_args()
-    with exit_on_user_error():
-        print(convert_file(args.input, args.output, args.half))
+
+
+def run(args: argparse.Namespace) -> None:
+    print(convert_file(args.input, args.output, args.half))
 
 
 def convert_file(source: str, target: str, half: bool = False) -> str:
@@ -49,6 +49,12 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     Raises:
         UserError: the source cannot be had, read or converted, or the target cannot be written.
     """
+    from msrcnn_d2.checkpoint.conversion import check_finite, read_weights
+    from msrcnn_d2.checkpoint.fetching import find_file
+    from msrcnn_d2.checkpoint.writing import check_target, write_weights
+    from msrcnn_d2.utils.errors import UserError
+    from msrcnn_d2.utils.text import listed
+
     check_target(target, source)  # before a download
     file = find_file(source)
     check_target(target, file)
@@ -62,9 +68,9 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     unknown = [n for n in weights.state_dict if not n.startswith(DETECTOR)]
     if len(unknown) == len(weights.state_dict):
         raise UserError(
-            f"'{source}' has names that no model of Detectron2 has, such as {listed(unknown)}, and "
-            "that are of no framework known here. Save the state_dict() of the detector itself, "
-            f"whose names begin with {', '.join(DETECTOR)}."
+            f"'{source}' has parameters such as {listed(unknown)}, which neither Detectron2 has "
+            "nor any other framework that is known here. Save the state_dict() of the detector "
+            f"itself, whose names begin with {', '.join(DETECTOR)}."
         )
     write_weights(weights.state_dict, target, half, weights.class_names)
     if unknown:
@@ -74,12 +80,10 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     return f"{source} ({weights.source}): {_summary(weights)} -> {target}"
 
 
-def _summary(weights: Weights) -> str:
+def _summary(weights: "Weights") -> str:
+    from msrcnn_d2.checkpoint.conversion import CLASS_SCORE, COUNTER, SCORE_EXPONENT
+
     names = [n for n in weights.state_dict if n != SCORE_EXPONENT and not n.endswith(COUNTER)]
     text = f"{len(names)} parameters"
     scores = weights.state_dict.get(CLASS_SCORE + "bias")
     return text if scores is None else f"{text}, {len(scores) - 1} classes"
-
-
-if __name__ == "__main__":
-    main()

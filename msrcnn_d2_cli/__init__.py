@@ -1,0 +1,158 @@
+# PYTHON_ARGCOMPLETE_OK
+"""
+The command `msrcnn-d2`.
+
+It is a package of its own because importing `msrcnn_d2` imports PyTorch and Detectron2, which takes
+seconds, and nobody wants to wait that long for `--help` or for a note about a typo. Modules here
+import nothing heavy; their functions do, when they run.
+
+To add a command, write a module with
+
+- a docstring, which becomes the description in `--help`,
+- `USAGE`, the arguments in one line, and `EXAMPLES`, in which "{prog}" stands for the command,
+- `add_arguments(parser)`,
+- `run(args)`, which returns the exit code, or None for 0,
+
+and add a row to `COMMANDS`.
+"""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from .parsing import Parser, UsageError
+
+__all__ = ["COMMANDS", "build_parser", "main", "run_command"]
+
+# What the user types, and what `msrcnn-d2 --help` says about it
+COMMANDS = {
+    "train": "train a model, or evaluate one",
+    "evaluate": "measure how well a model detects, and how well it scores its masks",
+    "check-data": "find and fix mistakes in a dataset in COCO's format",
+    "convert": "convert a checkpoint of another framework to Detectron2's names",
+    "report": "write a report about mask scores from predictions in COCO's format",
+    "zoo": "list the models that come with msrcnn-d2, and where their weights are",
+    "fit-exponent": "fit how much the predicted IoU counts in the mask score",
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "msrcnn-d2") -> int:
+    """
+    Args:
+        argv: the command and its arguments, those of the program by default.
+        prog: name of the program in help texts.
+
+    Returns:
+        the exit code. What the user has to mend ends in `SystemExit` with code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(prog)
+    if argv and argv[0] in COMMANDS:
+        return run_command(argv[0], argv[1:], f"{prog} {argv[0]}")
+    parser = _parser_of_commands(prog)
+    if argv and not argv[0].startswith("-"):
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        advice = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(COMMANDS)}."
+        parser.fail(f"There is no command '{argv[0]}'; {advice}")
+    args, unknown = parser.parse_known_args(argv)
+    if args.version:
+        print(f"msrcnn-d2 {_version()}")
+    elif unknown:
+        parser.fail(f"Give the command before its options: {prog} COMMAND {' '.join(unknown)}")
+    else:
+        parser.print_help()
+    return 0 if args.version else 2
+
+
+def run_command(name: str, argv: Sequence[str], prog: str) -> int:
+    """
+    Args:
+        name: a key of `COMMANDS`.
+        argv: the arguments that come after it.
+        prog: name of program and command in help texts.
+
+    Returns:
+        the exit code; see :func:`main`.
+    """
+    command = _module(name)
+    parser = build_parser(name, prog)
+    args = parser.parse(argv)
+    try:
+        from msrcnn_d2.utils.errors import exit_on_user_error
+
+        with exit_on_user_error():
+            return command.run(args) or 0
+    except UsageError as error:
+        parser.fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        parser.fail(str(error))  # msrcnn_d2 says how to install it
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def build_parser(name: str, prog: str | None = None) -> Parser:
+    """
+    Args:
+        name: a key of `COMMANDS`.
+        prog: as in :func:`run_command`.
+    """
+    command = _module(name)
+    prog = prog or f"msrcnn-d2 {name}"
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} {command.USAGE}",
+        description=command.__doc__,
+        epilog="examples:" + command.EXAMPLES.replace("{prog}", prog),
+    )
+    command.add_arguments(parser)
+    return parser
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def _parser_of_commands(prog: str) -> Parser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} COMMAND ...",
+        description="Mask Scoring R-CNN for Detectron2: masks ranked by how good they are.",
+        epilog="\n".join(
+            ["commands:", *lines, "", f"{prog} COMMAND --help explains a command, with examples."]
+        ),
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    return parser
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("msrcnn-d2")
+    except metadata.PackageNotFoundError:  # in a checkout that is not installed
+        from msrcnn_d2 import __version__
+
+        return __version__
+
+
+def _complete(prog: str) -> None:
+    """Tell the shell what may come next."""
+    import argparse
+
+    import argcomplete
+
+    parser = argparse.ArgumentParser(prog=prog)
+    commands = parser.add_subparsers()
+    for name in COMMANDS:
+        _module(name).add_arguments(commands.add_parser(name))
+    argcomplete.autocomplete(parser)

@@ -1,0 +1,133 @@
+"""Reading command lines: what the commands of `msrcnn-d2` have in common."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from msrcnn_d2.image_reading import ImageSettings
+
+__all__ = [
+    "ENGINES",
+    "Parser",
+    "UsageError",
+    "add_image_arguments",
+    "at_least",
+    "image_arguments",
+    "settings_from",
+]
+
+# Those of msrcnn_d2.evaluation, which takes too long to import for --help
+ENGINES = ("faster-coco-eval", "pycocotools")
+
+
+class UsageError(Exception):
+    """Arguments that do not go together; its message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    A parser that takes options anywhere among the other arguments, tells mistakes in one sentence,
+    and takes no abbreviated options, which could mean something else in a later version.
+    """
+
+    def __init__(self, **kwargs: object):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs, allow_abbrev=False)  # type: ignore[arg-type]
+        # Also -1e-3, which argparse takes for an option before Python 3.14
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$|nan$)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of the arguments; those after "--" are no options."""
+        argv = list(argv)
+        if {"-h", "--help"} & set(argv):
+            self.print_help()
+            sys.exit(0)
+        args, rest = self.parse_known_intermixed_args(argv)
+        if not rest:
+            return args
+        wrong = next((x for x in rest if x.startswith("-")), rest[0])
+        name = wrong.split("=")[0]
+        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        kind = "option" if wrong.startswith("-") else "argument"
+        self.fail(
+            f"Unknown {kind} '{name}'"
+            + (f"; did you mean {nearest[0]}?" if nearest else f"; see {self.prog} --help.")
+        )
+
+    def fail(self, message: str) -> NoReturn:
+        """Exit with 2, the code for a mistake of the user."""
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls."""
+        self.fail(f"{message}; see {self.prog} --help.")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The `type` of an argument that is a whole number and not below `minimum`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = minimum - 1
+        if number < minimum:
+            raise argparse.ArgumentTypeError(
+                f"needs a whole number of at least {minimum}, not '{text}'"
+            )
+        return number
+
+    return whole_number
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for how images are read, as `dataloader.images` in a config."""
+    group = parser.add_argument_group("reading images (as dataloader.images in a config)")
+    scale = group.add_mutually_exclusive_group()
+    for name, example in (("range", "0 4095"), ("percentiles", "0.1 99.9")):
+        scale.add_argument(
+            f"--intensity-{name}",
+            nargs=2,
+            type=float,
+            metavar=("LOW", "HIGH"),
+            help="which intensities become 0 and 255 in images with more than 8 bits per pixel, "
+            f"such as {example}",
+        )
+    group.add_argument(
+        "--ignore-exif", action="store_true", help="do not turn images as their EXIF data say"
+    )
+    group.add_argument("--max-pixels", type=int, metavar="N", help="read images of up to N pixels")
+
+
+def settings_from(args: argparse.Namespace) -> "ImageSettings":
+    """
+    Args:
+        args: of a parser with :func:`add_image_arguments`.
+
+    Raises:
+        UserError: the values make no sense.
+    """
+    from msrcnn_d2.image_reading import ImageSettings
+
+    return ImageSettings(
+        intensity_range=args.intensity_range,
+        intensity_percentiles=args.intensity_percentiles,
+        apply_exif=not args.ignore_exif,
+        max_pixels=args.max_pixels,
+    )
+
+
+def image_arguments(args: argparse.Namespace) -> list[str]:
+    """The options of :func:`add_image_arguments` that were given, for another command."""
+    given = []
+    for name in ("range", "percentiles"):
+        values = getattr(args, f"intensity_{name}")
+        given += [f"--intensity-{name}", *(f"{x:g}" for x in values)] if values else []
+    given += ["--ignore-exif"] if args.ignore_exif else []
+    given += [] if args.max_pixels is None else ["--max-pixels", str(args.max_pixels)]
+    return given
