@@ -8,8 +8,8 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
     features, proposals
       = _forward_box                       -> boxes, classes, scores
       = mask_pooler, mask_head.layers      -> mask features, mask logits
-      + crop_gt_masks |                    -> ground truth cropped once, for both mask losses,
-                                              and never copied for a proposal (IndexedMasks)
+      + crop_gt_masks |                    -> ground truth, cropped once for both mask losses and
+                                              not copied for each proposal (IndexedMasks)
       = mask_rcnn_loss | mask_rcnn_inference  -> loss_mask | pred_masks (probabilities)
       + mask_iou_targets |                 -> true IoU of each foreground proposal's mask
       + MaskIoUHead.layers                 -> predicted IoU for each class
@@ -22,6 +22,7 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
 
 import importlib
 import warnings
+from typing import TYPE_CHECKING
 
 try:
     import detectron2  # noqa: F401
@@ -36,37 +37,57 @@ except ModuleNotFoundError as error:
     ) from None
 
 with warnings.catch_warnings():
-    # Of fvcore and Detectron2, while they are imported; nobody who trains can do anything about it
+    # A warning about fvcore and Detectron2 that users can do nothing about
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from . import modeling  # registers the heads
+    from .modeling import CascadeMaskScoringROIHeads, MaskIoUHead, MaskScoringROIHeads
+
+if TYPE_CHECKING:
+    from . import model_zoo
+    from .checkpoint import MaskScoringCheckpointer
+    from .config import add_mask_scoring, add_msrcnn_config, retrofit
+    from .evaluation import MaskScoringCOCOEvaluator
+    from .prediction.predictor import MaskScoringPredictor
+    from .prediction.visualizer import MaskScoringVisualizer
 
 __version__ = "0.1.0"
 
-# What users import from here, and the module of each. A module is imported when its name is first
-# used: a training needs no predictor, and a prediction no evaluator.
-_MODULES = {
-    "CascadeMaskScoringROIHeads": "modeling",
-    "MaskIoUHead": "modeling",
+__all__ = [
+    "CascadeMaskScoringROIHeads",
+    "MaskIoUHead",
+    "MaskScoringCOCOEvaluator",
+    "MaskScoringCheckpointer",
+    "MaskScoringPredictor",
+    "MaskScoringROIHeads",
+    "MaskScoringVisualizer",
+    "add_mask_scoring",
+    "add_msrcnn_config",
+    "model_zoo",
+    "modeling",
+    "retrofit",
+]
+
+# These are imported when they are first used, and then from these modules: training needs no
+# predictor, and prediction needs no evaluator.
+_LAZY = {
     "MaskScoringCOCOEvaluator": "evaluation",
     "MaskScoringCheckpointer": "checkpoint",
     "MaskScoringPredictor": "prediction.predictor",
-    "MaskScoringROIHeads": "modeling",
     "MaskScoringVisualizer": "prediction.visualizer",
     "add_mask_scoring": "config",
     "add_msrcnn_config": "config",
     "retrofit": "config",
 }
 
-__all__ = ["model_zoo", "modeling", *_MODULES]
+if not TYPE_CHECKING:  # type checkers know the names from above, and report others
 
-
-def __getattr__(name: str) -> object:
-    if name == "model_zoo":
-        return importlib.import_module(f"{__name__}.model_zoo")
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    def __getattr__(name: str) -> object:
+        if name == "model_zoo":
+            return importlib.import_module(f"{__name__}.model_zoo")
+        if name not in _LAZY:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 
-from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer
+from msrcnn_d2 import MaskScoringVisualizer
 from msrcnn_d2.report.figures import ap_by_class
 from msrcnn_d2.utils import fonts
 

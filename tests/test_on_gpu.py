@@ -15,11 +15,10 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from msrcnn_d2 import MaskScoringPredictor, retrofit
+from msrcnn_d2 import MaskScoringPredictor, MaskScoringVisualizer, retrofit
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
 from msrcnn_d2.modeling import MaskScoringRCNNWithTTA, UnpastedMasks
-from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer
 from tests.helpers.simulated_cuda import SimulatedCuda
 from tests.helpers.toy import (
     tiny_mask_rcnn,

@@ -8,7 +8,7 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances, RotatedBoxes
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer, _place_labels, mask_score_labels
+from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer, mask_score_labels, place_labels
 
 CLASSES = ["person", "baseball glove"]
 SCORES, IOUS, MASK_SCORES = [0.934, 0.5], [0.812, 1.0], [0.758, 0.5]
@@ -202,7 +202,7 @@ def test_lone_label_lies_at_its_object_without_hiding_it():
 )
 def test_label_keeps_clear_of_small_objects_but_at_its_own(others, upon_it):
     boxes = np.array([[100.0, 100, 110, 110], *others])
-    label = _place_labels(boxes, np.tile([60.0, 10.0], (len(boxes), 1)), np.array([300, 300]))[0]
+    label = place_labels(boxes, np.tile([60.0, 10.0], (len(boxes), 1)), np.array([300, 300]))[0]
     assert (label.tolist() == [100, 90, 160, 100]) == upon_it
     assert _touches(np.maximum(label[:2], np.minimum(label[2:], [105, 105])), boxes[:1], slack=0.1)
     assert upon_it or overlap(label, boxes[1]) == 0

@@ -1,1 +1,1 @@
-"""From images to instances, and to pictures of them."""
+"""From images to instances, and pictures of them."""

@@ -1,4 +1,4 @@
-"""From an image, or several, to masks and their scores."""
+"""From images to masks and their scores."""
 
 import logging
 import os
@@ -15,7 +15,6 @@ import detectron2.data.transforms as T
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import same
@@ -29,7 +28,7 @@ __all__ = ["MaskScoringPredictor", "read_bgr_image"]
 logger = logging.getLogger(__name__)
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
-# What instances can be ranked by -> the field that has it
+# What instances can be ranked by, and the field that has it
 RANKINGS = {"mask_score": "mask_scores", "score": "scores"}
 
 
@@ -37,14 +36,14 @@ class MaskScoringPredictor:
     """
     Detectron2's `DefaultPredictor` for both kinds of config, one image or a batch.
 
-    Images are read, resized and their channels ordered as the config says for evaluation.
+    Images are read and resized, and their channels ordered, as the config says for evaluation.
 
     Attributes:
         model: in evaluation mode, with the config's weights; on a CPU in channels-last order, which
-            is for inference.
+            is faster for inference only.
         image_settings: how images are read, such as the scale of 16-bit images.
-        metadata: for visualisers: the names of classes, and what else the config's first test
-            dataset has if its names are the same.
+        metadata: for visualisers: that of the config's first test dataset, or only the names of
+            the classes if the dataset has other names.
 
     Example:
         >>> cfg = model_zoo.get_config(
@@ -65,21 +64,20 @@ class MaskScoringPredictor:
     ):
         """
         Args:
-            cfg: LazyConfig or yacs config, which is not modified. Its weights are
-                `train.init_checkpoint` and `MODEL.WEIGHTS`: all that
-                :meth:`MaskScoringCheckpointer.load` takes.
-            rank_by: "mask_score", or "score" for the class score, which is all that a plain
-                Mask R-CNN has.
-            score_threshold: instances with a lower score, of the kind that `rank_by` names, are
-                left out. The config's own threshold on the class score holds as well.
+            cfg: LazyConfig or yacs config, which is not modified. Its `train.init_checkpoint` or
+                `MODEL.WEIGHTS` is anything that :meth:`MaskScoringCheckpointer.load` takes.
+            rank_by: "mask_score", or "score" for the class score, the only one of a plain Mask
+                R-CNN.
+            score_threshold: instances whose score, of the kind that `rank_by` names, is lower are
+                left out. The config's own threshold on the class score also applies.
             device: such as "cpu" or "cuda"; by default the config's, or the CPU if there is no
                 GPU.
-            class_names: by default those that came with the weights, or if they have none those
-                of the config's first test dataset.
+            class_names: by default those in the weights' file; if it has none, those of the
+                config's first test dataset.
 
         Raises:
-            UserError: the weights do not fit the model, in whole or in part, it does not score
-                its masks, or the names are not as many as its classes.
+            UserError: the weights do not fit the whole model, the model does not score its masks,
+                or the number of names is not the number of its classes.
         """
         if rank_by not in RANKINGS:
             raise ValueError(f"rank_by is one of {', '.join(RANKINGS)}, not '{rank_by}'.")
@@ -95,7 +93,8 @@ class MaskScoringPredictor:
         self.model = parts.model.eval()
         self.input_format = parts.input_format
         self.augmentations = parts.augmentations
-        if rank_by == "mask_score" and not _scores_masks(self.model):
+        roi_heads = getattr(self.model, "roi_heads", None)
+        if rank_by == "mask_score" and not hasattr(roi_heads, "mask_iou_head"):
             raise UserError(
                 "This model does not score its masks: rank them by class score with "
                 'rank_by="score", or give it a mask IoU head (see add_mask_scoring).'
@@ -115,15 +114,15 @@ class MaskScoringPredictor:
         """
         Args:
             images: an image, or a list of images to predict as one batch. An image is a path, a
-                PIL image, or what `cv2.imread` returns: uint8 array of shape (H, W, 3), BGR.
-                Grey images, (H, W) or (H, W, 1), and those with an alpha channel, BGRA, will do;
-                the alpha channel is ignored. Where the config has a scale, pixels may be numbers of
-                another type than uint8; they are then scaled to 0 to 255.
+                PIL image, or what `cv2.imread` returns: a uint8 array of shape (H, W, 3), BGR.
+                Grey images of shape (H, W) or (H, W, 1) and images with an alpha channel (BGRA),
+                which is ignored, are accepted. If the config has a scale, pixels of other types
+                than uint8 are scaled to 0 to 255.
 
         Returns:
-            for each image a dict with "instances", the best first: their "scores",
-            "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the image
-            that was given, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
+            for each image a dict with "instances", the best first. They have "scores",
+            "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the given
+            image, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
             "pred_mask_ious" ** exponent, see :class:`MaskIoUHead`.
 
         Raises:
@@ -136,11 +135,14 @@ class MaskScoringPredictor:
 
     @torch.no_grad()
     def _predict(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
-        outputs = self.model([self._model_input(self._read(x)) for x in images])
-        return [{**x, "instances": self._ranked(x["instances"])} for x in outputs]
-
-    def _read(self, image: ImageLike) -> np.ndarray:
-        return read_bgr_image(image, self.image_settings)
+        arrays = [read_bgr_image(x, self.image_settings) for x in images]
+        outputs = self.model([self._model_input(x) for x in arrays])
+        for output in outputs:
+            instances = output["instances"]
+            scores = instances.get(RANKINGS[self.rank_by])
+            order = scores.argsort(descending=True, stable=True)
+            output["instances"] = instances[order[scores[order] >= self.score_threshold]]
+        return outputs
 
     def _model_input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
@@ -150,11 +152,6 @@ class MaskScoringPredictor:
         self.augmentations(resized)
         pixels = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
         return {"image": pixels, "height": height, "width": width}
-
-    def _ranked(self, instances: Instances) -> Instances:
-        scores = instances.get(RANKINGS[self.rank_by])
-        order = scores.argsort(descending=True, stable=True)
-        return instances[order[scores[order] >= self.score_threshold]]
 
 
 class _Parts(NamedTuple):
@@ -188,7 +185,7 @@ def _from_lazy(cfg: DictConfig, device: str | None) -> _Parts:
 
     device = device or _available(setting("train.device", "cuda"))
     mapper = "dataloader.test.mapper"
-    # Where the config has no test data, Detectron2's usual size
+    # Detectron2's usual size is for configs without test data
     augmentations = setting(f"{mapper}.augmentations", [T.ResizeShortestEdge(800, 1333)])
     return _Parts(
         model=instantiate(cfg.model).to(device),
@@ -206,13 +203,13 @@ def _available(device: str) -> str:
     return device
 
 
-def _metadata(names) -> Metadata:
+def _metadata(names: str | Sequence[str]) -> Metadata:
     names = [names] if isinstance(names, str) else list(names)
     return MetadataCatalog.get(names[0]) if names else Metadata()
 
 
 def _with_names(metadata: Metadata, names: Sequence[str] | None, model: nn.Module) -> Metadata:
-    """The metadata if they have the names; else others that have nothing but the names."""
+    """The given metadata if they have these names, or new metadata with only the names."""
     of_data = metadata.get("thing_classes")
     if names is not None and not same(names, of_data or []):
         metadata, of_data = Metadata(thing_classes=list(names)), names
@@ -228,16 +225,12 @@ def _with_names(metadata: Metadata, names: Sequence[str] | None, model: nn.Modul
     return metadata
 
 
-def _scores_masks(model: nn.Module) -> bool:
-    return hasattr(getattr(model, "roi_heads", None), "mask_iou_head")
-
-
 def read_bgr_image(image: ImageLike, settings: ImageSettings | None = None) -> np.ndarray:
     """
     Args:
         image: a path, a PIL image or an array, as in :class:`MaskScoringPredictor`.
-        settings: how to read it; by default images of cameras are turned as they were held, and
-            those of more than 8 bits per pixel are refused.
+        settings: how to read it; by default images are turned as the camera was held, and those
+            with more than 8 bits per pixel are refused.
 
     Returns:
         uint8 array of shape (H, W, 3), BGR.
@@ -246,7 +239,7 @@ def read_bgr_image(image: ImageLike, settings: ImageSettings | None = None) -> n
     if isinstance(image, (str, os.PathLike)):
         return _read_file(os.fspath(image), settings)
     if isinstance(image, Image.Image):
-        return _from_pil(image, settings)
+        return np.asarray(to_rgb(image, settings))[:, :, ::-1]
     if image is None:
         raise TypeError("The image is None, which cv2.imread returns for files it cannot read.")
     if not isinstance(image, np.ndarray):
@@ -265,7 +258,7 @@ def read_bgr_image(image: ImageLike, settings: ImageSettings | None = None) -> n
 def _read_file(path: str, settings: ImageSettings) -> np.ndarray:
     try:
         with open_image(path, settings) as image:
-            return _from_pil(image, settings)
+            return np.asarray(to_rgb(image, settings))[:, :, ::-1]
     except FileNotFoundError:
         hint = ": it is a URL, so download it first" if "://" in path else ""
         raise UserError(f"Image '{path}' does not exist{hint}.") from None
@@ -273,10 +266,6 @@ def _read_file(path: str, settings: ImageSettings) -> np.ndarray:
         raise UserError(f"'{path}' is not an image that can be read.") from None
     except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them on bad files
         raise UserError(f"Image '{path}' cannot be read ({error}).") from error
-
-
-def _from_pil(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    return np.asarray(to_rgb(image, settings))[:, :, ::-1]
 
 
 def _check_array(image: np.ndarray) -> None:
@@ -287,16 +276,12 @@ def _check_array(image: np.ndarray) -> None:
             f"An image has uint8 pixels from 0 to 255, not {image.dtype}: {scale}, and convert it "
             "by image.astype(np.uint8)."
         )
-    channels_last = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
-    if not channels_last:
-        first = image.ndim == 3 and image.shape[0] in (1, 3, 4)
-        advice = (
-            ": its channels come first, so give image.transpose(1, 2, 0)."
-            if first
-            else ". Give several images as a list."
-            if image.ndim == 4
-            else "."
-        )
+    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] in (1, 3, 4)):
+        advice = "."
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4):
+            advice = ": its channels come first, so give image.transpose(1, 2, 0)."
+        elif image.ndim == 4:
+            advice = ". Give several images as a list."
         raise ValueError(f"An image has the shape (height, width, 3), not {image.shape}{advice}")
     if image.size == 0:
         raise ValueError(f"The image is empty: its shape is {image.shape}.")

@@ -1,26 +1,38 @@
-"""Drawing of predictions, with labels that tell the mask score from the class score."""
+"""Draw predictions, with labels that show class score, mask IoU and mask score."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.colors as mplc
 import numpy as np
 import torch
+from matplotlib.text import Text
 
+from detectron2.data import Metadata
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.colormap import random_color
-from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from ..utils.fonts import drawable, left_to_right
 
-__all__ = ["MaskScoringVisualizer", "mask_score_labels"]
+try:
+    from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
+except ModuleNotFoundError as error:
+    if error.name != "cv2":
+        raise
+    raise ModuleNotFoundError(
+        "Drawing needs OpenCV, which is not installed: run `pip install opencv-python-headless`.",
+        name="cv2",
+    ) from None
+
+__all__ = ["MaskScoringVisualizer", "mask_score_labels", "place_labels"]
 
 # All in pixels of the output
 MIN_SIDE = 400  # smaller images (square root of the area) are enlarged by default
-MIN_WIDTH = 320  # so are narrower ones: room for a label of about 45 characters
-MAX_SIDE = 8192  # to which an image is enlarged: Matplotlib's limit is 65536
-FONT_SIZE = 11.0  # at least, of a few labels
-CROWDED_FONT_SIZE = 9.0  # at least, of many; below that only what is too wide for the picture
+MIN_WIDTH = 320  # narrower images too: a label of about 45 characters needs this room
+MAX_SIDE = 8192  # no image is enlarged to more; Matplotlib's limit is 65536
+FONT_SIZE = 11.0  # minimum for a few labels
+CROWDED_FONT_SIZE = 9.0  # minimum for many labels, unless one is too wide for the picture
 
 PADDING = 0.15  # around a text, in font sizes; Detectron2's dark box takes half of it
 FONT_SHARE = 1 / 50  # font size / square root of the output's area
@@ -30,35 +42,43 @@ MAX_SHIFT = 8  # how far a label moves up or down to where there is room, in hei
 
 class MaskScoringVisualizer(Visualizer):
     """
-    :class:`Visualizer` that labels each mask "person 0.93 x IoU 0.81 = 0.75": class score x
-    predicted IoU = mask score. Where the mask scores are not these products, but such as with
-    another exponent of the IoU: "person 0.93, IoU 0.81 → 0.40".
+    :class:`Visualizer` with labels such as "person 0.93 x IoU 0.81 = 0.75": class score x
+    predicted IoU = mask score. If the mask scores are not these products, for example with another
+    exponent of the IoU, labels are like "person 0.93, IoU 0.81 → 0.40".
 
-    Labels are as legible on small and on large images, stay inside the picture and, where there
-    is room, do not cover each other; those of the best masks are placed first and lie on top.
-    Predictions of a plain Mask R-CNN are labelled as Detectron2 does.
+    Labels are legible on small and large images and stay inside the picture. They do not cover each
+    other where there is room; those of the best masks are placed first and lie on top. Predictions
+    of a plain Mask R-CNN are labelled as Detectron2 does.
 
-    All arguments are those of :class:`Visualizer`, but by default `scale` enlarges images that
-    are too small for labels.
+    The arguments are those of :class:`Visualizer`. By default, `scale` enlarges images that are
+    too small for labels.
     """
 
-    def __init__(self, img_rgb, metadata=None, scale=None, instance_mode=ColorMode.IMAGE):
+    def __init__(
+        self,
+        img_rgb: np.ndarray,
+        metadata: Metadata | None = None,
+        scale: float | None = None,
+        instance_mode: ColorMode = ColorMode.IMAGE,
+    ):
         if scale is None:
             scale = _legible_scale(*np.asarray(img_rgb).shape[:2])
         super().__init__(img_rgb, metadata, scale, instance_mode)
         self._mask_labels: tuple[list[str], Sequence[float]] | None = None
 
-    def draw_instance_predictions(self, predictions: Instances, *args, **kwargs) -> VisImage:
+    def draw_instance_predictions(
+        self, predictions: Instances, *args: Any, **kwargs: Any
+    ) -> VisImage:
         """
         Args:
-            predictions: Instances of one image on any device; left as they are. Besides the
-                fields that :class:`Visualizer` draws, "pred_mask_ious" and "mask_scores".
+            predictions: Instances of one image on any device, which are not modified. In addition
+                to the fields that :class:`Visualizer` draws, "pred_mask_ious" and "mask_scores".
         """
         predictions = predictions.to("cpu")
         if predictions.has("pred_mask_ious"):
             ranking = "mask_scores" if predictions.has("mask_scores") else "pred_mask_ious"
             labels = mask_score_labels(predictions, self.metadata.get("thing_classes"))
-            # For overlay_instances, which the base class calls with labels of its own
+            # The base class calls overlay_instances with labels of its own; these replace them
             self._mask_labels = labels, predictions.get(ranking).tolist()
         try:
             return super().draw_instance_predictions(predictions, *args, **kwargs)
@@ -66,9 +86,15 @@ class MaskScoringVisualizer(Visualizer):
             self._mask_labels = None
 
     def overlay_instances(
-        self, *, boxes=None, labels=None, masks=None, assigned_colors=None, **kwargs
+        self,
+        *,
+        boxes: Any = None,
+        labels: list[str] | None = None,
+        masks: Any = None,
+        assigned_colors: Any = None,
+        **kwargs: Any,
     ) -> VisImage:
-        """Like the base class, but the labels, if given, are drawn over all boxes and masks."""
+        """Like the base class, but labels are drawn over all boxes and masks."""
         labels, scores = self._mask_labels or (labels, range(len(labels or ()), 0, -1))
         boxes = self._convert_boxes(boxes) if boxes is not None else None
         masks = self._convert_masks(masks) if masks is not None else None
@@ -87,15 +113,15 @@ class MaskScoringVisualizer(Visualizer):
             )
         return self.output
 
-    def _draw_labels(self, labels, boxes, colors):
+    def _draw_labels(self, labels: list[str], boxes: np.ndarray, colors: list) -> None:
         """
         Args:
-            labels (list[str]): the most important one first.
-            boxes: ndarray of shape (N, 4), XYXY in pixels of the image: what the labels are for.
-            colors (list): of the boxes.
+            labels: N labels, the most important one first.
+            boxes: ndarray of shape (N, 4), the boxes of their objects, XYXY in pixels of the image.
+            colors: N colors of Matplotlib.
         """
         scale = self.output.scale
-        # Halfway to white: on their dark boxes texts of the full colour may be too dark to read
+        # Halfway to white: texts of the full colour may be too dark to read on their dark boxes
         colors = [(1 + np.array(mplc.to_rgb(color))) / 2 for color in colors]
         labels, families = drawable(labels)
         for label, box, color in reversed(list(zip(labels, boxes, colors))):  # the last is on top
@@ -104,14 +130,19 @@ class MaskScoringVisualizer(Visualizer):
         for text in texts:
             text.set_fontfamily(families)
         self._set_font_size(texts)
-        places = _place_labels(boxes * scale, self._sizes(texts), self._output_size()) / scale
+        places = place_labels(boxes * scale, self._sizes(texts), self._output_size()) / scale
         for text, box, place in zip(texts, boxes, places):
             padding = PADDING * text.get_fontsize() * self._point() / scale
             text.set(position=place[:2] + padding, horizontalalignment="left")
-            self._draw_leader(box, place, text)
+            # A thin line from the label to its box, if they do not touch
+            start = ((box[:2] + box[2:]) / 2).clip(place[:2], place[2:])
+            end = start.clip(box[:2], box[2:])
+            if (start != end).any():
+                self.draw_line(*np.stack([start, end], axis=1), color=text.get_color())
+                self.output.ax.lines[-1].set_linewidth(text.get_fontsize() / 10)
 
-    def _set_font_size(self, texts):
-        """One size for all: what suits the picture, less if that covers much or is too wide."""
+    def _set_font_size(self, texts: list[Text]) -> None:
+        """One size that suits the picture, or less if labels would cover much or be too wide."""
         picture = self._output_size()
         point = self._point()
         suitable = max(FONT_SIZE, FONT_SHARE * math.sqrt(picture.prod())) / point
@@ -124,24 +155,16 @@ class MaskScoringVisualizer(Visualizer):
         for text in texts:
             text.set_fontsize(min(max(uncovering, CROWDED_FONT_SIZE / point), widest))
 
-    def _draw_leader(self, box, place, text):
-        """A thin line from a label to its box, if they do not touch."""
-        start = ((box[:2] + box[2:]) / 2).clip(place[:2], place[2:])
-        end = start.clip(box[:2], box[2:])
-        if (start != end).any():
-            self.draw_line(*np.stack([start, end], axis=1), color=text.get_color())
-            self.output.ax.lines[-1].set_linewidth(text.get_fontsize() / 10)
-
-    def _sizes(self, texts):
+    def _sizes(self, texts: list[Text]) -> np.ndarray:
         """Width and height of each Text with its padding, in pixels of the output: (N, 2)."""
         padding = 2 * PADDING * self._point() * np.array([[t.get_fontsize()] for t in texts])
         return np.array([t.get_window_extent().size for t in texts]) + padding
 
-    def _point(self):
-        """Of Matplotlib's font sizes, in pixels of the output."""
+    def _point(self) -> float:
+        """The unit of Matplotlib's font sizes, in pixels of the output."""
         return self.output.dpi / 72
 
-    def _output_size(self):
+    def _output_size(self) -> np.ndarray:
         """Width and height of the output in pixels."""
         return np.array([self.output.width, self.output.height]) * self.output.scale
 
@@ -151,13 +174,13 @@ def mask_score_labels(
 ) -> list[str]:
     """
     Args:
-        predictions: N predictions of one image with "pred_mask_ious" and "pred_classes", and
-            "scores" and "mask_scores" if the boxes were predicted, too.
+        predictions: N predictions of one image with "pred_mask_ious", "pred_classes" and, if the
+            boxes were predicted, "scores" and "mask_scores".
         class_names: name of each class; by default its index.
 
     Returns:
-        list[str]: N labels like "person 0.93 x IoU 0.81 = 0.75", or "person 0.93, IoU 0.81 → 0.40"
-        if the mask scores are not these products, or "person IoU 0.81" without "scores".
+        N labels like "person 0.93 x IoU 0.81 = 0.75", or "person 0.93, IoU 0.81 → 0.40" if the mask
+        scores are not these products, or "person IoU 0.81" without "scores".
     """
     classes = predictions.pred_classes.tolist()
     names = [left_to_right(class_names[k]) if class_names else str(k) for k in classes]
@@ -166,38 +189,38 @@ def mask_score_labels(
         return [f"{name} IoU {iou:.2f}" for name, iou in zip(names, ious)]
     scores, mask_scores = predictions.scores.tolist(), predictions.mask_scores.tolist()
     rows = list(zip(names, scores, ious, mask_scores))
-    # All or none, so that labels of one picture read alike; what rounding to two digits hides
-    # makes no equation wrong
+    # Equations for all or none, so that the labels of a picture read alike. They hold up to the
+    # rounding to two digits
     if all(abs(s * iou - mask_score) <= 0.005 for _, s, iou, mask_score in rows):
         return [f"{name} {s:.2f} x IoU {iou:.2f} = {total:.2f}" for name, s, iou, total in rows]
     return [f"{name} {s:.2f}, IoU {iou:.2f} → {total:.2f}" for name, s, iou, total in rows]
 
 
-def _legible_scale(height, width):
-    """By what to enlarge an image of so many pixels to make its labels fit and legible."""
+def _legible_scale(height: int, width: int) -> int:
+    """The factor by which an image is enlarged so that its labels fit and are legible."""
     wanted = max(MIN_SIDE / math.sqrt(height * width), MIN_WIDTH / width)
-    # A whole number, because then all its pixels are enlarged to the same size
+    # A whole number enlarges all pixels to the same size
     return max(1, min(math.ceil(wanted), MAX_SIDE // max(height, width)))
 
 
-def _extents(boxes, masks):
-    """Boxes of shape (N, 4), XYXY, of what is drawn; None if labels cannot be laid out by them."""
+def _extents(boxes: np.ndarray | None, masks: list | None) -> np.ndarray | None:
+    """Boxes of shape (N, 4), XYXY, of what is drawn; None if labels cannot be placed by them."""
     if boxes is not None:
-        return boxes if boxes.shape[-1] == 4 else None  # rotated: the labels are rotated, too
+        return boxes if boxes.shape[-1] == 4 else None  # labels of rotated boxes are rotated too
     if not masks:
         return None
     bitmasks = BitMasks(torch.from_numpy(np.stack([m.mask for m in masks])))
     return bitmasks.get_bounding_boxes().tensor.numpy()
 
 
-def _place_labels(boxes, sizes, picture):
+def place_labels(boxes: np.ndarray, sizes: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """
-    Give each label a place near its object where it covers no label before it, if there is one.
+    Give each label a place near its object, if possible one where it covers no earlier label.
 
     Args:
         boxes: ndarray of shape (N, 4), XYXY of the objects.
         sizes: ndarray of shape (N, 2), width and height of their labels.
-        picture: ndarray of shape (2,), width and height of the picture. All in the same unit.
+        picture: ndarray of shape (2,), width and height of the picture, in the same unit.
 
     Returns:
         ndarray of shape (N, 4), XYXY of the labels.
@@ -206,7 +229,7 @@ def _place_labels(boxes, sizes, picture):
     labels = np.zeros((0, 4))
     for box, size in zip(boxes, sizes):
         height = size[1]
-        home = box[:2] - (0, height)  # upon the upper left corner, where it hides nothing of it
+        home = box[:2] - (0, height)  # above the upper left corner, where it hides no object
         shifts = np.mgrid[-1:1.25:0.25, -MAX_SHIFT : MAX_SHIFT + 1].reshape(2, -1).T
         corners = (home + shifts * size).clip(0, picture - size)
         places = np.hstack([corners, corners + size])
@@ -214,14 +237,14 @@ def _place_labels(boxes, sizes, picture):
         gap = np.maximum(places[:, :2] - box[2:], box[:2] - places[:, 2:]).max(axis=1).clip(0)
         hidden_label = _overlaps(places, labels).sum(axis=1) / size.prod()
         hidden_objects = (_overlaps(places, boxes) / areas).sum(axis=1)
-        # Above all no label is hidden; how much the rest weighs is a matter of taste
+        # Most important is that no label is hidden; the other weights are a matter of taste
         cost = 2 * (hidden_label > 0.01) + 2 * hidden_label  # 0.01: rounding
         cost += 0.3 * hidden_objects + 0.1 * gap / height + 0.01 * shift
         labels = np.vstack([labels, places[cost.argmin()]])
     return labels
 
 
-def _overlaps(a, b):
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Areas in which boxes of shape (K, 4) and (N, 4), XYXY, overlap: shape (K, N)."""
     lower = np.maximum(a[:, None, :2], b[:, :2])
     upper = np.minimum(a[:, None, 2:], b[:, 2:])
