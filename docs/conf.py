@@ -6,11 +6,17 @@ among the documented ones; those of Detectron2 and PyTorch become links to their
 """
 
 import importlib
+import os
+import re
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.util.nodes import make_refnode
 
 import msrcnn_d2
+from msrcnn_d2.published_models import published_table
+
+ROOT = Path(__file__).resolve().parents[1]
 
 project = "msrcnn_d2"
 author = "the authors of msrcnn_d2"
@@ -28,7 +34,8 @@ default_role = "code"  # docstrings write `name` for code
 add_module_names = False
 python_use_unqualified_type_names = True
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["substitution"]
+myst_substitutions = {"published_table": published_table()}
 myst_heading_anchors = 3
 # The language of a block without one: commands, which no lexer has to understand
 highlight_language = "none"
@@ -40,6 +47,8 @@ autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+# As a list; without this, each attribute would be described once more at its annotation
+napoleon_custom_sections = [("Attributes", "params_style")]
 
 html_theme = "furo"
 html_title = "msrcnn_d2"
@@ -52,8 +61,10 @@ html_show_sourcelink = False
 # Types of other packages in signatures: without the network there is no list of where they are
 # described. Names in prose are not excused.
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|numpy|omegaconf|yacs|fvcore|PIL|collections|pathlib|argparse|types)\..*"),
-    ("py:class", r"np\..*|optional|Config|CfgNode"),
+    ("py:class", r"(torch|numpy|pycocotools|omegaconf|yacs|fvcore|matplotlib|PIL)\..*"),
+    ("py:class", r"(collections|pathlib|argparse|types|os)\..*"),
+    ("py:class", r"msrcnn_d2\.config\.Config"),  # a type variable
+    ("py:class", r"dict\[int \| float \| str"),  # a type that Sphinx cuts in two
 ]
 
 DETECTRON2 = "https://detectron2.readthedocs.io/en/latest/modules/"
@@ -100,5 +111,48 @@ def resolve(app, env, node, contnode):
     return nodes.reference("", "", contnode, internal=False, refuri=url)
 
 
+# Pages whose text is a file of the repository, which reads well without Sphinx, too
+REPOSITORY_PAGES = {
+    "benchmarks": "benchmarks/README.md",
+    "projects/nuclei": "projects/nuclei/README.md",
+    "projects/retrofit": "projects/retrofit/README.md",
+    "projects/seeds": "projects/seeds/README.md",
+    "projects/shapes": "projects/shapes/README.md",
+}
+
+
+def read_from_repository(app, docname, source):
+    """Replace the stub of a page by the file, whose links become those of the documentation."""
+    if docname not in REPOSITORY_PAGES:
+        return
+    file = ROOT / REPOSITORY_PAGES[docname]
+    app.env.note_dependency(str(file))
+    here = Path(app.srcdir, docname).parent
+    page_of = {ROOT / name: f"{app.srcdir}/{page}.md" for page, name in REPOSITORY_PAGES.items()}
+
+    def relocated(match):
+        image, text, path, anchor = match.groups()
+        target = (file.parent / path).resolve() if path else file
+        in_docs = page_of.get(target, target)
+        if image or str(in_docs).startswith(str(app.srcdir)):
+            return f"{image}[{text}]({os.path.relpath(in_docs, here)}{anchor})"
+        return text  # a file that is not part of the documentation
+
+    link = re.compile(r"(!?)\[([^]]*)\]\((?!\w+://)([^)#\s]*)(#[^)]*|)\)")
+    source[0] = link.sub(relocated, file.read_text())
+
+
+def without_types(app, what, name, obj, options, lines):
+    """Types are in the annotations; a colon in Returns or in a property's text ends none."""
+    if what in ("property", "attribute") and lines:
+        lines[0] = f": {lines[0]}"
+    for i, line in enumerate(lines[:-1]):
+        if line.strip() == "Returns:":
+            text = lines[i + 1].lstrip()
+            lines[i + 1] = lines[i + 1].replace(text, f": {text}", 1)
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", without_types, priority=400)  # before napoleon
     app.connect("missing-reference", resolve)
+    app.connect("source-read", read_from_repository)

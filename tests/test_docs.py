@@ -1,24 +1,58 @@
-"""What the READMEs and docs/ refer to is there, and the commands of docs/ are accepted."""
+"""
+Every command and every snippet of README.md and docs/ works.
 
+A fenced block without a mark is run, in a folder with a tiny data set and tiny models under the
+names that the pages use. A block that needs a GPU, COCO, a download or SLURM says so in a comment
+before it, `<!-- needs COCO -->`. It is not run: its options are parsed, its config is loaded with
+the overrides, and its imports are resolved. `<!-- continues -->` says that a block of Python uses
+the names of the one before.
+"""
+
+import ast
+import configparser
+import contextlib
+import os
 import re
-import shlex
+import runpy
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from matplotlib.figure import Figure
+from torch.distributed.run import get_args_parser
 
+import detectron2.model_zoo
+from detectron2.config import LazyConfig
 from detectron2.engine import DefaultTrainer
 
+import msrcnn_d2_cli
+from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import find_config_file, load_config
-from msrcnn_d2_cli import build_parser
+from tests.helpers.pages import CONTINUES, NEEDS, Block, blocks_of, commands_of, write_tiny_world
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [p for depth in ("*", "*/*", "*/*/*") for p in sorted(ROOT.glob(f"{depth}.md"))]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+# All pages, without what is installed or built
+PAGES = [
+    p
+    for pattern in ("*.md", "[a-z]*/*.md", "[a-z]*/*/*.md")
+    for p in sorted(ROOT.glob(pattern))
+    if p.relative_to(ROOT).parts[0] != "output"
+]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STUDIES = [p for p in PAGES if p not in DOCS]  # they take minutes to hours
 SCALING = ROOT / "docs" / "scaling.md"
+DATA = ("text", "bibtex")  # nothing to run
+STAND_INS = {"PORT": "29500", "$SLURM_NNODES": "2"}  # for what the parser takes as a number
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_images_exist(page):
     text = page.read_text()
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
@@ -28,47 +62,200 @@ def test_links_and_images_exist(page):
 
 
 def test_there_are_pages():
-    assert ROOT / "README.md" in PAGES and ROOT / "projects" / "nuclei" / "README.md" in PAGES
-    assert SCALING in PAGES
+    assert ROOT / "projects" / "nuclei" / "README.md" in STUDIES and SCALING in DOCS
+    assert sum(len(blocks_of(page)) for page in DOCS) > 40
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Text of the fenced blocks of a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def commands_of_train_net(text: str) -> list[list[str]]:
-    """The arguments that come after train_net.py, of each command."""
-    lines = text.replace("\\\n", " ").splitlines()
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_blocks_are_run_or_marked(page):
+    """A typo in a mark, or a language that nothing runs, must not make a block a silent one."""
+    for block in blocks_of(page):
+        if block.language.startswith("{"):
+            continue
+        assert block.language in ("bash", "python", "yaml", *DATA), block
+        assert not block.mark or block.mark == CONTINUES or NEEDS.fullmatch(block.mark), block
+
+
+@pytest.fixture(scope="module")
+def tiny_world(tmp_path_factory):
+    """A folder with a training's output, too, which pages about predictions start from."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny_world(folder)
+    return folder
+
+
+@pytest.fixture
+def world(tiny_world, tmp_path, monkeypatch, leave_no_traces):
+    """A copy of it as the current directory, where published weights are those of a tiny model."""
+    shutil.copytree(tiny_world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    find = model_zoo.get_config_file
+    for zoo, weights in ((model_zoo, "published.pth"), (detectron2.model_zoo, "mask_rcnn.pth")):
+        monkeypatch.setattr(zoo, "get_config", with_tiny_weights(zoo.get_config, weights))
+    monkeypatch.setattr(
+        model_zoo, "get_config_file", lambda name: name if os.path.exists(name) else find(name)
+    )
+    return tmp_path
+
+
+def with_tiny_weights(get_config, weights):
+    config = "my_config.py" if weights == "published.pth" else "my_mask_rcnn.py"
+
+    def get(name, trained=False):
+        cfg = get_config(name, trained=False)
+        if trained:
+            cfg = LazyConfig.load(config)
+            cfg.train.init_checkpoint = weights
+        return cfg
+
+    return get
+
+
+PAGES_WITH_BLOCKS = [p for p in DOCS if any(not b.language.startswith("{") for b in blocks_of(p))]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_BLOCKS, ids=name_of)
+def test_page(page, world, monkeypatch):
+    if page.name not in ("evaluate.md", "first_prediction.md"):  # one report shows that it works
+        monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+    names: dict = {}
+    for block in blocks_of(page):
+        with saying(block):
+            if block.language == "bash":
+                for command in commands_of_block(block):
+                    check_command(command)
+                    if not NEEDS.match(block.mark):
+                        run_command(command)
+            elif block.language == "python":
+                names = run_python(block, names if block.mark == CONTINUES else {})
+            elif block.language == "yaml":
+                yaml.safe_load(block.text)
+
+
+@pytest.mark.parametrize("page", STUDIES, ids=name_of)
+def test_commands_of_studies_are_accepted(page, world):
+    for block in blocks_of(page):
+        if block.language in ("", "bash"):
+            with saying(block):
+                for command in commands_of(block.text):
+                    check_command(command)
+
+
+@contextlib.contextmanager
+def saying(block: Block):
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise AssertionError(f"{block}: {error!r}\n{block.text}") from error
+
+
+def commands_of_block(block: Block) -> list[list[str]]:
+    """Of a script with its own control flow, those that start a training."""
+    if not block.text.startswith("#!"):
+        return list(commands_of(block.text))
+    checked = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True)
+    assert checked.returncode == 0 and not checked.stderr
+    lines = block.text.replace("\\\n", " ").splitlines()
     return [
-        shlex.split(arguments.rstrip("'"))
-        for _, found, arguments in (line.partition("train_net.py ") for line in lines)
-        if found
+        line[line.index(word) :].rstrip("'").replace('"', "").split()
+        for line in lines
+        for word in ("torchrun ", "msrcnn-d2 ")
+        if word in line and not (word == "msrcnn-d2 " and "torchrun " in line)
     ]
 
 
-def commands_of_docs():
-    for page in DOCS:
-        for language in ("", "bash"):
-            for block in blocks(page, language):
-                for arguments in commands_of_train_net(block):
-                    yield pytest.param(arguments, id=f"{page.name}: {' '.join(arguments)}")
+def check_command(words: list[str]) -> None:
+    """What a command says is there: program, options, files of the repository, config, keys."""
+    program, *args = words
+    if program == "torchrun":
+        parsed = get_args_parser().parse_args([STAND_INS.get(x, x) for x in args])
+        program = [] if parsed.no_python else ["python"]
+        check_command([*program, parsed.training_script, *parsed.training_script_args])
+    elif program == "msrcnn-d2" or (program == "python" and args[0] == "train_net.py"):
+        command = args[0] if program == "msrcnn-d2" else "train"
+        parsed = msrcnn_d2_cli.build_parser(command).parse(args[1:])
+        if command in ("train", "evaluate") and not parsed.config_file.startswith("output/"):
+            path = real_config(parsed.config_file)
+            load_config(path, parsed.opts, parsed.retrofit, parsed.weights)
+    elif program == "make":
+        subprocess.run(["make", "-n", *args], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip":
+        check_installation(args)
+    elif program == "python" and args[0].startswith(("projects/", "benchmarks/")):
+        assert (ROOT / args[0]).is_file()
+    else:
+        assert program == "python" and Path(args[0]).is_file(), f"no test knows '{program}'"
 
 
-@pytest.mark.parametrize("arguments", commands_of_docs())
-def test_commands_are_accepted(arguments):
-    args = build_parser("train").parse(arguments)
-    load_config(find_config_file(str(ROOT / args.config_file)), args.opts)
+def real_config(name: str) -> str:
+    """Not the tiny one of the same name."""
+    name = name.removeprefix("configs/")
+    if (ROOT / "configs" / name).is_file():
+        return str(ROOT / "configs" / name)
+    if (ROOT / name).is_file():
+        return str(ROOT / name)
+    return find_config_file(name)
 
 
-@pytest.mark.parametrize("script", blocks(SCALING, "bash"), ids=["torchrun", "pre-emption"])
-def test_scripts_are_bash(script):
-    checked = subprocess.run(
-        ["bash", "-n"], input=script, text=True, capture_output=True, check=False
-    )
-    assert checked.returncode == 0 and not checked.stderr
-    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert len(options) >= 5 and script.startswith("#!/bin/bash\n#SBATCH")
+def check_installation(args: list[str]) -> None:
+    assert args[0] == "install"
+    *_, target = args
+    folder, _, extras = target.partition("[")
+    assert (ROOT / folder / "pyproject.toml").is_file()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / folder / "setup.cfg")
+    for extra in filter(None, extras.rstrip("]").split(",")):
+        assert extra in setup["options.extras_require"]
+
+
+def run_command(words: list[str]) -> None:
+    """In this process; what installs or takes minutes is not run, but checked above."""
+    program, *args = words
+    if program == "msrcnn-d2":
+        if "output/" in " ".join(args) and not Path("output").exists():
+            train_before()
+        assert msrcnn_d2_cli.main(args) == 0
+    elif program == "python":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", args)
+            runpy.run_path(args[0], run_name="__main__")
+    else:
+        assert program in ("make", "pip")
+
+
+def train_before() -> None:
+    """The run whose output a page refers to."""
+    datasets = ["my_train", "train.json", "images/"], ["my_val", "val.json", "images/"]
+    options = [word for dataset in datasets for word in ("--dataset", *dataset)]
+    assert msrcnn_d2_cli.main(["train", "--config-file", "my_config.py", *options]) == 0
+
+
+def run_python(block: Block, names: dict) -> dict:
+    """The names that there are afterwards."""
+    named = re.match(r"# (\w+\.py)\n", block.text)
+    if named:
+        Path(named[1]).write_text(block.text)
+    if "output/" in block.text and not Path("output").exists():
+        train_before()
+    tree = ast.parse(block.text)
+    if NEEDS.match(block.mark):
+        tree.body = [x for x in tree.body if isinstance(x, (ast.Import, ast.ImportFrom))]
+    names.setdefault("__name__", "snippet")
+    exec(compile(tree, str(block), "exec"), names)
+    return names
+
+
+def test_slurm_scripts_say_what_they_ask_for():
+    scripts = [b.text for b in blocks_of(SCALING) if b.text.startswith("#!")]
+    assert len(scripts) == 2
+    for script in scripts:
+        assert script.startswith("#!/bin/bash\n#SBATCH")
+        assert sum(line.startswith("#SBATCH") for line in script.splitlines()) >= 5
 
 
 def test_the_table_of_batch_sizes_is_what_detectron2_makes_of_the_recipe():
@@ -86,3 +273,46 @@ def test_the_table_of_batch_sizes_is_what_detectron2_makes_of_the_recipe():
             ", ".join(f"{step:,}" for step in solver.STEPS),
             f"{solver.WARMUP_ITERS:,}",
         ]
+
+
+# Values of the keys of docs/options.md whose default is no number
+VALUES = {
+    "dataloader.images.intensity_range": "[0,4095]",
+    "dataloader.images.intensity_percentiles": "[0.1,99.9]",
+    "dataloader.images.max_pixels": "1000",
+    "dataloader.evaluator.engine": "pycocotools",
+    "dataloader.evaluator.max_dets_per_image": "200",
+    "model.roi_heads.mask_iou_head.score_exponent": "2.0",
+}
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=["lazy", "yaml"])
+def test_options_are_keys_of_both_kinds_of_config(column):
+    """The page that maps them: each key is known, and has the default that the page says."""
+    key_of = r"(?:`([\w.]+)`|\(none\))"
+    row = re.compile(rf"^\| {key_of}<br>{key_of} \| (.*?) \|", re.MULTILINE)
+    rows = row.findall((ROOT / "docs" / "options.md").read_text())
+    assert len(rows) > 30 and set(VALUES) <= {row[0] for row in rows}
+    path = find_config_file(
+        f"COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x{('.py', '.yaml')[column]}"
+    )
+    cfg = load_config(path)
+    overrides = []
+    for *keys, default in rows:
+        key = keys[column]
+        if key and re.fullmatch(r"-?[\d.]+|True|False", default):
+            assert str(value_of(cfg, key, default)) == default, key
+            overrides.append(f"{key}={default}")
+        elif key:
+            overrides.append(f"{key}={VALUES.get(keys[0], value_of(cfg, key, None))}")
+    load_config(path, [x for x in overrides if "intensity_percentiles" not in x.lower()])
+    load_config(path, [x for x in overrides if "intensity_range" not in x.lower()])
+
+
+def value_of(cfg, key, default):
+    """An argument that a LazyConfig leaves at its default is not in it."""
+    for name in key.split("."):
+        if name not in cfg:
+            return default
+        cfg = cfg[name]
+    return cfg

@@ -256,7 +256,7 @@ def load_config(
         overrides: "key=value" for a LazyConfig; "KEY=VALUE", or "KEY" and "VALUE" in turn, for
             yacs.
         retrofitted: whether to turn the file's config into that of a retrofit, with
-            :func:`msrcnn_d2.retrofit`, before the overrides.
+            :func:`retrofit`, before the overrides.
         weights: what to start from, in place of what the config says; `overrides` come after it.
 
     Returns:

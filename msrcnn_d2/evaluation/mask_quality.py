@@ -42,7 +42,7 @@ class Agreement:
         true_iou: mean true IoU, in [0, 1].
         pearson, spearman: {score: coefficient of correlation with the true IoU, in [-1, 1]}; of
             the class score, the predicted IoU and the mask score, as far as the model has them.
-        mae: mean of |predicted IoU - true IoU|.
+        mae: mean absolute difference of predicted and true IoU.
         bias: mean of predicted IoU - true IoU; positive where the model thinks too well of itself.
         ece: expected calibration error of the predicted IoU over ten bins.
 

@@ -63,8 +63,8 @@ class MaskOverlaps:
     @cached_property
     def largest(self) -> np.ndarray:
         """
-        N values in [0, 1]: the largest IoU of each mask with an object of its class in its image;
-        0 without such an object. Crowds are none: of their masks there is no IoU.
+        The largest IoU of each mask with an object of its class in its image, N values in [0, 1].
+        It is 0 if there is no such object. Crowds do not count, because they have no IoU.
         """
         largest = np.zeros(self._num_results)
         for place in self._places:
