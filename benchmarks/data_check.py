@@ -12,7 +12,7 @@ from detectron2.data.datasets import load_coco_json
 from benchmarks.measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
 from benchmarks.report import Part
 from benchmarks.synthetic_coco import HEIGHT, NUM_DISTINCT, WIDTH, draw_dataset
-from msrcnn_d2.dataset_check.check import check_contents, read_contents
+from msrcnn_d2.dataset_check.check import find_issues, read_dataset
 from msrcnn_d2.dataset_check.images import look_at_images
 
 NUM_IMAGES = 118_000  # of COCO train2017
@@ -31,8 +31,8 @@ def _annotations(folder: Path) -> Part:
     num_annotations = _write(path)
 
     def check(stopwatch: Stopwatch) -> None:
-        contents = stopwatch("read", read_contents, path)
-        stopwatch("check", check_contents, contents, None)
+        dataset = stopwatch("read", read_dataset, path, None)
+        stopwatch("check", find_issues, dataset)
 
     def load(stopwatch: Stopwatch) -> None:
         stopwatch("read", load_coco_json, path, "")

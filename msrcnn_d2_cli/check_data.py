@@ -21,8 +21,7 @@ from typing import IO, TYPE_CHECKING
 from .parsing import UsageError, add_image_arguments, at_least, image_arguments, settings_from
 
 if TYPE_CHECKING:
-    from msrcnn_d2.dataset_check.findings import Findings
-    from msrcnn_d2.dataset_check.fix import Mended
+    from msrcnn_d2.dataset_check import Findings, Fixed
 
 USAGE = "ANNOTATIONS.json IMAGES/ [options]"
 EXAMPLES = """
@@ -80,46 +79,25 @@ def run(args: argparse.Namespace) -> int:
     if args.fix and args.json and os.path.realpath(args.fix) == os.path.realpath(args.json):
         raise UsageError("--fix and --json need two files.")
 
-    from msrcnn_d2.dataset_check.check import (
-        check_contents,
-        check_encoding,
-        check_folder,
-        read_contents,
-        read_images,
-    )
-    from msrcnn_d2.dataset_check.findings import Level
-    from msrcnn_d2.dataset_check.fix import mend_contents
-    from msrcnn_d2.utils.errors import UserError
+    from msrcnn_d2.dataset_check import Level, check_dataset, fix_dataset
 
     images = None if args.no_images else str(args.images)
-    check_folder(images)
     settings = settings_from(args)
     print(f"Reading {args.annotations} ...", flush=True)
     with contextlib.ExitStack() as stack:
         # Opened first, so that it is known before the long part that they can be written
-        fixed = args.fix and stack.enter_context(output(args.fix, args.annotations))
+        out = args.fix and stack.enter_context(output(args.fix, args.annotations))
         data = args.json and stack.enter_context(output(args.json, args.annotations))
-        contents = read_contents(args.annotations)
-        files = read_images(
-            contents, images, args.quick, args.workers, progress=True, settings=settings
-        )
-        findings = check_contents(contents, files)
-        check_encoding(args.annotations, findings)
-        mended = None
-        if fixed:
-            if files and all(file.kind == "image-missing" for file in files.values()):
-                raise UserError(
-                    f"None of the {len(files):,} images, such as '{next(iter(files))}', is in the "
-                    f"folder '{args.images}': give theirs, so that --fix does not drop them all."
-                )
-            mended = mend_contents(contents, files, findings)
-            fixed.write(json.dumps(contents))
+        source = args.annotations, images
+        how = {"quick": args.quick, "num_workers": args.workers, "settings": settings}
+        fixed = fix_dataset(*source, out, **how) if out else None
+        findings = fixed.found if fixed else check_dataset(*source, **how)
         if data:
             found = {"annotations": args.annotations, "images": images, **findings.as_data()}
-            fixes = {"fixed": mended.as_data()} if mended else {}
+            fixes = {"fixed": fixed.as_data()} if fixed else {}
             json.dump({**found, **fixes}, data, indent=1)
-    print("\n" + text_of(findings, mended, args))
-    left = mended.left if mended else findings
+    print("\n" + text_of(findings, fixed, args))
+    left = fixed.left if fixed else findings
     return int(bool(left.of(Level.ERROR) or (args.strict and left.of(Level.WARNING))))
 
 
@@ -152,10 +130,9 @@ def output(path: str, source: str) -> Iterator[IO[str]]:
         ) from None
 
 
-def text_of(findings: "Findings", mended: "Mended | None", args: argparse.Namespace) -> str:
+def text_of(findings: "Findings", fixed: "Fixed | None", args: argparse.Namespace) -> str:
     """What the command prints: the head, the findings by kind, the fixes, the sums."""
-    from msrcnn_d2.dataset_check.findings import Level
-    from msrcnn_d2.dataset_check.kinds import KINDS, Mend
+    from msrcnn_d2.dataset_check.issues import KINDS, Fix, Level
     from msrcnn_d2.utils.text import plural
 
     max_shown = None if args.all else args.show
@@ -167,9 +144,9 @@ def text_of(findings: "Findings", mended: "Mended | None", args: argparse.Namesp
         head += f"\n{how} {plural(findings.num_files, 'file')} in {args.images}."
     parts = [head, findings.summary(max_shown)]
 
-    if mended:
-        left = mended.left
-        lines = [f"FIXED in {args.fix}:", mended.summary(max_shown) or "  nothing"]
+    if fixed:
+        left = fixed.left
+        lines = [f"FIXED in {args.fix}:", fixed.summary(max_shown) or "  nothing"]
         lines += [f"The copy has {entries_of(left)}; it still has {left.totals()}."]
         lines += [
             f"  {kind} ({len(found):,}): {KINDS[kind].title}"
@@ -181,7 +158,7 @@ def text_of(findings: "Findings", mended: "Mended | None", args: argparse.Namesp
     last = f"{findings.totals()}."
     if not args.all and any(len(x) > args.show for x in findings.by_kind().values()):
         last += " (--all shows all.)"
-    if not mended and any(KINDS[f.kind].mend is not Mend.NOTHING for f in findings.all):
+    if not fixed and any(KINDS[f.kind].fix is not Fix.NOTHING for f in findings.all):
         last += f" To fix what can be fixed:\n  {command_to_fix(args)}"
     return "\n\n".join(filter(None, [*parts, last]))
 

@@ -246,13 +246,13 @@ CLI_ERRORS = {
     "pickle": (nothing, ["in.pth", FIT[1]], "in.pth' is not JSON"),
     "empty results": (with_results([]), FIT, "has no predictions"),
     "annotations as results": (nothing, [FIT[1], FIT[1]], "is not a list of predictions"),
-    "results as annotations": (nothing, [FIT[0], FIT[0]], "has no annotations of objects"),
+    "results as annotations": (nothing, [FIT[0], FIT[0]], "no list of annotations"),
     "plain Mask R-CNN": (
         with_results([{k: v for k, v in LARGE[0].items() if k != "pred_mask_iou"}]),
         [*FIT, *WRITE],
         "come from a plain Mask R-CNN",
     ),
-    "other images": (with_results([{**LARGE[0], "image_id": 7}]), FIT, "1 images that the ann"),
+    "other images": (with_results([{**LARGE[0], "image_id": 7}]), FIT, "1 image id"),
     "plain checkpoint": (
         nothing,
         [*FIT, "--checkpoint", "plain.pth", *WRITE[2:]],

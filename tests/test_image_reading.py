@@ -17,7 +17,7 @@ from detectron2.data.detection_utils import read_image
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.dataset_check import check_dataset
-from msrcnn_d2.dataset_check.findings import Level
+from msrcnn_d2.dataset_check.issues import Level
 from msrcnn_d2.engine import build_recipe, load_config, register_dataset
 from msrcnn_d2.engine.data_check import check_data
 from msrcnn_d2.engine.inference_loader import build_test_loader

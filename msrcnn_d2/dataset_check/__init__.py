@@ -1,4 +1,5 @@
 from .check import check_dataset
-from .findings import Finding, Findings, Level
+from .fix import Fixed, fix_dataset
+from .issues import Finding, Findings, Level
 
-__all__ = ["Finding", "Findings", "Level", "check_dataset"]
+__all__ = ["Finding", "Findings", "Fixed", "Level", "check_dataset", "fix_dataset"]

@@ -1,4 +1,4 @@
-"""Look at the files of images: are they there, whole, of which size and depth."""
+"""Check the images of a dataset: whether their files are there and whole, their size and depth."""
 
 import os
 import warnings
@@ -10,6 +10,7 @@ from typing import IO
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ..coco_format import Entries, Report, said, sides_of
 from ..image_reading import (
     ImageSettings,
     NeedsSetting,
@@ -19,32 +20,122 @@ from ..image_reading import (
     without_pixel_limit,
 )
 
-__all__ = ["ImageFile", "look_at_images"]
+__all__ = ["ImageFile", "check_images", "look_at_images"]
 
-# What the last bytes of a whole file are, by the names that Pillow has for formats
+# The last bytes of a whole file, by Pillow's names of formats
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"}
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
 TURNED = (5, 6, 7, 8)  # the orientations in EXIF that exchange height and width
+
+Size = tuple[int, int]  # height and width in pixels
 
 
 @dataclass(frozen=True)
 class ImageFile:
     """
     Attributes:
-        size: height and width in pixels, as it is read; None if it cannot be.
-        kind: of the finding, if there is something wrong; see `KINDS`.
-        message: what that is.
+        size: height and width in pixels, as the image is read; None if it cannot be read.
+        kind: of the finding, if something is wrong with the file; see `KINDS`.
+        message: of the finding.
         orientation: from EXIF; 1 if there is none.
-        is_turned: whether it is read as the orientation says, or as it is stored.
+        is_turned: whether the image is read as the orientation says, or as it is stored.
         other_size: height and width if it were read the other way.
     """
 
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     kind: str | None = None
     message: str = ""
     orientation: int = 1
     is_turned: bool = False
-    other_size: tuple[int, int] | None = None
+    other_size: Size | None = None
+
+
+def check_images(
+    entries: Entries, images: list, files: dict[str, ImageFile] | None, report: Report
+) -> None:
+    """
+    Check file names and image files, and whether images have annotations.
+
+    Args:
+        images: of the file.
+        files: from :func:`look_at_images`; None to leave them out.
+    """
+    names: set[str] = set()
+    readable: dict[int, ImageFile] = {}
+    for k, image in enumerate(images):
+        if not isinstance(image, dict):
+            continue
+        name = image.get("file_name")
+        if not isinstance(name, str) or not name:
+            report("images", k, "image-file-name", f"the file name is {said(image, 'file_name')}")
+            continue
+        if name in names:
+            report("images", k, "image-file-twice", "an image before it has the same file")
+        names.add(name)
+        if files is None:
+            continue
+        file, size = files[name], sides_of(image)
+        if file.kind:
+            report("images", k, file.kind, file.message)
+        if size and file.size:
+            readable[k] = file
+            if size not in (file.size, file.other_size):
+                report("images", k, "image-size", _size_message(file.size, size))
+    _check_orientations(entries, readable, report)
+    used = set(entries.image_of.tolist())
+    for k in entries.image_index.values():
+        if k not in used:
+            report("images", k, "image-empty", "it has no annotations")
+
+
+def _check_orientations(entries: Entries, files: dict[int, ImageFile], report: Report) -> None:
+    """
+    Find annotations that treat the orientation in EXIF in another way than images are read.
+
+    Annotations are of images either as they are stored or as EXIF turns them. The majority of the
+    images whose size tells decides for all, since a file is made in one of the two ways.
+
+    Args:
+        files: those that can be read, by the place of the image.
+    """
+    fits_now: list[int] = []
+    fits_other: list[int] = []
+    unclear: list[int] = []
+    sizes = {k: sides_of(entries.images[k]) for k in files}
+    for k, file in files.items():
+        if file.orientation != 1 and sizes[k] in (file.size, file.other_size):
+            if file.size == file.other_size:
+                unclear.append(k)
+            else:
+                (fits_now if sizes[k] == file.size else fits_other).append(k)
+    decided = bool(fits_other) and len(fits_other) >= len(fits_now)
+    for k in fits_other:
+        message = _size_message(files[k].size, sizes[k])
+        if decided:
+            report("images", k, "image-orientation", f"{message}; {_advice(files[k])}")
+        else:
+            report("images", k, "image-size", message)
+    for k in unclear:
+        if decided:
+            message = f"its size does not tell, but that of other images does; {_advice(files[k])}"
+            report("images", k, "image-orientation", message)
+        elif not fits_now:
+            message = f"its orientation is {files[k].orientation}"
+            report("images", k, "image-orientation-unclear", message)
+
+
+def _size_message(size: Size | None, expected: Size | None) -> str:
+    found, said_ = ("{1} x {0}".format(*x or ("?", "?")) for x in (size, expected))
+    return f"it has {found} pixels (width x height), the annotations say {said_}"
+
+
+def _advice(file: ImageFile) -> str:
+    read, meant = ("turned", "stored") if file.is_turned else ("stored", "turned")
+    return (
+        f"it is read as {read} (orientation {file.orientation} in EXIF), and the annotations are "
+        f"of the image as {meant}: set dataloader.images.apply_exif={not file.is_turned} (yaml: "
+        f"INPUT.APPLY_EXIF {not file.is_turned})"
+    )
 
 
 def look_at_images(
@@ -56,18 +147,16 @@ def look_at_images(
     settings: ImageSettings | None = None,
 ) -> dict[str, ImageFile]:
     """
-    Args:
-        folder: that of the images.
-        names: of their files in it.
-        quick: to read the headers only. Of JPEG and PNG the end of the file is looked at as well,
-            and the file is decoded if that is not as it has to be.
-        num_workers: threads; by default as many as there are cores. Pillow decodes without holding
-            up the others.
-        progress: whether to show a bar, where there is a terminal.
-        settings: how images are read.
+    Read image files.
 
-    Returns:
-        for each name what its file is.
+    Args:
+        folder: the folder of the images.
+        names: of their files in it.
+        quick: whether to read only the headers, and of JPEG and PNG the ends, which show whether a
+            file is whole. A file that does not end as it should is decoded.
+        num_workers: threads; by default as many as there are cores. Pillow decodes in parallel.
+        progress: whether to show a progress bar, if there is a terminal.
+        settings: how images are read.
     """
     names = list(dict.fromkeys(names))
     settings = settings or ImageSettings()
@@ -75,7 +164,7 @@ def look_at_images(
     pool = ThreadPoolExecutor(num_workers or os.cpu_count())
     try:
         with warnings.catch_warnings(), without_pixel_limit():
-            warnings.simplefilter("ignore")  # of Pillow: of large images, and odd EXIF
+            warnings.simplefilter("ignore")  # Pillow's, about large images and odd EXIF
             files = pool.map(lambda path: _look_at(path, quick, settings), paths)
             bar = tqdm(files, "images", len(paths), disable=None if progress else True)
             return dict(zip(names, bar))
@@ -92,46 +181,47 @@ def _look_at(path: str, quick: bool, settings: ImageSettings) -> ImageFile:
     except IsADirectoryError:
         return ImageFile(kind="image-unreadable", message="it is a folder")
     except UnidentifiedImageError:
-        return ImageFile(kind="image-unreadable", message=_unknown(path))
+        with open(path, "rb") as f:
+            is_tiff = f.read(4) in TIFF
+        message = "Pillow does not know its format"
+        if is_tiff:
+            message = (
+                "Pillow reads no TIFF of this kind, such as one of several float, 32-bit or over "
+                "four channels: convert it to 8 bits, or to a single channel"
+            )
+        return ImageFile(kind="image-unreadable", message=message)
     except NeedsSetting as error:
         return ImageFile(kind=error.kind, message=str(error))
     except Exception as error:  # Pillow raises whatever the damage leads to
         return ImageFile(kind="image-unreadable", message=_first_line(error))
 
 
-def _unknown(path: str) -> str:
-    with open(path, "rb") as f:
-        is_tiff = f.read(4) in TIFF
-    if is_tiff:
-        return (
-            "Pillow reads no TIFF of this kind, such as one of several float, 32-bit or over four "
-            "channels: convert it to 8 bits, or to a single channel"
-        )
-    return "it is no image that Pillow knows"
-
-
 def _read(f: IO[bytes], quick: bool, settings: ImageSettings) -> ImageFile:
-    tail = _tail(f)
+    f.seek(max(0, f.seek(0, os.SEEK_END) - max(map(len, ENDS.values()))))
+    tail = f.read()
+    f.seek(0)
     with open_image(f, settings) as image:
-        problem = _problem(image, settings)  # before the image is decoded
+        kind, message = _depth_problem(image, settings)  # before the image is decoded
         ends_well = tail.endswith(ENDS.get(image.format or "", b""))
         if not (quick and ends_well):
             try:
-                _decode(image)
+                image.load()
+                if image.mode != "RGB":  # Detectron2 converts all to RGB
+                    image.convert("RGB")
             except Exception as error:
-                cut = not ends_well or "truncated" in str(error)
-                kind = "image-truncated" if cut else "image-unreadable"
+                is_cut = not ends_well or "truncated" in str(error)
+                kind = "image-truncated" if is_cut else "image-unreadable"
                 return ImageFile(kind=kind, message=_first_line(error))
         width, height = image.size
         orientation = _orientation(image)
         stored = (height, width)
         turned = (width, height) if orientation in TURNED else stored
-        sizes = (turned, stored) if settings.apply_exif else (stored, turned)
+        size, other = (turned, stored) if settings.apply_exif else (stored, turned)
         is_turned = settings.apply_exif and orientation != 1
-        return ImageFile(sizes[0], *problem, orientation, is_turned, sizes[1])
+        return ImageFile(size, kind, message, orientation, is_turned, other)
 
 
-def _problem(image: Image.Image, settings: ImageSettings) -> tuple[str | None, str]:
+def _depth_problem(image: Image.Image, settings: ImageSettings) -> tuple[str | None, str]:
     """Kind and message of a finding about the depth of an image, if there is one."""
     try:
         refuse_unless_readable(image, settings)
@@ -142,26 +232,11 @@ def _problem(image: Image.Image, settings: ImageSettings) -> tuple[str | None, s
     return None, ""
 
 
-def _tail(f: IO[bytes]) -> bytes:
-    longest = max(map(len, ENDS.values()))
-    f.seek(max(0, f.seek(0, os.SEEK_END) - longest))
-    tail = f.read()
-    f.seek(0)
-    return tail
-
-
-def _decode(image: Image.Image) -> None:
-    """As Detectron2 does, which converts all to RGB."""
-    image.load()
-    if image.mode != "RGB":
-        image.convert("RGB")
-
-
 def _orientation(image: Image.Image) -> int:
     try:
-        # Not that of PNG, which decodes the image to find what may come after it
+        # Not PNG's own `getexif`, which decodes the image to find what may come after it
         exif = Image.Image.getexif(image)
-    except Exception:  # so does Detectron2, which then takes the image as it is
+    except Exception:  # Detectron2, too, then takes the image as it is
         return 1
     orientation = exif.get(ExifTags.Base.Orientation)
     return orientation if orientation in range(2, 9) else 1  # type: ignore[return-value]

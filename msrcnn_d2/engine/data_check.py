@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..dataset_check import Finding, Findings, Level, check_dataset
-from ..dataset_check.findings import BAD_IMAGES
+from ..dataset_check.issues import BAD_IMAGES
 from ..utils.errors import UserError
 from ..utils.text import plural
 from .recipe import Recipe

@@ -1,4 +1,4 @@
-"""A mended dataset is one that Detectron2 and pycocotools take, and as much as before as can be."""
+"""A fixed dataset is one that Detectron2 and pycocotools take, with as much as possible kept."""
 
 import contextlib
 import copy
@@ -15,16 +15,20 @@ from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 
 from msrcnn_d2.dataset_check import Level, check_dataset
-from msrcnn_d2.dataset_check.check import check_contents, read_contents, read_images
-from msrcnn_d2.dataset_check.fix import mend_contents
-from msrcnn_d2.dataset_check.kinds import KINDS, Mend
+from msrcnn_d2.dataset_check.check import Dataset, find_issues, read_dataset
+from msrcnn_d2.dataset_check.fix import fix_issues
+from msrcnn_d2.dataset_check.images import look_at_images
+from msrcnn_d2.dataset_check.issues import KINDS, Fix
 from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
-from tests.test_data_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
+from tests.test_dataset_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
 
 HEIGHT, WIDTH = IMAGE_SIZE
 SIZE = {"height": HEIGHT, "width": WIDTH}
 TRIANGLE = [50, 10, 90, 10, 90, 50]
+# Errors in annotations that only a person can correct
+LEFT = {"no-images", "no-categories", "no-objects", "normalised", "image-id-mixed"}
+LEFT |= {"category-id-twice", "category-id-mixed", "category-name"}
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +46,26 @@ def contents(folder):
     return json.loads((folder / "a.json").read_text())
 
 
-def mend(contents, folder):
-    files = read_images(contents, str(folder / "images"), False, 1, progress=False)
-    return mend_contents(contents, files, check_contents(contents, files))
+def fix(contents, folder):
+    names = [x["file_name"] for x in contents["images"] if is_named(x)]
+    files = look_at_images(str(folder / "images"), names, num_workers=1, progress=False)
+    return fix_issues(Dataset(contents, files))
+
+
+def is_named(image):
+    name = image.get("file_name") if isinstance(image, dict) else None
+    return isinstance(name, str) and bool(name)
 
 
 def assert_usable(contents, folder, path):
-    """What mending can mend is mended, and whatever comes after takes the file."""
+    """Nothing that can be fixed is left, and without errors Detectron2 and COCO take the file."""
     path.write_text(json.dumps(contents))
     findings = check_dataset(str(path), str(folder / "images"), progress=False)
-    for finding in findings.of(Level.ERROR):
-        assert finding.kind in ("no-images", "no-categories", "no-objects"), str(finding)
-    for finding in findings.of(Level.WARNING):
-        assert KINDS[finding.kind].mend is Mend.NOTHING, str(finding)
-    if contents["images"] and contents["categories"]:
+    for finding in findings.all:
+        assert KINDS[finding.kind].fix is Fix.NOTHING, str(finding)
+    errors = {finding.kind for finding in findings.of(Level.ERROR)}
+    assert errors <= LEFT, errors
+    if errors <= {"no-objects"}:
         for record, instances in mapped(path, folder, findings.mask_format):
             assert len(instances) == sum(a["iscrowd"] == 0 for a in record["annotations"])
             assert not len(instances) or instances.has("gt_masks")
@@ -64,7 +74,7 @@ def assert_usable(contents, folder, path):
 
 def mapped(path, folder, mask_format):
     """For each image what Detectron2's loader and its mapper make of it."""
-    name = f"mended_{path.stem}"
+    name = f"fixed_{path.stem}"
     dicts = load_coco_json(str(path), str(folder / "images"), name)
     MetadataCatalog.pop(name)
     mapper = DatasetMapper(
@@ -106,23 +116,24 @@ def as_text(rle):
 def test_whatever_is_wrong_is_usable_afterwards(case, contents, folder, tmp_path):
     change, kind, *_ = ONE_THING_WRONG[case]
     change(contents)
-    mended = mend(contents, folder)
-    done = {change.finding.kind for change in mended.changes}
-    assert (kind in done) == (KINDS[kind].mend is not Mend.NOTHING)
+    fixed = fix(contents, folder)
+    done = {change.finding.kind for change in fixed.changes}
+    assert (kind in done) == (KINDS[kind].fix is not Fix.NOTHING)
+    assert fixed.left.of(Level.ERROR) == [] or kind in LEFT
     assert_usable(contents, folder, tmp_path / "b.json")
 
 
 def changed(contents, folder, **changes):
-    """Annotation 1 after it was changed and mended; None if it is gone."""
+    """Annotation 1 after it was changed and fixed; None if it is gone."""
     contents["annotations"][0].update(changes)
     for key in [k for k, v in changes.items() if v is None]:
         del contents["annotations"][0][key]
-    mend(contents, folder)
+    fix(contents, folder)
     found = [a for a in contents["annotations"] if a["image_id"] == 1 and a["category_id"] == 1]
     return found[0] if found else None
 
 
-MENDED = {
+FIXED = {
     "polygon among good ones": (
         {"segmentation": [[1, 2], SQUARE, [NAN] * 6, TRIANGLE, [1e9, *TRIANGLE[1:]]]},
         # The triangle has half of 40 x 40 pixels without its diagonal
@@ -151,19 +162,14 @@ MENDED = {
         {"area": 32 * 32 + 4 * 4, "bbox": [0, 8, 40, 46]},
     ),
     "no iscrowd": ({"iscrowd": None}, {"iscrowd": 0}),
-    "iscrowd as text 0": ({"iscrowd": "0"}, {"iscrowd": 0}),
-    "iscrowd as text 1": ({"iscrowd": "1"}, {"iscrowd": 1}),
-    "iscrowd of 2": ({"iscrowd": 2}, {"iscrowd": 1}),
-    "ignored": ({"ignore": 1}, {"iscrowd": 1, "ignore": 0}),
-    "ignored by text": ({"ignore": "0"}, {"iscrowd": 0, "ignore": 0}),
     "id of text": ({"id": "1"}, {"id": 1}),
     "id 0": ({"id": 0}, {"id": 1}),
 }
 
 
-@pytest.mark.parametrize("case", MENDED)
-def test_mended_annotations(case, contents, folder):
-    changes, expected = MENDED[case]
+@pytest.mark.parametrize("case", FIXED)
+def test_fixed_annotations(case, contents, folder):
+    changes, expected = FIXED[case]
     before = copy.deepcopy(contents)
     before["annotations"][0].update({k: v for k, v in changes.items() if v is not None})
     entry = changed(contents, folder, own_field={"a": [1]}, **changes)
@@ -185,6 +191,10 @@ def test_mended_annotations(case, contents, folder):
         {"segmentation": [[-9, 9, 0, 9, 0, 20]]},
         {"category_id": 7},
         {"image_id": 7},
+        {"iscrowd": "0"},
+        {"iscrowd": 2},
+        {"ignore": 1},
+        {"ignore": "0"},
     ],
 )
 def test_annotations_that_cannot_be_kept(changes, contents, folder):
@@ -194,13 +204,14 @@ def test_annotations_that_cannot_be_kept(changes, contents, folder):
 
 def test_bad_images_go_with_their_annotations(contents, folder):
     contents["images"][0]["file_name"] = "none.png"
-    mended = mend(contents, folder)
+    fixed = fix(contents, folder)
     assert [x["id"] for x in contents["images"]] == [2]
     assert [x["id"] for x in contents["annotations"]] == [3, 4]
-    assert "image-missing (1): dropped the image" in mended.summary()
-    assert (
-        "of images that were dropped (2): dropped the annotation with its image" in mended.summary()
-    )
+    assert changes_of(fixed) == [("image-missing", Fix.DROP)] + 2 * [
+        ("unknown-image", Fix.DROP_WITH_IMAGE)
+    ]
+    assert "image-missing (1): left out" in fixed.summary()
+    assert "annotations (2): left out with their image" in fixed.summary()
 
 
 def test_missing_sizes_are_those_of_the_files(contents, folder):
@@ -208,44 +219,72 @@ def test_missing_sizes_are_those_of_the_files(contents, folder):
         del entry["height"], entry["width"]
     del contents["annotations"][0]["area"]
     before = len(contents["annotations"])
-    mended = mend(contents, folder)
+    fixed = fix(contents, folder)
     assert [(x["height"], x["width"]) for x in contents["images"]] == [IMAGE_SIZE] * 2
     assert len(contents["annotations"]) == before and contents["annotations"][0]["area"] == 1024
-    assert "image-sides (2): took height and width from the file" in mended.summary()
+    assert changes_of(fixed)[:2] == [("image-sides", Fix.SET_SIZE)] * 2
 
 
 def test_missing_sizes_without_files_cost_the_image(contents):
     del contents["images"][0]["height"]
-    mend_contents(contents, None, check_contents(contents, None))
+    fix_issues(Dataset(contents))
     assert [x["id"] for x in contents["images"]] == [2]
 
 
-def test_the_first_of_duplicates_stays(contents, folder):
-    contents["images"].append({"id": 1, "file_name": "2.png", **SIZE, "second": True})
-    contents["categories"].append({"id": 1, "name": "second"})
+def changes_of(fixed):
+    return [(change.finding.kind, change.fix) for change in fixed.changes]
+
+
+def test_the_first_of_equal_entries_stays(contents, folder):
+    contents["images"].append(dict(contents["images"][0]))
     contents["annotations"].append({**contents["annotations"][1], "id": 1})
     contents["annotations"].append({**contents["annotations"][1], "id": 1, "category_id": 3})
-    mend(contents, folder)
+    fix(contents, folder)
     assert [x["id"] for x in contents["images"]] == [1, 2]
-    assert "second" not in json.dumps(contents)
     # The first is a copy of annotation 2, the second has only the id of another one
     assert [x["id"] for x in contents["annotations"]] == [1, 2, 3, 4, 5]
     assert contents["annotations"][-1]["category_id"] == 3
 
 
-@pytest.mark.parametrize("keys", [["bbox"], ["segmentation"], ["bbox", "segmentation"]])
-def test_coordinates_from_0_to_1_become_pixels(keys, contents, folder):
-    expected = copy.deepcopy(contents)
-    normalise(contents, *keys)
-    if keys == ["bbox", "segmentation"]:  # and their areas with them
-        for entry in contents["annotations"]:
-            entry["area"] /= HEIGHT * WIDTH
-    mended = mend(contents, folder)
-    assert mended.left.totals() == "0 errors, 0 warnings, 1 note"
-    for entry, pixels in zip(contents["annotations"], expected["annotations"]):
-        assert entry["bbox"] == pytest.approx(pixels["bbox"])
-        assert entry["segmentation"][0] == pytest.approx(pixels["segmentation"][0])
-        assert entry["area"] == pixels["area"]
+def test_images_with_one_id_are_left_out_if_they_differ(contents, folder):
+    """Which of them the annotations are of is not known."""
+    contents["images"].append({"id": 1, "file_name": "3.png", **SIZE})
+    fixed = fix(contents, folder)
+    assert [x["id"] for x in contents["images"]] == [2]
+    assert [x["id"] for x in contents["annotations"]] == [3, 4]
+    assert {x.finding.index for x in fixed.changes if x.finding.kind == "image-id-twice"} == {0, 2}
+
+
+def double_category(contents):
+    contents["categories"].append({"id": 1, "name": "second"})
+
+
+ONLY_FOR_A_PERSON = {
+    "normalised": lambda contents: normalise(contents, "bbox", "segmentation"),
+    "category-id-twice": double_category,
+    "category-name": lambda contents: contents["categories"][0].pop("name"),
+    "category-id-mixed": lambda contents: contents["categories"].append({"id": "x", "name": "x"}),
+    "image-id-mixed": lambda contents: contents["images"][1].update(id="2"),
+}
+
+
+@pytest.mark.parametrize("kind", ONLY_FOR_A_PERSON)
+def test_what_only_a_person_knows_stays(kind, contents, folder):
+    ONLY_FOR_A_PERSON[kind](contents)
+    if kind == "image-id-mixed":
+        for entry in contents["annotations"][2:]:
+            entry["image_id"] = "2"
+    before = copy.deepcopy(contents)
+    fixed = fix(contents, folder)
+    assert contents == before and fixed.changes == []
+    assert {finding.kind for finding in fixed.left.of(Level.ERROR)} == {kind}
+
+
+def test_boxes_and_areas_are_not_computed_from_masks_that_are_not_in_pixels(contents, folder):
+    normalise(contents, "segmentation")
+    del contents["annotations"][0]["area"], contents["annotations"][1]["bbox"]
+    before = copy.deepcopy(contents)
+    assert fix(contents, folder).changes == [] and contents == before
 
 
 def test_a_byte_order_mark_is_not_written_again(folder, tmp_path, monkeypatch, capsys, contents):
@@ -253,24 +292,11 @@ def test_a_byte_order_mark_is_not_written_again(folder, tmp_path, monkeypatch, c
     path.write_text(json.dumps(contents), "utf-8-sig")
     assert run(monkeypatch, capsys, path, folder / "images")[0] == 1
     code, text = run(monkeypatch, capsys, path, folder / "images", "--fix", fixed)
-    assert code == 0 and "byte-order-mark (1): wrote UTF-8" in text
+    assert code == 0 and "byte-order-mark (1)" in text
     assert json.loads(fixed.read_text()) == contents
 
 
-def test_annotations_follow_new_ids(contents, folder):
-    contents["images"][1]["id"] = "two"
-    contents["categories"][2]["id"] = "three"
-    contents["annotations"][2].update(image_id="two", category_id="three")
-    contents["annotations"][3]["image_id"] = "two"
-    mend(contents, folder)
-    assert [x["id"] for x in contents["images"]] == [1, 2]
-    assert [x["id"] for x in contents["categories"]] == [1, 2, 3]
-    assert [(x["image_id"], x["category_id"]) for x in contents["annotations"]] == [
-        *((1, 1), (1, 2), (2, 3), (2, 1))
-    ]
-
-
-def test_the_command_writes_a_mended_copy(folder, tmp_path, monkeypatch, capsys, contents):
+def test_the_command_writes_a_fixed_copy(folder, tmp_path, monkeypatch, capsys, contents):
     contents.update(info={"year": 2020}, licenses=[], own=[1, {"a": None}])
     contents["annotations"][0]["segmentation"].insert(0, [1, 2])
     contents["annotations"][1]["id"] = 1
@@ -282,10 +308,10 @@ def test_the_command_writes_a_mended_copy(folder, tmp_path, monkeypatch, capsys,
     code, text = run(monkeypatch, capsys, *arguments)
     assert code == 0
     assert f"FIXED in {fixed}:\n" in text
-    assert "polygon-points (1): dropped the polygon\n    - image 1 '1.png', annotation 1" in text
-    assert "annotation-id-twice (1): gave it a new id\n" in text and "annotation 1: id 2" in text
-    assert "unknown-category (1): dropped the annotation" in text
-    assert "still has 0 errors, 0 warnings" in text
+    assert "polygon-points (1): left out the polygon\n    - image 1 '1.png', annotation 1" in text
+    assert "annotation-id-twice (1): gave a new id\n" in text and "annotation 1: id 2" in text
+    assert "unknown-category (1): left out\n" in text
+    assert "0 errors, 0 warnings" in text
 
     assert path.read_bytes() == before
     written = json.loads(fixed.read_text())
@@ -310,7 +336,7 @@ def test_what_nothing_is_left_of_is_still_an_error(folder, tmp_path, monkeypatch
     assert json.loads((tmp_path / "b.json").read_text())["annotations"] == []
 
 
-def test_the_wrong_folder_is_not_mended(folder, tmp_path, monkeypatch, capsys):
+def test_the_wrong_folder_is_not_fixed(folder, tmp_path, monkeypatch, capsys):
     arguments = folder / "a.json", tmp_path, "--fix", tmp_path / "b.json"
     code, text = run(monkeypatch, capsys, *arguments)
     assert code == 2 and "None of the 2 images, such as '1.png', is in the folder" in text
@@ -381,7 +407,7 @@ def corrupt(contents, rng):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_corrupted_files_are_checked_and_mended(seed, folder, tmp_path):
+def test_corrupted_files_are_checked_and_fixed(seed, folder, tmp_path):
     rng = random.Random(seed)
     pristine = with_everything(folder)
     path = tmp_path / f"corrupted{seed}.json"
@@ -389,13 +415,12 @@ def test_corrupted_files_are_checked_and_mended(seed, folder, tmp_path):
         contents = copy.deepcopy(pristine)
         corrupt(contents, rng)
         path.write_text(json.dumps(contents))
-        contents = read_contents(str(path))
-        files = read_images(contents, str(folder / "images"), False, 1, progress=False)
-        findings = check_contents(contents, files)
+        dataset = read_dataset(str(path), str(folder / "images"), num_workers=1, progress=False)
+        findings = find_issues(dataset)
         if not findings.of(Level.ERROR):
             mapped(path, folder, findings.mask_format)
             if not findings.of(Level.WARNING):
                 assert_evaluates(path)
-        mended = mend_contents(contents, files, findings)
-        mended.summary(), mended.left.summary(None), json.dumps(mended.as_data())
-        assert_usable(contents, folder, path)
+        fixed = fix_issues(dataset)
+        fixed.summary(), fixed.left.summary(None), json.dumps(fixed.as_data())
+        assert_usable(dataset.contents, folder, path)
