@@ -11,6 +11,7 @@ To add a command, write a module with
 - a docstring, which becomes the description in `--help`,
 - `USAGE`, the arguments in one line, and `EXAMPLES`, in which "{prog}" stands for the command,
 - `add_arguments(parser)`,
+- `check_arguments(args)`, if some do not go together: it raises :class:`UsageError`,
 - `run(args)`, which returns the exit code, or None for 0,
 
 and add a row to `COMMANDS`.
@@ -83,6 +84,9 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     parser = build_parser(name, prog)
     args = parser.parse(argv)
     try:
+        if hasattr(command, "check_arguments"):
+            command.check_arguments(args)
+
         from msrcnn_d2.utils.errors import exit_on_user_error
 
         with exit_on_user_error():
@@ -105,11 +109,14 @@ def build_parser(name: str, prog: str | None = None) -> Parser:
     """
     command = _module(name)
     prog = prog or f"msrcnn-d2 {name}"
+    examples = command.EXAMPLES.replace("{prog}", prog)
+    if prog.endswith(".py"):  # torchrun starts scripts with Python
+        examples = examples.replace("--no-python ", "")
     parser = Parser(
         prog=prog,
         usage=f"{prog} {command.USAGE}",
         description=command.__doc__,
-        epilog="examples:" + command.EXAMPLES.replace("{prog}", prog),
+        epilog=f"examples:{examples}",
     )
     command.add_arguments(parser)
     return parser
@@ -149,8 +156,10 @@ def _complete(prog: str) -> None:
     """Tell the shell what may come next."""
     import argparse
 
-    import argcomplete
-
+    try:
+        import argcomplete
+    except ModuleNotFoundError:  # the shell asks any command, whether or not it can complete
+        return
     parser = argparse.ArgumentParser(prog=prog)
     commands = parser.add_subparsers()
     for name in COMMANDS:

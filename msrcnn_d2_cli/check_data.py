@@ -72,13 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """1 if there are errors, in the file or, if one is written, in the fixed copy."""
+def check_arguments(args: argparse.Namespace) -> None:
     if args.images is None and not args.no_images:
         raise UsageError("Give the folder of the images, or --no-images.")
     if args.fix and args.json and os.path.realpath(args.fix) == os.path.realpath(args.json):
         raise UsageError("--fix and --json need two files.")
 
+
+def run(args: argparse.Namespace) -> int:
+    """1 if there are errors, in the file or, if one is written, in the fixed copy."""
     from msrcnn_d2.dataset_check import Level, check_dataset, fix_dataset
 
     images = None if args.no_images else str(args.images)

@@ -28,5 +28,5 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
+    add_run_arguments(parser, weights="weights to evaluate", resume="evaluate")
     parser.set_defaults(eval_only=True)

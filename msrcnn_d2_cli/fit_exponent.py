@@ -78,8 +78,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    if (args.checkpoint is None) != (args.output is None):
+        raise UsageError("Give --checkpoint IN and --output OUT together, or neither.")
+    if args.exponent is not None:
+        if args.output is None:
+            raise UsageError("--exponent writes to a checkpoint: give --checkpoint and --output.")
+        if args.results is not None:
+            raise UsageError("--exponent replaces a fit: leave RESULTS.json out, or --exponent.")
+    elif args.annotations is None:
+        raise UsageError(
+            "Give RESULTS.json and ANNOTATIONS.json, predictions and truth of held-out images, to "
+            "fit an exponent, or --exponent to write one."
+        )
+
+
 def run(args: argparse.Namespace) -> None:
-    check_combination(args)
     if args.exponent is not None:
         from msrcnn_d2.fit_exponent import check_exponent
 
@@ -95,21 +109,6 @@ def run(args: argparse.Namespace) -> None:
         f"MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT {float(f'{exponent:g}')}), or write it to a "
         "checkpoint: see --help."
     )
-
-
-def check_combination(args: argparse.Namespace) -> None:
-    if (args.checkpoint is None) != (args.output is None):
-        raise UsageError("Give --checkpoint IN and --output OUT together, or neither.")
-    if args.exponent is not None:
-        if args.output is None:
-            raise UsageError("--exponent writes to a checkpoint: give --checkpoint and --output.")
-        if args.results is not None:
-            raise UsageError("--exponent replaces a fit: leave RESULTS.json out, or --exponent.")
-    elif args.annotations is None:
-        raise UsageError(
-            "Give RESULTS.json and ANNOTATIONS.json, predictions and truth of held-out images, to "
-            "fit an exponent, or --exponent to write one."
-        )
 
 
 def weights_to_change(checkpoint: str, output: str) -> "Weights":

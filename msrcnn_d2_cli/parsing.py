@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$|nan$)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all of the arguments; those after "--" are no options."""
-        argv = list(argv)
+        """Parse all arguments; "--", which may separate options from others, is left out."""
+        argv = [x for x in argv if x != "--"]
         if {"-h", "--help"} & set(argv):
             self.print_help()
             sys.exit(0)
@@ -50,13 +50,11 @@ class Parser(argparse.ArgumentParser):
         if not rest:
             return args
         wrong = next((x for x in rest if x.startswith("-")), rest[0])
-        name = wrong.split("=")[0]
-        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
         kind = "option" if wrong.startswith("-") else "argument"
-        self.fail(
-            f"Unknown {kind} '{name}'"
-            + (f"; did you mean {nearest[0]}?" if nearest else f"; see {self.prog} --help.")
-        )
+        name = wrong.split("=")[0] if kind == "option" else wrong
+        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help."
+        self.fail(f"Unknown {kind} '{name}'; {advice}")
 
     def fail(self, message: str) -> NoReturn:
         """Exit with 2, the code for a mistake of the user."""

@@ -41,14 +41,19 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
+    add_run_arguments(parser, weights="weights to start from", resume="continue from")
     parser.add_argument(
         "--eval-only", action="store_true", help="do not train, as `msrcnn-d2 evaluate`"
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `train` and `evaluate` have in common; names and defaults are those of Detectron2."""
+def add_run_arguments(parser: argparse.ArgumentParser, weights: str, resume: str) -> None:
+    """
+    What `train` and `evaluate` have in common; names and defaults are those of Detectron2.
+
+    Args:
+        weights, resume: what the options of these names do, in a few words.
+    """
     model = parser.add_argument_group("model and data")
     model.add_argument(
         "--config-file", default="", metavar="FILE", help="path or name of the config"
@@ -56,13 +61,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--weights",
         metavar="FILE",
-        help="file, URL or name of the weights to start from; stands for train.init_checkpoint=FILE"
-        " (yaml: MODEL.WEIGHTS FILE)",
+        help=f"{weights}: a file, a URL or a name of the model zoo; the same as "
+        "train.init_checkpoint=FILE (yaml: MODEL.WEIGHTS FILE)",
     )
     model.add_argument(
         "--resume",
         action="store_true",
-        help="use the last checkpoint in the output folder, if there is one",
+        help=f"{resume} the last checkpoint in the output folder, if there is one",
     )
     model.add_argument(
         "--retrofit",

@@ -26,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     if args.markdown and args.name:
         raise UsageError("Give NAME or --markdown, not both.")
 
+
+def run(args: argparse.Namespace) -> None:
     from msrcnn_d2.published_models import published_table
 
     if args.markdown:

@@ -1,0 +1,114 @@
+"""The wheel: what is in it, and that it works in an empty folder, without the repository."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from msrcnn_d2 import model_zoo
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder that a wheel of this repository is unpacked to."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for folder in ("msrcnn_d2", "msrcnn_d2_cli", "configs"):
+        shutil.copytree(ROOT / folder, source / folder)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
+        wheel.extractall(target)
+    return target
+
+
+@pytest.fixture
+def python(installed, tmp_path):
+    """Runs Python with the wheel in an empty folder."""
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", *args],
+            cwd=tmp_path,
+            # Before the repository, which is installed as an editable package
+            env={**os.environ, "PYTHONPATH": str(installed), "DETECTRON2_DATASETS": "none"},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def files_of(*folders):
+    """Paths of what a wheel has to contain, relative to the folder."""
+    return {
+        str(path.relative_to(folder.parent))
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".yaml", ".jinja", ".typed")
+    }
+
+
+def test_it_has_all_files_and_no_others(installed):
+    metadata_folder = next(installed.glob("*.dist-info"))
+    assert {x.name for x in installed.iterdir()} == {
+        *("msrcnn_d2", "msrcnn_d2_cli", metadata_folder.name)
+    }
+    expected = files_of(ROOT / "msrcnn_d2", ROOT / "msrcnn_d2_cli")
+    expected |= {f"msrcnn_d2/{path}" for path in files_of(ROOT / "configs")}
+    found = {
+        str(path.relative_to(installed))
+        for path in installed.rglob("*")
+        if path.is_file() and metadata_folder not in path.parents
+    }
+    assert found == expected
+
+
+def test_it_has_the_command(installed):
+    entry_points = configparser.ConfigParser()
+    entry_points.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
+    assert dict(entry_points["console_scripts"]) == {"msrcnn-d2": "msrcnn_d2_cli:main"}
+    (found,) = metadata.distributions(name="msrcnn-d2", path=[str(installed)])
+    extras = set(found.metadata.get_all("Provides-Extra"))
+    assert {"completion", "demo", "test"} <= extras
+    assert found.metadata["Requires-Python"] == ">=3.10"
+
+
+FIND_CONFIGS = """
+from msrcnn_d2 import model_zoo
+from msrcnn_d2_cli import main
+main(["zoo", "ms_rcnn_R_50_FPN_1x"])
+for name in model_zoo.config_names():
+    print("path    ", model_zoo.get_config_file(name))
+print("read    ", model_zoo.get_config(name).SOLVER.MAX_ITER)
+"""
+
+
+def test_it_finds_its_configs(installed, python):
+    ran = python("-c", FIND_CONFIGS)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, list[str]] = {}
+    for line in ran.stdout.splitlines():
+        kind, text = line.split(None, 1)
+        found.setdefault(kind, []).append(text)
+    assert len(found["config"]) == 2 and set(found["config"]) < set(found["path"])
+    expected = {installed / "msrcnn_d2" / "configs" / name for name in model_zoo.config_names()}
+    assert set(map(Path, found["path"])) == expected and len(expected) == 16
+    assert found["read"] == ["180000"]
+
+
+def test_it_trains_by_the_name_of_a_config(python):
+    """As far as it gets without COCO."""
+    config = "COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py"
+    ran = python("-m", "msrcnn_d2_cli", "train", "--config-file", config)
+    assert ran.returncode == 2 and "DETECTRON2_DATASETS" in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr
