@@ -1,4 +1,4 @@
-"""One way to read images, for training, evaluation, prediction, checks and reports."""
+"""Read images in one way for training, evaluation, prediction, checks and reports."""
 
 import io
 import math
@@ -32,14 +32,14 @@ __all__ = [
     "without_pixel_limit",
 ]
 
-# Keys of a LazyConfig, in dataloader.images, with those of a yaml config and the defaults
+# The keys in dataloader.images of a LazyConfig, each with its yaml key and its default
 IMAGE_KEYS: dict[str, tuple[str, Any]] = {
     "intensity_range": ("INPUT.INTENSITY_RANGE", None),
     "intensity_percentiles": ("INPUT.INTENSITY_PERCENTILES", None),
     "apply_exif": ("INPUT.APPLY_EXIF", True),
     "max_pixels": ("INPUT.MAX_IMAGE_PIXELS", None),
 }
-# What turns an image as it is stored into what the camera saw, by the orientation in EXIF
+# By the orientation in EXIF, what turns an image as it is stored into what the camera saw
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,16 +59,16 @@ class ImageSettings:
     How images are read.
 
     Attributes:
-        intensity_range: the values of images with more than 8 bits per pixel that become 0 and
-            255; those between are scaled linearly and rounded, those outside are clipped. NaN
-            becomes 0.
-        intensity_percentiles: the same as percentiles, from 0 to 100, of the finite values of each
-            image.
-        apply_exif: whether images are turned as the orientation in their EXIF data says.
-        max_pixels: the largest image that is read; None for twice Pillow's MAX_IMAGE_PIXELS.
+        intensity_range: the two values that become 0 and 255 in images with more than 8 bits per
+            pixel. Values between them are scaled linearly and rounded, values outside are clipped,
+            and NaN becomes 0.
+        intensity_percentiles: the same two values as percentiles, from 0 to 100, of the finite
+            values of each image.
+        apply_exif: whether to turn images as the orientation in their EXIF data says.
+        max_pixels: the largest image to read; None for twice Pillow's MAX_IMAGE_PIXELS.
 
     Raises:
-        UserError: a value is not of this kind, or range and percentiles are both given.
+        UserError: a value is wrong, or range and percentiles are both given.
     """
 
     intensity_range: tuple[float, float] | None = None
@@ -76,7 +76,7 @@ class ImageSettings:
     apply_exif: bool = True
     max_pixels: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("intensity_range", "intensity_percentiles"):
             object.__setattr__(self, key, _pair(key, getattr(self, key)))
         low, high = self.intensity_percentiles or (0, 100)
@@ -89,9 +89,9 @@ class ImageSettings:
             )
         if not isinstance(self.apply_exif, bool):
             raise _wrong("apply_exif", self.apply_exif, "True or False")
-        is_count = type(self.max_pixels) is int and self.max_pixels >= 1
-        if self.max_pixels is not None and not is_count:
-            raise _wrong("max_pixels", self.max_pixels, "a whole number from 1 on")
+        limit = self.max_pixels
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise _wrong("max_pixels", limit, "a positive whole number")
 
     @property
     def has_scale(self) -> bool:
@@ -121,7 +121,7 @@ def _pair(key: str, value: Any) -> tuple[float, float] | None:
 
 def _wrong(key: str, value: Any, expected: str) -> UserError:
     shown = list(value) if isinstance(value, (tuple, ListConfig)) else value
-    return UserError(f"{_both_keys(key)} is {shown!r}, but has to be {expected}.")
+    return UserError(f"{_both_keys(key)} is {shown!r}, but must be {expected}.")
 
 
 def _both_keys(key: str) -> str:
@@ -130,7 +130,7 @@ def _both_keys(key: str) -> str:
 
 def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
     """
-    What a config of either kind says about reading images; defaults where it says nothing.
+    The settings of a config of either kind.
 
     Raises:
         UserError: a value is wrong, or a key is unknown.
@@ -147,7 +147,7 @@ def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
     if given is None:
         return ImageSettings()
     if not isinstance(given, DictConfig):
-        raise UserError(f"dataloader.images is {given!r}, but has to have {', '.join(IMAGE_KEYS)}.")
+        raise UserError(f"dataloader.images is {given!r}, but must have {', '.join(IMAGE_KEYS)}.")
     for key in map(str, given):
         if key not in IMAGE_KEYS:
             raise UserError(f"dataloader.images has no key '{key}', only {', '.join(IMAGE_KEYS)}.")
@@ -156,10 +156,10 @@ def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
 
 class NeedsSetting(ValueError):
     """
-    An image that cannot be read with the settings there are, though it may be with others.
+    An image cannot be read with these settings, but may be with others.
 
     Attributes:
-        kind: of the finding that the check of a dataset makes of it.
+        kind: the kind of finding that this is in the check of a dataset.
     """
 
     def __init__(self, kind: str, message: str):
@@ -168,9 +168,9 @@ class NeedsSetting(ValueError):
 
 
 class _PixelLimits:
-    """Lifts Pillow's limit, which is one for all threads, until the last of them has read."""
+    """Lifts Pillow's limit, which all threads share, until the last of them has finished."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._depth = 0
         self._of_pillow: int | None = None
@@ -200,7 +200,7 @@ without_pixel_limit = _limits.lifted
 @contextmanager
 def open_image(file: str | IO[bytes], settings: ImageSettings) -> Iterator[Image.Image]:
     """
-    `Image.open` with the limit of the settings instead of Pillow's.
+    Open an image with the pixel limit of the settings instead of Pillow's.
 
     Raises:
         NeedsSetting: the image has more pixels.
@@ -217,7 +217,7 @@ def open_image(file: str | IO[bytes], settings: ImageSettings) -> Iterator[Image
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow has more than 8 bits per pixel, which its conversion to RGB only clips."""
+    """Whether Pillow has more than 8 bits per pixel, which its conversion to RGB would clip."""
     return image.mode.startswith(("I", "F"))
 
 
@@ -254,21 +254,27 @@ def refuse_unless_readable(image: Image.Image, settings: ImageSettings) -> None:
         )
 
 
-def orientation_of(image: Image.Image) -> int:
-    """From EXIF, 1 to 8; 1, as stored, where there is none."""
+def orientation_of(image: Image.Image, may_decode: bool = True) -> int:
+    """
+    The orientation in EXIF, from 1 (as stored) to 8; 1 if there is none.
+
+    Args:
+        may_decode: whether a PNG may be decoded to find EXIF data that follow the pixels.
+    """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # so does Detectron2, which then takes the image as it is
+        exif = image.getexif() if may_decode else Image.Image.getexif(image)
+        orientation = exif.get(ExifTags.Base.Orientation)
+    except Exception:  # Detectron2, too, then takes the image as it is
         return 1
     return orientation if orientation in TURNS else 1
 
 
 def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
     """
-    The image of mode RGB that training, evaluation and prediction see.
+    Convert an image to RGB, 8 bits per channel, turned by its EXIF data.
 
     Raises:
-        NeedsSetting: as :func:`refuse_unless_readable`.
+        NeedsSetting: see :func:`refuse_unless_readable`.
     """
     refuse_unless_readable(image, settings)
     orientation = orientation_of(image) if settings.apply_exif else 1
@@ -280,13 +286,15 @@ def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
 
 def scaled_to_8_bits(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """
+    Scale the values of an image.
+
     Args:
         pixels: numbers of any type and shape.
-        settings: with a scale.
+        settings: with a range or percentiles.
 
     Returns:
-        uint8 array of the same shape. Where the percentiles of an image are equal, what is above
-        them is 255 and all else 0.
+        A uint8 array of the same shape. If the two percentiles are equal, values above them are
+        255 and all others 0.
     """
     values = pixels.astype(np.float64)
     if settings.intensity_percentiles:
@@ -301,9 +309,9 @@ def scaled_to_8_bits(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
 
 
 class _Decoded(threading.local):
-    """What a mapper reads instead of files, by path; each thread has its own."""
+    """The images that a mapper reads instead of files, by path, for each thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.images: dict[str, bytes] = {}
 
 
@@ -313,13 +321,13 @@ _decoded = _Decoded()
 class _DecodedHandler(PathHandler):
     """Opens images that have been decoded already."""
 
-    def _get_supported_prefixes(self):
+    def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
 
-    def _open(self, path, mode="r", buffering=-1, **kwargs):
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[bytes]:
         return io.BytesIO(_decoded.images[path])
 
-    def _exists(self, path, **kwargs):
+    def _exists(self, path: str, **kwargs: Any) -> bool:
         return path in _decoded.images
 
     _isfile = _exists
@@ -330,10 +338,11 @@ PathManager.register_handler(_DecodedHandler())
 
 class _ReadingMapper:
     """
-    A mapper whose images are read by the settings, in processes of a loader as well.
+    A mapper that reads images by the settings, also in the processes of a loader.
 
-    What Detectron2 reads in the same way stays with the mapper. It finds another image decoded,
-    under another name in PathManager, so that its own code can stay as it is.
+    The mapper itself opens the images that Detectron2 reads in the same way. Others are decoded
+    here, and the mapper finds them under another name in PathManager, so that its code need not
+    change.
     """
 
     def __init__(self, mapper: Callable, settings: ImageSettings):
@@ -344,7 +353,7 @@ class _ReadingMapper:
             isinstance(mapper, DatasetMapper) and type(mapper).__call__ is DatasetMapper.__call__
         )
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "mapper":  # not there yet, while it is unpickled
             raise AttributeError(name)
         return getattr(self.mapper, name)
@@ -360,14 +369,14 @@ class _ReadingMapper:
             return self._map_decoded(dataset_dict, name, image)
 
     def _read(self, name: str) -> Image.Image | None:
-        """None if the mapper reads it alike."""
+        """The decoded image; None if the mapper reads it in the same way."""
         try:
             with PathManager.open(name, "rb") as f, open_image(f, self.settings) as image:
                 refuse_unless_readable(image, self.settings)
                 is_turned = not self.settings.apply_exif and orientation_of(image) in TURNS
                 return to_rgb(image, self.settings) if is_deep(image) or is_turned else None
         except (FileNotFoundError, UnidentifiedImageError):
-            return None  # the mapper says it, or reads it by other means
+            return None  # the mapper raises an error, or reads it by other means
         except NeedsSetting as error:
             if self.is_detectron2s or error.kind == "image-pixels":
                 raise
@@ -393,10 +402,10 @@ class _ReadingMapper:
 
 def read_with(settings: ImageSettings, mapper: Callable | None) -> Callable | None:
     """
-    The mapper with images that are read by the settings.
+    Make a mapper read images by the settings.
 
-    One that is not Detectron2's, nor derived from it, is left alone unless there are settings: it
-    may read images in a way of its own.
+    A mapper that is not derived from Detectron2's stays as it is unless there are settings, since
+    it may read images in a way of its own.
     """
     if mapper is None or isinstance(mapper, _ReadingMapper):
         return mapper

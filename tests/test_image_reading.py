@@ -357,7 +357,7 @@ def test_the_check_says_which_images_need_a_scale(quick, dataset):
     assert kinds_of(dataset, quick) == [("image-16-bits", 1), ("image-deep", 2)]
 
 
-def test_mending_drops_no_image_for_want_of_a_setting(dataset, monkeypatch, capsys):
+def test_fixing_leaves_out_no_image_for_want_of_a_setting(dataset, monkeypatch, capsys):
     make_deep(dataset / "images")
     fixed = dataset / "fixed.json"
     base = dataset / "a.json", dataset / "images"

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..coco_format import Entries, Report, said, sides_of
@@ -16,6 +16,7 @@ from ..image_reading import (
     NeedsSetting,
     has_16_bit_colors,
     open_image,
+    orientation_of,
     refuse_unless_readable,
     without_pixel_limit,
 )
@@ -24,7 +25,6 @@ __all__ = ["ImageFile", "check_images", "look_at_images"]
 
 # The last bytes of a whole file, by Pillow's names of formats
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"}
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
 TURNED = (5, 6, 7, 8)  # the orientations in EXIF that exchange height and width
 
 Size = tuple[int, int]  # height and width in pixels
@@ -181,14 +181,10 @@ def _look_at(path: str, quick: bool, settings: ImageSettings) -> ImageFile:
     except IsADirectoryError:
         return ImageFile(kind="image-unreadable", message="it is a folder")
     except UnidentifiedImageError:
-        with open(path, "rb") as f:
-            is_tiff = f.read(4) in TIFF
-        message = "Pillow does not know its format"
-        if is_tiff:
-            message = (
-                "Pillow reads no TIFF of this kind, such as one of several float, 32-bit or over "
-                "four channels: convert it to 8 bits, or to a single channel"
-            )
+        message = (
+            "Pillow does not know the format (a TIFF with several float or 32-bit channels, or "
+            "with more than four channels, must be converted to 8 bits or to a single channel)"
+        )
         return ImageFile(kind="image-unreadable", message=message)
     except NeedsSetting as error:
         return ImageFile(kind=error.kind, message=str(error))
@@ -213,7 +209,7 @@ def _read(f: IO[bytes], quick: bool, settings: ImageSettings) -> ImageFile:
                 kind = "image-truncated" if is_cut else "image-unreadable"
                 return ImageFile(kind=kind, message=_first_line(error))
         width, height = image.size
-        orientation = _orientation(image)
+        orientation = orientation_of(image, may_decode=False)
         stored = (height, width)
         turned = (width, height) if orientation in TURNED else stored
         size, other = (turned, stored) if settings.apply_exif else (stored, turned)
@@ -230,16 +226,6 @@ def _depth_problem(image: Image.Image, settings: ImageSettings) -> tuple[str | N
     if has_16_bit_colors(image) and not settings.has_scale:
         return "image-16-bits", f"it has 16 bits per channel (mode {image.mode})"
     return None, ""
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        # Not PNG's own `getexif`, which decodes the image to find what may come after it
-        exif = Image.Image.getexif(image)
-    except Exception:  # Detectron2, too, then takes the image as it is
-        return 1
-    orientation = exif.get(ExifTags.Base.Orientation)
-    return orientation if orientation in range(2, 9) else 1  # type: ignore[return-value]
 
 
 def _first_line(error: Exception) -> str:
