@@ -22,10 +22,9 @@ from benchmarks.measuring import Stopwatch, Timing, one_thread, time_in_turn, ti
 from benchmarks.report import Part, Target
 from benchmarks.synthetic_coco import HEIGHT, WIDTH, draw_dataset
 from msrcnn_d2.evaluation import MaskQuality
-from msrcnn_d2.evaluation.average_precision import Engine, build_engine
+from msrcnn_d2.evaluation.average_precision import AveragePrecision
 from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks, encode_roi_masks
 from msrcnn_d2.evaluation.mask_quality import scores_of
-from msrcnn_d2.evaluation.matching import MaskOverlaps
 from msrcnn_d2.report import write_report
 
 ONE_TASK, ALL_TASKS = "masks", "boxes, masks by both scores"
@@ -122,11 +121,11 @@ def evaluate_officially(dataset, results, rankings) -> list[list[float]]:
 def evaluate_with_ours(dataset, results, rankings) -> list[list[float]]:
     with contextlib.redirect_stdout(io.StringIO()):
         coco_gt = build_coco(dataset)
-    engines = {
-        task: build_engine(coco_gt, results, task, "faster-coco-eval")
+    by_task = {
+        task: AveragePrecision(coco_gt, results, task, "faster-coco-eval")
         for task in dict.fromkeys(task for task, _ in rankings)
     }
-    evaluations = [engines[task].evaluate([r[score] for r in results]) for task, score in rankings]
+    evaluations = [by_task[task].evaluate([r[score] for r in results]) for task, score in rankings]
     return [np.nan_to_num(x.stats, nan=-1).tolist() for x in evaluations]
 
 
@@ -175,22 +174,20 @@ def quality_part(options) -> Part:
 def evaluate_and_report(dataset, results, watch: Stopwatch) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         coco_gt = build_coco(dataset)
-    engine = watch("evaluation", build_engine, coco_gt, results, "segm")
+    ranking = watch("evaluation", AveragePrecision, coco_gt, results)
     scores = scores_of(results)
     evaluations = {
-        ranking: watch("evaluation", engine.evaluate, scores[ranking])
-        for ranking in ("class_score", "mask_score")
+        name: watch("evaluation", ranking.evaluate, scores[name])
+        for name in ("class_score", "mask_score")
     }
-    quality = watch("quality of masks", measure_quality, coco_gt, results, engine, evaluations)
+    quality = watch("quality of masks", measure_quality, ranking, evaluations)
     with tempfile.TemporaryDirectory() as folder:
         watch("report", write_report, quality, folder)
 
 
-def measure_quality(coco_gt, results, engine: Engine, evaluations: dict) -> MaskQuality:
+def measure_quality(ranking: AveragePrecision, evaluations: dict) -> MaskQuality:
     """As the evaluator does it."""
-    overlaps = MaskOverlaps(coco_gt, results)
-    evaluations = {**evaluations, "true_iou": engine.evaluate(overlaps.largest)}
-    quality = MaskQuality(coco_gt, results, evaluations, overlaps)
+    quality = MaskQuality(ranking, evaluations)
     quality.headline()
     return quality
 

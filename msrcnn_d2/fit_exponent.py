@@ -17,7 +17,7 @@ import torch
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from .evaluation.average_precision import build_engine
+from .evaluation.average_precision import AveragePrecision
 from .utils.errors import UserError
 
 __all__ = ["EXPONENTS", "ExponentFit", "check_exponent", "fit_exponent"]
@@ -72,11 +72,11 @@ def fit_exponent(
     Raises:
         UserError: an exponent is not a finite number of at least 0, results lack "pred_mask_iou",
             or there is no object to find.
-        ValueError: from :func:`build_engine`.
+        ValueError: from :class:`AveragePrecision`.
     """
     grid = _grid(exponents)
     scores, ious = _scores_and_ious(results)
-    ranking = build_engine(coco_gt, results, "segm", engine, [max_dets])
+    ranking = AveragePrecision(coco_gt, results, "segm", engine, [max_dets])
     curve = {}
     for exponent in tqdm(grid, desc="exponents", leave=False, disable=not progress):
         factors = ious if exponent == PAPER else ious**exponent

@@ -4,7 +4,9 @@ import io
 import json
 import math
 import uuid
+from collections import Counter
 
+import faster_coco_eval.core.mask as faster_mask_util
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -23,6 +25,9 @@ from msrcnn_d2.evaluation import (
     measure_mask_quality,
     true_mask_ious,
 )
+from msrcnn_d2.evaluation.average_precision import ENGINES
+from msrcnn_d2.fit_exponent import fit_exponent
+from msrcnn_d2.report import write_report
 from tests.helpers.toy import write_coco_json
 
 IMAGE_SIZE = (120, 160)
@@ -503,6 +508,82 @@ def test_one_category_with_consecutive_ids(tmp_path):
 
     assert results["segm"]["AP"] == pytest.approx(100)
     assert list(results["segm"]) == METRICS  # no AP per class
+
+
+# ---- each IoU is computed once
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """{kind of shape: of how many pairs the IoU has been computed}, counted from now on."""
+    pairs = Counter()
+
+    def counting(iou):
+        def counted(detections, objects, *args):
+            kind = "segm" if isinstance((detections or [{}])[0], dict) else "bbox"
+            pairs[kind] += len(detections) * len(objects)
+            return iou(detections, objects, *args)
+
+        return counted
+
+    for module in (mask_util, faster_mask_util):
+        monkeypatch.setattr(module, "iou", counting(module.iou))
+    return pairs
+
+
+def pairs_of(json_file, results):
+    """How many pairs of a detection and an object of its class are in the same image."""
+    annotations = json.loads(open(json_file).read())["annotations"]
+    objects = Counter((a["image_id"], a["category_id"]) for a in annotations)
+    return sum(objects[r["image_id"], r["category_id"]] for r in results)
+
+
+def results_with_both_scores(images):
+    ious = torch.cat([x.pred_mask_ious for x in images]).tolist()
+    mask_scores = torch.cat([x.mask_scores for x in images]).tolist()
+    return [
+        {**result, "mask_score": mask_score, "pred_mask_iou": iou}
+        for result, mask_score, iou in zip(coco_results(images, "scores"), mask_scores, ious)
+    ]
+
+
+@pytest.mark.parametrize("max_dets", [None, 200])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_evaluator_computes_each_iou_once(case, compared, engine, max_dets):
+    json_file, images = case
+
+    evaluate(json_file, images, use_fast_impl=None, engine=engine, max_dets_per_image=max_dets)
+
+    number = pairs_of(json_file, coco_results(images, "scores"))
+    assert compared == {"bbox": number, "segm": number}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_whatever_ranks_masks_computes_each_iou_once(case, compared, engine):
+    json_file, images = case
+    results = results_with_both_scores(images)
+    truth, number = coco(json_file), pairs_of(json_file, results)
+
+    for function in (
+        lambda: measure_mask_quality(truth, results, engine).to_json(),
+        lambda: mask_ap(truth, results, [r["mask_score"] for r in results], engine=engine),
+        lambda: fit_exponent(truth, results, (0.5, 2), engine=engine),
+        lambda: true_mask_ious(truth, results),
+    ):
+        compared.clear()
+        function()
+        assert compared == {"segm": number}
+
+
+def test_a_report_computes_no_iou(compared, tmp_path):
+    truth, images = CASES["crowds"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+    quality = measure_mask_quality(coco(json_file), results_with_both_scores(images))
+    compared.clear()
+
+    write_report(quality, tmp_path / "report")
+
+    assert not compared
 
 
 # ---- models that do not score masks

@@ -12,7 +12,7 @@ import scipy.ndimage
 
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.evaluation.average_precision import ENGINES
-from msrcnn_d2.evaluation.matching import MaskOverlaps
+from msrcnn_d2.evaluation.matching import Overlaps
 from msrcnn_d2.evaluation.score_statistics import (
     expected_calibration_error,
     pearson,
@@ -737,7 +737,7 @@ def test_random_cases_are_what_they_are_called():
     matches, distinct = {}, {}
     for name, (dataset, results) in CASES.items():
         scores = [r["score"] for r in results]
-        matches[name] = MaskOverlaps(build_coco(dataset), results).match(scores, max_dets=4)
+        matches[name] = Overlaps(build_coco(dataset), results).match(scores, max_dets=4)
         distinct[name] = len(set(scores)) / len(scores)
 
     assert {k for k, m in matches.items() if not m.beyond.any()} == {"one-object"}

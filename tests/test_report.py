@@ -169,7 +169,7 @@ def test_a_model_without_mask_scores(tmp_path):
 
     names = {p.stem for p in tmp_path.glob("*.png")}
     assert names == set(CHARTS) - {"iou_predicted_iou", "iou_mask_score", "reliability"}
-    assert "mask score" not in page.text and "What moved most" not in page.text
+    assert "mask score" not in page.text and "Largest changes" not in page.text
     assert "ceiling" in page.text
 
 

@@ -33,7 +33,7 @@ from detectron2.utils import comm
 from ..config import target_of
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.average_precision import choose_engine
-from ..evaluation.settings import check_settings
+from ..evaluation.coco_evaluator import check_settings
 from ..image_reading import ImageSettings, image_settings, read_with
 from ..modeling import MaskScoringRCNNWithTTA
 from ..utils.errors import UserError

@@ -1,35 +1,29 @@
-"""
-Average precision as COCO defines it, of the same detections under any number of rankings; by
-pycocotools or, several times as fast, with faster-coco-eval.
-"""
+"""Average precision as COCO defines it, of the same detections under any number of rankings."""
 
 import contextlib
-import copy
 import importlib
 import io
 import math
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-__all__ = ["ENGINES", "Evaluation", "build_engine", "choose_engine", "coco_numbers"]
+from .matching import Overlaps, Place
+
+__all__ = ["ENGINES", "AveragePrecision", "Evaluation", "choose_engine", "coco_numbers"]
 
 ENGINES = ("faster-coco-eval", "pycocotools")
 COCO_MAX_DETS = (1, 10, 100)
-
-Place = tuple[int, int]  # image and class
 
 
 @dataclass
 class Evaluation:
     """
-    What `COCOeval` holds after `summarize`, as far as it is needed.
+    The parts of `COCOeval` after `summarize` that are needed here and by Detectron2.
 
     Attributes:
         eval: "precision" (IoU thresholds x recalls x classes x sizes x limits) and "recall" (the
@@ -46,11 +40,6 @@ class Evaluation:
         return list(self.numbers.values())
 
 
-class Engine(Protocol):
-    def evaluate(self, scores: Iterable[float]) -> Evaluation:
-        """Evaluate the detections with these scores, one for each result; NaN comes last."""
-
-
 def choose_engine(engine: str | None = None) -> str:
     """
     Args:
@@ -60,230 +49,139 @@ def choose_engine(engine: str | None = None) -> str:
     Raises:
         ValueError: for any other name, and for faster-coco-eval where it cannot be imported.
     """
-    if engine is None:
-        return ENGINES[0] if _has_faster_coco_eval() else ENGINES[1]
-    if engine not in ENGINES:
+    if engine is not None and engine not in ENGINES:
         raise ValueError(f"There is no engine '{engine}'; choose one of {', '.join(ENGINES)}.")
-    if engine == "faster-coco-eval" and not _has_faster_coco_eval():
+    if engine == "pycocotools":
+        return engine
+    try:
+        importlib.import_module("faster_coco_eval")
+    except ImportError as error:
+        if engine is None:
+            return "pycocotools"
         raise ValueError(
             "engine='faster-coco-eval' needs that library: `pip install faster-coco-eval`, or "
             "choose engine='pycocotools'."
-        )
-    return engine
+        ) from error
+    return "faster-coco-eval"
 
 
-def _has_faster_coco_eval() -> bool:
-    try:
-        importlib.import_module("faster_coco_eval")
-    except ImportError:
-        return False
-    return True
-
-
-def build_engine(
-    coco_gt: COCO,
-    results: Sequence[dict],
-    task: str,
-    engine: str | None = None,
-    max_dets: Sequence[int] = COCO_MAX_DETS,
-    img_ids: Collection | None = None,
-) -> Engine:
+class AveragePrecision:
     """
-    Prepare detections for evaluation under one or more rankings.
+    Average precision of detections under one or more rankings.
 
-    Both engines give the same numbers, also where scores are equal: within an image and class the
-    detections then keep the order of `results`; across images they are in the order of the image
-    ids. Nothing that is passed in is modified.
+    Matching and accumulation are those of pycocotools, the official implementation, or of
+    faster-coco-eval, which is several times as fast. Both get the same IoUs, which pycocotools has
+    computed once. Both give the same numbers, also where scores are equal: within an image and
+    class the detections then keep the order of the results; across images they are in the order
+    of the image ids.
 
-    Args:
-        coco_gt: the ground truth.
-        results: at least one detection in COCO's result format, with "bbox" or "segmentation" (as
-            compressed RLE) depending on the task. "score" is not looked at.
-        task: "bbox" or "segm". As in COCO the size of an object, for AP by size, is the area of its
-            "bbox" or of its mask.
-        engine: see :func:`choose_engine`.
-        max_dets: in how many detections of each image and class recall is measured; AP counts the
-            largest number of them.
-        img_ids: images to evaluate, by default all.
-
-    Raises:
-        ValueError: for another task, and if results belong to images that the ground truth does not
-            have.
-    """
-    if task not in ("bbox", "segm"):
-        raise ValueError(f"There is no task '{task}'; choose 'bbox' or 'segm'.")
-    unknown = {r["image_id"] for r in results} - set(coco_gt.getImgIds())
-    if unknown:
-        raise ValueError(
-            f"There are results for {len(unknown)} images that the ground truth does not have, one "
-            f"of them '{unknown.pop()}': give the annotations of the images that were predicted on."
-        )
-    cls = _FasterCocoEval if choose_engine(engine) == "faster-coco-eval" else _Pycocotools
-    return cls(coco_gt, results, task, max_dets, img_ids)
-
-
-class _Pycocotools:
-    """The official implementation, run from the beginning for each ranking."""
-
-    def __init__(self, coco_gt, results, task, max_dets, img_ids):
-        # With a bbox, COCO would take the area of the box for that of the mask, and with a caption
-        # all results for captions
-        used = "image_id", "category_id", "segmentation" if task == "segm" else "bbox"
-        # By their place in the order of the ids: pycocotools puts ids into arrays, where large ones
-        # become equal by rounding
-        self._images = {id_: k for k, id_ in enumerate(sorted(coco_gt.getImgIds()))}
-        classes = {id_: k for k, id_ in enumerate(sorted(coco_gt.getCatIds()))}
-
-        def placed(entry: dict) -> dict:
-            # -1 is no image and no class, so that pycocotools passes over it
-            image = self._images.get(entry["image_id"], -1)
-            return {
-                **entry,
-                "image_id": image,
-                "category_id": classes.get(entry["category_id"], -1),
-            }
-
-        self._results = [placed({k: r[k] for k in used}) for r in results]
-        self._truth = copy.copy(coco_gt)
-        # pycocotools writes into annotations, but only their own keys
-        self._truth.dataset = {
-            **coco_gt.dataset,
-            "images": [{**x, "id": self._images[x["id"]]} for x in coco_gt.dataset["images"]],
-            "categories": [{**x, "id": classes[x["id"]]} for x in coco_gt.dataset["categories"]],
-            "annotations": [placed(a) for a in _numbered(coco_gt.dataset["annotations"])],
-        }
-        with _silence():
-            self._truth.createIndex()
-        self._task, self._max_dets, self._img_ids = task, max_dets, img_ids
-
-    def evaluate(self, scores: Iterable[float]) -> Evaluation:
-        ranked = [{**r, "score": s} for r, s in zip(self._results, scores)]
-        with _silence():
-            coco_eval = COCOeval(self._truth, self._truth.loadRes(ranked), self._task)
-            coco_eval.params.maxDets = list(self._max_dets)
-            if self._img_ids is not None:
-                coco_eval.params.imgIds = [
-                    self._images[k] for k in self._img_ids if k in self._images
-                ]
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-        return _evaluation(coco_eval)
-
-
-class _FasterCocoEval:
-    """
-    Matching and accumulation of faster-coco-eval. What does not depend on the ranking, IoUs and
-    areas, is computed once, by the same code as in pycocotools.
-
-    Images and classes are known by their indices in the order of their ids, and a pair of them is
-    a `Place`; faster-coco-eval never sees shapes.
+    Attributes:
+        overlaps: the IoUs.
+        max_dets: as passed in, ascending.
+        image_ids, category_ids: of the images and the classes that count, ascending.
     """
 
-    def __init__(self, coco_gt, results, task, max_dets, img_ids):
-        self._library = importlib.import_module("faster_coco_eval")
-        images = coco_gt.getImgIds() if img_ids is None else img_ids
-        self._images = {i: k for k, i in enumerate(sorted(set(images)))}
-        self._classes = {i: k for k, i in enumerate(sorted(coco_gt.getCatIds()))}
-        self._max_dets = sorted(max_dets)
-        annotations = _numbered(coco_gt.dataset["annotations"])
-        objects = self._by_place(annotations)
-        self._detections = self._by_place(results)
-        areas = areas_of(results, task)
-        self._coco_gt = self._coco(
-            _entry(place, a["id"], a["area"], a.get("iscrowd", 0))
-            for place, indices in objects.items()
-            for a in (annotations[k] for k in indices)
-        )
-        self._entries = [
-            (k, _entry(place, k + 1, areas[k], 0))
-            for place, indices in self._detections.items()
-            for k in indices
-        ]
-        self._ious = {
-            place: _ious(
-                coco_gt,
-                [results[k] for k in self._detections[place]],
-                [annotations[k] for k in objects[place]],
-                task,
+    def __init__(
+        self,
+        coco_gt: COCO,
+        results: Sequence[dict],
+        task: str = "segm",
+        engine: str | None = None,
+        max_dets: Sequence[int] = COCO_MAX_DETS,
+        img_ids: Collection | None = None,
+    ):
+        """
+        Args:
+            coco_gt: the ground truth. Neither it nor `results` is modified.
+            results: at least one detection in COCO's result format, with "bbox" or "segmentation"
+                (as compressed RLE) depending on the task. "score" is not used.
+            task: "bbox" or "segm". As in COCO the size of an object, for AP by size, is the area of
+                its "bbox" or of its mask.
+            engine: see :func:`choose_engine`.
+            max_dets: the numbers of detections of each image and class at which recall is
+                measured; AP counts the largest number of them.
+            img_ids: images to evaluate, by default all.
+
+        Raises:
+            ValueError: for another task, and if results belong to images that the ground truth
+                does not have.
+        """
+        if task not in ("bbox", "segm"):
+            raise ValueError(f"There is no task '{task}'; choose 'bbox' or 'segm'.")
+        unknown = {r["image_id"] for r in results} - set(coco_gt.getImgIds())
+        if unknown:
+            raise ValueError(
+                f"There are results for {len(unknown)} images that the ground truth does not have, "
+                f"one of them '{unknown.pop()}': give the annotations of the images that were "
+                "predicted on."
             )
-            for place in objects.keys() & self._detections.keys()
-        }
+        self._coco_class, self._eval_class = COCO, COCOeval
+        if choose_engine(engine) == "faster-coco-eval":
+            library = importlib.import_module("faster_coco_eval")
+            self._coco_class, self._eval_class = library.COCO, library.COCOeval_faster
+        self.overlaps = Overlaps(coco_gt, results, task)
+        self.max_dets = sorted(max_dets)
+        self.image_ids = sorted(set(coco_gt.getImgIds() if img_ids is None else img_ids))
+        self.category_ids = sorted(coco_gt.getCatIds())
+        # The libraries see neither shapes nor ids, but indices in the order of the ids: they put
+        # ids into arrays, where large ones become equal by rounding, and take an object with the
+        # id 0 for missed
+        images = {id_: k for k, id_ in enumerate(self.image_ids)}
+        classes = {id_: k for k, id_ in enumerate(self.category_ids)}
+        self._places: dict[tuple[int, int], Place] = {}
+        objects: list[dict[str, Any]] = []
+        self._detections: list[dict[str, Any]] = []
+        areas = self.overlaps.areas.tolist()
+        for (image_id, category_id), place in self.overlaps.places.items():
+            if image_id not in images or category_id not in classes:
+                continue
+            image, class_ = images[image_id], classes[category_id]
+            self._places[image, class_] = place
+            for annotation, is_crowd in zip(place.objects, place.is_crowd.tolist()):
+                area, number = annotation["area"], len(objects) + 1
+                objects.append(_entry(image, class_, number, area, int(is_crowd)))
+            for k in place.detections:
+                self._detections.append(_entry(image, class_, k + 1, areas[k], 0))
+        self._truth = self._indexed(objects)
 
     def evaluate(self, scores: Iterable[float]) -> Evaluation:
-        # faster-coco-eval takes no NaN; pycocotools sorts it to the end
-        scores = [-math.inf if math.isnan(s) else float(s) for s in scores]
-        coco_dt = self._coco({**entry, "score": scores[k]} for k, entry in self._entries)
-        # Of type "bbox", since for masks it would want to see shapes
-        coco_eval = self._library.COCOeval_faster(self._coco_gt, coco_dt, "bbox")
-        coco_eval.params.maxDets = list(self._max_dets)
-        coco_eval.computeIoU = lambda *place: self._ranked_ious(place, scores)
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        return _evaluation(coco_eval)
+        """Evaluate the detections with these scores, one for each result; NaN comes last."""
+        # faster-coco-eval takes no NaN
+        values = [-math.inf if math.isnan(s) else float(s) for s in scores]
+        found = self._indexed([{**d, "score": values[d["id"] - 1]} for d in self._detections])
 
-    def _by_place(self, entries: Sequence[dict]) -> dict[Place, list[int]]:
-        """Indices of the entries of each place, in their order, without those that do not count."""
-        places = defaultdict(list)
-        for k, entry in enumerate(entries):
-            image, class_ = entry["image_id"], entry["category_id"]
-            if image in self._images and class_ in self._classes:
-                places[self._images[image], self._classes[class_]].append(k)
-        return places
+        def ranked_ious(image: int, class_: int) -> np.ndarray | list:
+            """IoUs (detections that count, the best ones first, x objects)."""
+            place = self._places.get((image, class_))
+            if place is None or not place.ious.size:
+                return []
+            ranked = np.argsort([-values[k] for k in place.detections], kind="stable")
+            return place.ious[ranked[: self.max_dets[-1]]]
 
-    def _coco(self, annotations: Iterable[dict]):
-        return self._library.COCO(
-            {
-                "images": [{"id": k} for k in self._images.values()],
-                "categories": [{"id": k} for k in self._classes.values()],
-                "annotations": list(annotations),
-            }
-        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            # Of type "bbox", since for masks it would ask for shapes
+            evaluation = self._eval_class(self._truth, found, "bbox")
+            evaluation.params.maxDets = list(self.max_dets)
+            evaluation.computeIoU = ranked_ious
+            evaluation.evaluate()
+            evaluation.accumulate()
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+        return Evaluation(evaluation.eval, coco_numbers(precision, recall, self.max_dets))
 
-    def _ranked_ious(self, place: Place, scores: Sequence[float]) -> np.ndarray | list:
-        """IoUs (detections, the best ones first, x objects) that count in a place."""
-        if place not in self._ious:
-            return []
-        ranks = np.argsort([-scores[k] for k in self._detections[place]], kind="stable")
-        return self._ious[place][ranks[: self._max_dets[-1]]]
+    def _indexed(self, annotations: list[dict[str, Any]]) -> COCO:
+        coco = self._coco_class()
+        coco.dataset = {
+            "images": [{"id": k} for k in range(len(self.image_ids))],
+            "categories": [{"id": k} for k in range(len(self.category_ids))],
+            "annotations": annotations,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
 
 
-def _numbered(annotations: Sequence[dict]) -> list[dict]:
-    """
-    Copies with ids from 1 on, and an iscrowd, which is 0 if it was missing.
-
-    COCO takes objects with the same id for one, and an object with the id 0 for missed, whatever
-    was found; of an id that is negative or text the two libraries make different things.
-    """
-    return [{**a, "id": k, "iscrowd": a.get("iscrowd", 0)} for k, a in enumerate(annotations, 1)]
-
-
-def _entry(place: Place, id_: int, area: float, iscrowd: int) -> dict:
-    return dict(image_id=place[0], category_id=place[1], id=id_, area=area, iscrowd=iscrowd)
-
-
-def areas_of(results: Sequence[dict], task: str) -> list[float]:
-    """Of boxes ("bbox") or masks ("segm"), in pixels."""
-    if task == "bbox":
-        return [r["bbox"][2] * r["bbox"][3] for r in results]
-    rles = [r["segmentation"] for r in results]
-    # In groups: pycocotools 2.0.11 fails at more than 255 at once if NumPy is 2
-    groups = [rles[k : k + 100] for k in range(0, len(rles), 100)]
-    return [float(area) for group in groups for area in mask_util.area(group)]
-
-
-def _ious(coco_gt: COCO, detections: list[dict], objects: list[dict], task: str) -> np.ndarray:
-    """IoUs (detections x objects); with a crowd, the share of the detection that is inside."""
-    if task == "bbox":
-        shapes = [x["bbox"] for x in detections], [x["bbox"] for x in objects]
-    else:
-        shapes = [x["segmentation"] for x in detections], [coco_gt.annToRLE(x) for x in objects]
-    return mask_util.iou(*shapes, [x.get("iscrowd", 0) for x in objects])
-
-
-def _evaluation(coco_eval) -> Evaluation:
-    evaluation, max_dets = coco_eval.eval, coco_eval.params.maxDets
-    numbers = coco_numbers(evaluation["precision"], evaluation["recall"], max_dets)
-    return Evaluation(evaluation, numbers)
+def _entry(image: int, class_: int, id_: int, area: float, iscrowd: int) -> dict[str, Any]:
+    return dict(image_id=image, category_id=class_, id=id_, area=area, iscrowd=iscrowd)
 
 
 def coco_numbers(
@@ -312,10 +210,6 @@ def coco_numbers(
 
 
 def mean_of_defined(values: np.ndarray) -> float:
-    """NaN if all are -1, which stands where there are no objects."""
+    """The mean, without the -1 that stands where there are no objects; NaN if all are -1."""
     defined = values[values > -1]
     return float(defined.mean()) if len(defined) else float("nan")
-
-
-def _silence():
-    return contextlib.redirect_stdout(io.StringIO())

@@ -3,9 +3,11 @@
 import copy
 import json
 import logging
+import math
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -18,85 +20,87 @@ from ..class_names import match, obstacle, same
 from ..utils.errors import UserError
 from .average_precision import (
     COCO_MAX_DETS,
-    Engine,
+    AveragePrecision,
     Evaluation,
-    build_engine,
     choose_engine,
     coco_numbers,
 )
 from .mask_encoding import encode_predicted_masks
 from .mask_quality import MaskQuality, scores_of
-from .matching import MaskOverlaps
 
-__all__ = ["MaskScoringCOCOEvaluator"]
+__all__ = ["MaskScoringCOCOEvaluator", "check_settings"]
 
 logger = logging.getLogger(__name__)
+
+TASKS = ("bbox", "segm", "keypoints")
+COCO_KEYPOINTS = 17
 
 
 class MaskScoringCOCOEvaluator(COCOEvaluator):
     """
     :class:`COCOEvaluator` that ranks boxes by "scores" and masks by "mask_scores".
 
-    Its results are "bbox", "segm" and, so that every evaluation shows what mask scoring brought,
-    "segm_by_class_score": the mask AP of the very same masks ranked by "scores"; and
-    "mask_quality", what the scores say about the masks (:meth:`MaskQuality.headline`). For a model
-    without mask scores it equals `COCOEvaluator`, with "mask_quality" besides.
+    Its results are "bbox", "segm" and two more, so that every evaluation shows what mask scoring
+    brings: "segm_by_class_score", the AP of the same masks ranked by "scores", and "mask_quality",
+    what the scores say about the masks (:meth:`MaskQuality.headline`). For a model without mask
+    scores the results are those of `COCOEvaluator` and "mask_quality".
 
-    With an `output_dir` it writes, besides the files of `COCOEvaluator`, what a COCO server takes:
-    "coco_bbox_results.json" with class scores, "coco_segm_results.json" with mask scores. The
-    entries of "coco_instances_results.json" have both, as "score" and "mask_score", and
+    With an `output_dir` it writes, besides the files of `COCOEvaluator`, the files that a COCO
+    server takes: "coco_bbox_results.json" with class scores and "coco_segm_results.json" with mask
+    scores. The entries of "coco_instances_results.json" have both, as "score" and "mask_score", and
     "pred_mask_iou".
 
-    Where more than 100 detections of an image count, "AP" and what else has no limit in its name
-    count all of them, and "AP@100", "AP50@100" and "AP75@100" are the numbers to compare with
-    others'.
+    Where more than 100 detections of an image count, "AP" and the other numbers without a limit in
+    their names count all of them. "AP@100", "AP50@100" and "AP75@100" are comparable with published
+    results.
 
     "pred_masks" may be full-size masks, or the `ROIMasks` (probabilities) of "pred_boxes".
     """
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         engine: str | None = None,
         use_fast_impl: bool | None = None,
         mask_quality: bool = True,
         max_dets_per_image: int | None = None,
         class_names: Sequence[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         """
         Args:
             args, kwargs: those of `COCOEvaluator`.
-            engine: what computes AP, "faster-coco-eval" or "pycocotools"; by default the first
-                if it is installed. The numbers are the same up to the rounding of float64. AP of
-                keypoints always takes pycocotools.
-            use_fast_impl: as in Detectron2 False asks for the official implementation, here
+            engine: the library that computes AP, "faster-coco-eval" or "pycocotools"; by default
+                the first if it is installed. Their numbers differ only by the rounding of float64.
+                AP of keypoints always uses pycocotools.
+            use_fast_impl: as in Detectron2, False asks for the official implementation, here
                 engine="pycocotools".
-            max_dets_per_image: of each image and class, so many detections count, the best ones; by
-                default 100, with a warning where there are more.
+            max_dets_per_image: how many detections of each image and class count, those with the
+                best scores; by default 100, with a warning where there are more. As in Detectron2,
+                at least 10 count.
             class_names: of the model, if the dataset may have others: see `use_class_names`.
-            mask_quality: whether to measure it. After an evaluation of masks all of it is in the
-                attribute `mask_quality`, on the main process; else that is None.
+            mask_quality: whether to measure it. After an evaluation of masks the attribute
+                `mask_quality` of the main process holds all of it; otherwise it is None.
 
         Raises:
-            ValueError: if the engine is unknown, not installed or not what `use_fast_impl` says; or
-                if `max_dets_per_image` is not a whole number from 1 on.
+            ValueError: the engine is unknown, not installed or contradicts `use_fast_impl`; or
+                `max_dets_per_image` is not a whole number from 1 on.
             UserError: from :meth:`use_class_names`.
         """
-        limit = max_dets_per_image
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise ValueError(f"max_dets_per_image is a whole number from 1 on, not {limit!r}.")
+        if max_dets_per_image is not None:
+            _check_limit(max_dets_per_image)
         if use_fast_impl is False and engine is None:
             engine = "pycocotools"
-        official = engine == "pycocotools"
-        if use_fast_impl is not None and use_fast_impl == official:
+        if use_fast_impl is not None and use_fast_impl == (engine == "pycocotools"):
             raise ValueError(
                 f"engine='{engine}' contradicts use_fast_impl={use_fast_impl}: give only `engine`."
             )
         self._engine = choose_engine(engine)
         # Detectron2's own fast implementation is not used: it is not part of every build
-        super().__init__(*args, use_fast_impl=False, max_dets_per_image=limit, **kwargs)
-        self._limit_is_default = limit is None
+        super().__init__(
+            *args, use_fast_impl=False, max_dets_per_image=max_dets_per_image, **kwargs
+        )
+        self._limit_is_default = max_dets_per_image is None
         for annotation in self._coco_api.dataset.get("annotations", []):
             annotation.setdefault("iscrowd", 0)  # as in training
         self._measures_mask_quality = mask_quality
@@ -146,30 +150,34 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 *(dataset, ", ".join(unknown)),
             )
 
-    def reset(self):
+    def reset(self) -> None:
         super().reset()
         self.mask_quality = None
 
-    def process(self, inputs, outputs):
-        outputs = [self._with_classes_of_dataset(_on_cpu(x)) for x in outputs]
-        first = len(self._predictions)
-        super().process(inputs, [_without_masks(x) for x in outputs])
-        # The base class skips outputs that it knows nothing to do with
-        known = [x for x in outputs if "instances" in x or "proposals" in x]
-        for prediction, output in zip(self._predictions[first:], known):
-            if "instances" in output:
-                _attach_masks(prediction["instances"], output["instances"])
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        for image, output in zip(inputs, outputs):
+            if "instances" not in output:
+                super().process([image], [output])
+                continue
+            instances = output["instances"].to("cpu")
+            if self._class_in_dataset is not None:
+                classes = self._class_in_dataset[instances.pred_classes]
+                instances = instances[classes >= 0]
+                instances.pred_classes = classes[classes >= 0]
+            # The base class would paste and encode masks one by one, so it sees none
+            fields = {k: v for k, v in instances.get_fields().items() if k != "pred_masks"}
+            without_masks = Instances(instances.image_size, **fields)
+            super().process([image], [{**output, "instances": without_masks}])
+            results = self._predictions[-1]["instances"]
+            if instances.has("pred_masks"):
+                for result, rle in zip(results, encode_predicted_masks(instances)):
+                    result["segmentation"] = rle
+            if instances.has("mask_scores"):
+                scores, ious = instances.mask_scores.tolist(), instances.pred_mask_ious.tolist()
+                for result, mask_score, mask_iou in zip(results, scores, ious):
+                    result.update(mask_score=mask_score, pred_mask_iou=mask_iou)
 
-    def _with_classes_of_dataset(self, output: dict) -> dict:
-        if self._class_in_dataset is None or "instances" not in output:
-            return output
-        instances = output["instances"]
-        classes = self._class_in_dataset[instances.pred_classes]
-        kept = instances[classes >= 0]
-        kept.pred_classes = classes[classes >= 0]
-        return {**output, "instances": kept}
-
-    def _eval_predictions(self, predictions, img_ids=None):
+    def _eval_predictions(self, predictions: list[dict], img_ids: Collection | None = None) -> None:
         logger.info("Preparing results for COCO format ...")
         results = self._with_dataset_categories(predictions)
         if self._output_dir:
@@ -177,8 +185,15 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             logger.info("Annotations are not available for evaluation.")
             return
-        if self._limit_is_default:
-            _warn_of_more_than(self._max_dets_per_image[-1], results)
+        limit = self._max_dets_per_image[-1]
+        counts = Counter((r["image_id"], r["category_id"]) for r in results)
+        if self._limit_is_default and max(counts.values(), default=0) > limit:
+            most = max(counts.values())
+            logger.warning(
+                "An image has %d detections of one class, of which the best %d count: "
+                "max_dets_per_image=%d counts all of them.",
+                *(most, limit, most),
+            )
         logger.info("Evaluating predictions with %s ...", self._engine)
         for task in sorted(self._tasks or self._tasks_from_predictions(results)):
             if task == "keypoints":
@@ -205,35 +220,29 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             result["category_id"] = categories[class_]
         return results
 
-    def _ranked_results(self, task: str, results: list[dict], img_ids) -> dict[str, dict]:
-        """AP of a task; of masks that have mask scores, under both rankings, and their quality."""
+    def _ranked_results(
+        self, task: str, results: list[dict], img_ids: Collection | None
+    ) -> dict[str, dict[str, float]]:
+        """AP of boxes; or AP of masks under every ranking that they have, and their quality."""
         limits = self._max_dets_per_image
         if limits[-1] > COCO_MAX_DETS[-1]:
             limits = [*COCO_MAX_DETS, limits[-1]]
-        engine = build_engine(self._coco_api, results, task, self._engine, limits, img_ids)
+        ranking = AveragePrecision(self._coco_api, results, task, self._engine, limits, img_ids)
         scores = scores_of(results)
-        evaluations = {"class_score": engine.evaluate(scores["class_score"])}
-        by_class_score = self._results_of(evaluations["class_score"], task)
+        evaluations = {"class_score": ranking.evaluate(scores["class_score"])}
+        ranked = {task: self._results_of(evaluations["class_score"], task)}
         if task != "segm":
-            return {task: by_class_score}
+            return ranked
         if "mask_score" in scores:
             logger.info("Masks ranked by mask score, class score x predicted mask IoU ** exponent:")
-            evaluations["mask_score"] = engine.evaluate(scores["mask_score"])
+            evaluations["mask_score"] = ranking.evaluate(scores["mask_score"])
             by_mask_score = self._results_of(evaluations["mask_score"], task)
-            ranked = {"segm": by_mask_score, "segm_by_class_score": by_class_score}
-        else:
-            ranked = {"segm": by_class_score}
+            ranked = {"segm": by_mask_score, "segm_by_class_score": ranked["segm"]}
         if self._measures_mask_quality:
-            self.mask_quality = self._mask_quality_of(engine, results, evaluations, img_ids)
+            self.mask_quality = MaskQuality(ranking, evaluations)
             logger.info("Quality of masks:\n%s", self.mask_quality.table())
             ranked["mask_quality"] = self.mask_quality.headline()
         return ranked
-
-    def _mask_quality_of(self, engine: Engine, results, evaluations, img_ids) -> MaskQuality:
-        overlaps = MaskOverlaps(self._coco_api, results)
-        evaluations = {**evaluations, "true_iou": engine.evaluate(overlaps.largest)}
-        max_dets = self._max_dets_per_image[-1]
-        return MaskQuality(self._coco_api, results, evaluations, overlaps, max_dets, img_ids)
 
     def _results_of(self, evaluation: Evaluation, task: str) -> dict[str, float]:
         recalls = {k: 100 * v for k, v in evaluation.numbers.items() if k.startswith("AR")}
@@ -250,7 +259,9 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             numbers.update({f"{k}@100": 100 * at_100[k] for k in ("AP", "AP50", "AP75")})
         return numbers
 
-    def _keypoint_results(self, predictions: list[dict], img_ids) -> dict[str, float]:
+    def _keypoint_results(
+        self, predictions: list[dict], img_ids: Collection | None
+    ) -> dict[str, float]:
         """Those of the base class, for a copy, since it changes the predictions."""
         predictions = [{"instances": [dict(r) for r in x["instances"]]} for x in predictions]
         evaluator = copy.copy(self)  # shares the ground truth
@@ -261,63 +272,66 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
 
     def _write_files(self, results: list[dict]) -> None:
         logger.info("Saving results to %s", self._output_dir)
-        self._write_json("coco_instances_results.json", results)
-        for task, part in (("bbox", "bbox"), ("segm", "segmentation")):
-            if any(part in r for r in results):
-                entries = [_server_entry(r, part) for r in results]
-                self._write_json(f"coco_{task}_results.json", entries)
+        files = {"coco_instances_results.json": results}
+        # A COCO server takes boxes and masks, each with the score that they are ranked by
+        if any("bbox" in r for r in results):
+            files["coco_bbox_results.json"] = [
+                {k: r[k] for k in ("image_id", "category_id", "bbox", "score")} for r in results
+            ]
+        if any("segmentation" in r for r in results):
+            files["coco_segm_results.json"] = [
+                {
+                    **{k: r[k] for k in ("image_id", "category_id", "segmentation")},
+                    "score": r.get("mask_score", r["score"]),
+                }
+                for r in results
+            ]
+        for name, entries in files.items():
+            with PathManager.open(os.path.join(self._output_dir, name), "w") as f:
+                f.write(json.dumps(entries))
 
-    def _write_json(self, name: str, entries: list[dict]) -> None:
-        with PathManager.open(os.path.join(self._output_dir, name), "w") as f:
-            f.write(json.dumps(entries))
 
+def check_settings(evaluator: COCOEvaluator, predicts_keypoints: bool) -> None:
+    """
+    Refuse arguments with which an evaluation would fail only after all images were predicted.
 
-def _warn_of_more_than(limit: int, results: list[dict]) -> None:
-    counts = Counter((r["image_id"], r["category_id"]) for r in results)
-    most = max(counts.values(), default=0)
-    if most > limit:
-        logger.warning(
-            "An image has %d detections of one class, of which the best %d count: "
-            "max_dets_per_image=%d counts all of them.",
-            *(most, limit, most),
+    Args:
+        evaluator: of Detectron2, or one that is derived from it.
+        predicts_keypoints: whether the model does.
+
+    Raises:
+        ValueError: `max_dets_per_image`, `tasks` or `kpt_oks_sigmas` has the wrong form, or the
+            annotations have another number of keypoints than there are sigmas.
+    """
+    _check_limit(evaluator._max_dets_per_image[-1])
+    tasks = evaluator._tasks
+    if tasks is not None and (not _is_list(tasks) or not set(tasks) <= set(TASKS)):
+        raise ValueError(f"tasks is a list of some of {', '.join(TASKS)}, not {tasks!r}.")
+    if not evaluator._do_evaluation:
+        return
+    sigmas = evaluator._kpt_oks_sigmas
+    if sigmas and not (_is_list(sigmas) and all(map(_is_positive, sigmas))):
+        raise ValueError(f"kpt_oks_sigmas is a list of numbers above 0, not {sigmas!r}.")
+    if tasks is not None:
+        predicts_keypoints = "keypoints" in tasks
+    annotations = evaluator._coco_api.dataset["annotations"]
+    keypoints = next((a["keypoints"] for a in annotations if a.get("keypoints")), None)
+    number = len(sigmas) if sigmas else COCO_KEYPOINTS
+    if keypoints and (sigmas or predicts_keypoints) and len(keypoints) // 3 != number:
+        raise ValueError(
+            f"kpt_oks_sigmas has {number} numbers{'' if sigmas else ' by default'}, but objects "
+            f"have {len(keypoints) // 3} keypoints: give one number for each."
         )
 
 
-def _on_cpu(output: dict) -> dict:
-    if "instances" not in output:
-        return output
-    return {**output, "instances": output["instances"].to("cpu")}
+def _check_limit(limit: object) -> None:
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"max_dets_per_image is a whole number from 1 on, not {limit!r}.")
 
 
-def _without_masks(output: dict) -> dict:
-    """A copy of what a model gives for an image, whose masks the base class does not encode."""
-    if "instances" not in output:
-        return output
-    instances = output["instances"]
-    fields = {k: v for k, v in instances.get_fields().items() if k != "pred_masks"}
-    return {**output, "instances": Instances(instances.image_size, **fields)}
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _attach_masks(results: list[dict], instances: Instances) -> None:
-    """Add masks and mask scores to what the base class has made of the instances."""
-    if instances.has("pred_masks"):
-        for result, rle in zip(results, encode_predicted_masks(instances)):
-            result["segmentation"] = rle
-    if instances.has("mask_scores"):
-        scores, ious = instances.mask_scores.tolist(), instances.pred_mask_ious.tolist()
-        for result, mask_score, mask_iou in zip(results, scores, ious):
-            result.update(mask_score=mask_score, pred_mask_iou=mask_iou)
-
-
-def _mask_score(result: dict) -> float:
-    return result.get("mask_score", result["score"])
-
-
-def _server_entry(result: dict, part: str) -> dict:
-    score = result["score"] if part == "bbox" else _mask_score(result)
-    return {
-        "image_id": result["image_id"],
-        "category_id": result["category_id"],
-        part: result[part],
-        "score": score,
-    }
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

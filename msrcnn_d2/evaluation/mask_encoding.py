@@ -1,4 +1,4 @@
-"""Predicted masks as run-length encodings of COCO, without pasting them into the image first."""
+"""Predicted masks in COCO's run-length encoding, without pasting them into the image first."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def encode_predicted_masks(instances: Instances) -> list[dict]:
             `BitMasks`), or `ROIMasks` (N x M x M, probabilities) that belong to "pred_boxes".
 
     Returns:
-        for each instance its mask as COCO's compressed RLE, "counts" being a string.
+        for each instance the compressed RLE of its mask, with "counts" as a string.
     """
     masks = instances.pred_masks
     if isinstance(masks, ROIMasks):
@@ -33,16 +33,16 @@ def encode_roi_masks(
     threshold: float = 0.5,
 ) -> list[dict]:
     """
-    The masks of `detectron2.layers.paste_masks_in_image` in COCO's format, without pasting them.
+    Encode the masks that `detectron2.layers.paste_masks_in_image` would give, without pasting.
 
     Args:
         masks: N x M x M, probabilities inside the boxes.
-        boxes: N x 4 (x0, y0, x1, y1) in pixels; they may reach beyond the image.
+        boxes: N x 4 (x0, y0, x1, y1) in pixels; they may extend beyond the image.
         image_size: height and width in pixels.
-        threshold: a pixel belongs to the mask from this interpolated probability on.
+        threshold: the smallest interpolated probability of a pixel inside the mask.
 
     Returns:
-        for each mask its compressed RLE, "counts" being a string.
+        for each mask its compressed RLE, with "counts" as a string.
     """
     height, width = image_size
     boxes = boxes if isinstance(boxes, torch.Tensor) else boxes.tensor
@@ -61,11 +61,10 @@ def encode_roi_masks(
 def encode_bitmasks(masks: torch.Tensor) -> list[dict]:
     """
     Args:
-        masks: N x H x W, tensor or array, of bool or of another type in which all that is not 0
-            is inside.
+        masks: N x H x W, a tensor or array; values other than 0 are inside.
 
     Returns:
-        for each mask its compressed RLE, "counts" being a string.
+        for each mask its compressed RLE, with "counts" as a string.
     """
     height, width = masks.shape[1:]
     runs = [_run_ends(mask, height) for mask in torch.as_tensor(masks).bool().cpu().numpy()]
@@ -76,26 +75,28 @@ def _floats(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().float().numpy()
 
 
-def _neighbours(start, end, size: int, num_cells: int) -> tuple[int, np.ndarray, np.ndarray]:
+def _neighbours(
+    start: np.float32, end: np.float32, size: int, num_cells: int
+) -> tuple[int, np.ndarray, np.ndarray]:
     """
-    Between which cells of a mask pixels of the image lie, along one axis.
+    Find the cells of a mask between which the pixels of the image lie, along one axis.
 
     Args:
-        start, end: of the box, in pixels, float32.
+        start, end: of the box, in pixels.
         size: of the image, in pixels.
         num_cells: of the mask, without the zeros around it.
 
     Returns:
         the first pixel that the box may touch; and for each pixel from there to the last one the
-        index of the cell at or before it in the padded mask, and the share of the next cell in a
+        index in the padded mask of the cell at or before it, and the share of the next cell in a
         linear interpolation between the centres of the two.
     """
     first, last = max(int(np.floor(start)) - 1, 0), min(int(np.ceil(end)) + 1, size)
-    # The operations of Detectron2 and of grid_sample, one by one, for the same rounding
+    # The same operations as in Detectron2 and grid_sample, in the same order, for equal rounding
     pixels = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
     grid = (pixels - start) / (end - start) * 2 - 1
     position = ((grid + 1) * num_cells - 1) / 2
-    # There are only zeros up to -1 and from M on; NaN, if the box has no size, becomes -1
+    # Up to -1 and from M on there are only zeros. NaN, if the box has no size, becomes -1.
     position = np.fmin(np.fmax(position, -1), num_cells)
     cell = np.floor(position)
     return first, cell.astype(np.intp) + 1, position - cell
@@ -103,15 +104,15 @@ def _neighbours(start, end, size: int, num_cells: int) -> tuple[int, np.ndarray,
 
 def _run_ends(inside: np.ndarray, height: int, top: int = 0, left: int = 0) -> np.ndarray:
     """
-    Where the runs of a mask begin and end; COCO counts the pixels of an image down its columns.
+    Find where the runs of a mask begin and end. COCO counts pixels down the columns of the image.
 
     Args:
-        inside: rows x columns, bool, of a part of the image that has the whole mask in it.
+        inside: rows x columns, bool, of a part of the image that contains the whole mask.
         height: of the image.
-        top, left: the place of the part in the image.
+        top, left: the first row and column of the part in the image.
 
     Returns:
-        in turn the first pixel of a run and the first one after it, ascending.
+        the first pixel of each run and the first pixel after it, ascending.
     """
     rows, columns = inside.shape
     if not inside.size:
@@ -119,20 +120,19 @@ def _run_ends(inside: np.ndarray, height: int, top: int = 0, left: int = 0) -> n
     row, column = np.divmod(np.flatnonzero(inside[1:] != inside[:-1]), columns)
     first, last = np.flatnonzero(inside[0]), np.flatnonzero(inside[-1])
     pixels = [column * height + row + 1, first * height, last * height + rows]
-    # Where a run goes on at the top of the next column, it ends and begins at the same pixel
+    # A run that continues at the top of the next column would end and begin at the same pixel
     ends, times = np.unique(np.concatenate(pixels), return_counts=True)
     return ends[times == 1] + left * height + top
 
 
-def _compress(runs: Sequence[np.ndarray], height: int, width: int) -> list[dict]:
-    """RLEs from :func:`_run_ends` of each mask."""
+def _compress(run_ends: Sequence[np.ndarray], height: int, width: int) -> list[dict]:
+    """RLEs from the :func:`_run_ends` of each mask."""
     size = [height, width]
-    uncompressed = [{"size": size, "counts": _counts(x, height * width)} for x in runs]
-    rles = mask_util.frPyObjects(uncompressed, height, width) if runs else []
+    uncompressed = []
+    for ends in run_ends:
+        ends = ends[ends < height * width]
+        # Lengths of the runs, the first of which lies outside the mask; the last is never empty
+        counts = np.diff(np.concatenate([[0], ends, [height * width]]))
+        uncompressed.append({"size": size, "counts": counts})
+    rles = mask_util.frPyObjects(uncompressed, height, width) if uncompressed else []
     return [{"size": size, "counts": rle["counts"].decode()} for rle in rles]
-
-
-def _counts(run_ends: np.ndarray, num_pixels: int) -> np.ndarray:
-    """Lengths of the runs, the first one outside of the mask; the last one is never empty."""
-    ends = run_ends[run_ends < num_pixels]
-    return np.diff(np.concatenate([[0], ends, [num_pixels]]))

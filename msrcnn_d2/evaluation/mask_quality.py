@@ -1,5 +1,6 @@
-"""What a mask score is worth: how well scores tell good masks from bad ones, and AP under each."""
+"""How well scores tell good masks from bad ones, and the AP that each ranking of masks gives."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -11,16 +12,15 @@ import numpy as np
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-from .average_precision import Evaluation, areas_of, build_engine, mean_of_defined
-from .matching import IOU_THRESHOLDS, MaskOverlaps
+from .average_precision import AveragePrecision, Evaluation, mean_of_defined
+from .matching import IOU_THRESHOLDS
 from .score_statistics import Bin, expected_calibration_error, mean, pearson, reliability, spearman
 
 __all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_mask_quality"]
 
-# How the masks of a model can be ranked; "true_iou" is the ceiling of the others
+# How the masks of a model can be ranked; "true_iou" gives the ceiling
 RANKINGS = ("class_score", "mask_score", "true_iou")
-SCORES = ("class_score", "predicted_iou", "mask_score")
-# Where results have them; those of a plain Mask R-CNN have the first only
+# The scores, and where results have them; those of a plain Mask R-CNN have only the first
 KEYS = {"class_score": "score", "predicted_iou": "pred_mask_iou", "mask_score": "mask_score"}
 TITLES = {
     "class_score": "class score",
@@ -28,7 +28,7 @@ TITLES = {
     "mask_score": "mask score",
     "true_iou": "true IoU (ceiling)",
 }
-# As COCO has it: areas in pixels, and an area at the limit belongs to both sides
+# In pixels; as in COCO, an area at the limit belongs to both sides
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
 
 
@@ -40,13 +40,13 @@ class Agreement:
     Attributes:
         count: number of detections.
         true_iou: mean true IoU, in [0, 1].
-        pearson, spearman: {score: coefficient of correlation with the true IoU, in [-1, 1]}; of
-            the class score, the predicted IoU and the mask score, as far as the model has them.
+        pearson, spearman: {score: coefficient of correlation with the true IoU, in [-1, 1]}, for
+            those of class score, predicted IoU and mask score that the model has.
         mae: mean absolute difference of predicted and true IoU.
-        bias: mean of predicted IoU - true IoU; positive where the model thinks too well of itself.
+        bias: mean of predicted IoU - true IoU; positive where predictions are too high.
         ece: expected calibration error of the predicted IoU over ten bins.
 
-    The last three are NaN for a model that predicts no IoU, and all means are without detections.
+    The last three are NaN for a model that predicts no IoU. All means are NaN without detections.
     """
 
     count: int
@@ -66,9 +66,10 @@ class Part:
     Attributes:
         ap: {ranking: mask AP in percent}; NaN where there are no objects.
         gap_closed: share of the gap between the AP by class score and the ceiling, the AP by true
-            IoU, that the mask score closes; negative where it loses AP; NaN without a gap.
-        matched: over the detections that found an object.
-        all: over all detections, with their largest IoU as the true one; None at a threshold.
+            IoU, that the mask score closes; negative where it lowers AP; NaN without a gap.
+        matched: over the matched detections.
+        all: over all detections, with their largest IoU as the true one; None for a single IoU
+            threshold.
     """
 
     ap: dict[str, float]
@@ -81,132 +82,126 @@ class MaskQuality:
     """
     What scores say about masks, and the AP that they lead to.
 
-    A detection's *true IoU* is that of its mask with an object of its class. Which object that is
-    says COCO's matching: within each image and class, in the order of the class score, each
-    detection takes the object with the largest IoU that none before it has taken, if the IoU is at
-    least the threshold, 0.5 if nothing else is said (details: :meth:`MaskOverlaps.match`). Such
-    detections are *matched*; from 0.5 on a mask has no second object to choose, unless objects
-    overlap. *All* detections are these, duplicates and mistakes: their true IoU is the largest
-    with any object of their class in the image, or 0. Detections that fall to a crowd, and those
-    beyond the number that counts for each class and image, are in neither.
+    The *true IoU* of a detection is the IoU of its mask with an object of its class. COCO's
+    matching decides which object that is: within each image and class, in the order of the class
+    score, each detection takes the free object with the largest IoU, if the IoU is at least the
+    threshold, 0.5 unless another is named (details: :meth:`Overlaps.match`). Such detections are
+    *matched*. *All* detections also include duplicates and mistakes; the true IoU is then the
+    largest IoU with any object of the class in the image, or 0. Neither set includes detections
+    that are matched with a crowd, or that exceed the number that counts in each image and class.
 
-    The chosen threshold cuts off low IoUs, so among matched detections low predictions look more
-    pessimistic than they are, and among all detections any prediction looks more optimistic, since
-    the MaskIoU head learns from masks that found their object. One should see both.
+    Both sets are biased. The threshold removes low IoUs from the matched detections, so that low
+    predictions look more pessimistic there than they are. All detections include masks that miss
+    their object, which the MaskIoU head never sees in training, so that its predictions look more
+    optimistic than they are. It helps to look at both.
 
-    The ceiling ranks by true IoU over all detections. It needs more than a perfect MaskIoU head:
-    it also puts last what has the wrong class. It is not quite the best ranking, as it leaves
-    duplicates of good masks among the first.
+    The ceiling is the AP of a ranking by true IoU over all detections. It needs more than a perfect
+    MaskIoU head, since it also puts detections of the wrong class last. A slightly better ranking
+    may exist, since duplicates of good masks come early in this one.
 
     Attributes:
-        coco_gt, results, max_dets: what the numbers are about.
-        evaluations: {ranking: COCO's evaluation}; without "mask_score" for a model that has none.
+        average_precision: what ranked the masks, and can evaluate further rankings of them.
+        coco_gt, results, max_dets: the detections, and how many of each image and class count.
+        evaluations: {ranking: COCO's evaluation}; no "mask_score" for a model without mask scores.
         scores: {score: N values}, of those that the model has.
         true_ious: N, the largest IoU with an object.
-        matches: with the thresholds of COCO.
+        matches: at the thresholds of COCO.
         counted: N, whether a detection is in the statistics.
         classes: names in the order of the category ids.
         class_indices: N, the index of each detection's class among them.
+        num_images: how many are evaluated.
         num_objects: of each class, without crowds.
     """
 
     def __init__(
         self,
-        coco_gt: COCO,
-        results: Sequence[dict],
-        evaluations: Mapping[str, Evaluation],
-        overlaps: MaskOverlaps,
-        max_dets: int = 100,
-        img_ids: Collection | None = None,
+        average_precision: AveragePrecision,
+        evaluations: Mapping[str, Evaluation] | None = None,
     ):
         """
         Args:
-            coco_gt: the ground truth.
-            results: N detections in COCO's result format, with "segmentation" as RLE, and with
+            average_precision: of the masks of N detections, which have a "score", and
                 "pred_mask_iou" and "mask_score" if the model scores masks.
-            evaluations: {ranking: evaluation of these results ranked so}.
-            overlaps: of these results.
-            max_dets: number of detections of each image and class that count.
-            img_ids: images to look at, by default all.
+            evaluations: {ranking: evaluation} where the masks have been ranked so already.
         """
-        self.coco_gt, self.results, self.max_dets = coco_gt, results, max_dets
-        self.evaluations = dict(evaluations)
-        self.scores = scores_of(results)
+        self.average_precision = average_precision
+        overlaps, self.max_dets = average_precision.overlaps, average_precision.max_dets[-1]
+        self.coco_gt, self.results = overlaps.coco_gt, overlaps.results
+        self.scores = scores_of(self.results)
         self.true_ious = overlaps.largest
-        self.matches = overlaps.match(self.scores["class_score"], max_dets=max_dets)
-        categories = sorted(coco_gt.getCatIds())
-        images = set(coco_gt.getImgIds() if img_ids is None else img_ids)
+        rankings, evaluated = {**self.scores, "true_iou": self.true_ious}, evaluations or {}
+        self.evaluations = {
+            name: evaluated.get(name) or average_precision.evaluate(rankings[name])
+            for name in RANKINGS
+            if name in rankings
+        }
+        self.matches = overlaps.match(self.scores["class_score"], max_dets=self.max_dets)
+
+        categories, images = average_precision.category_ids, set(average_precision.image_ids)
         index = {category: k for k, category in enumerate(categories)}
-        known = [r["image_id"] in images and r["category_id"] in index for r in results]
+        known = [r["image_id"] in images and r["category_id"] in index for r in self.results]
         self._counting = np.array(known, dtype=bool) & ~self.matches.beyond
         self.counted = self._counting & ~self.matches.ignored[0]
-        self.classes = _class_names(coco_gt, categories)
-        self.class_indices = np.array([index.get(r["category_id"], -1) for r in results], int)
+        names = [str(self.coco_gt.cats[k].get("name", k)) for k in categories]
+        # Where two classes have the same name, their ids tell them apart
+        self.classes = [
+            f"{n} ({k})" if names.count(n) > 1 else n for n, k in zip(names, categories)
+        ]
+        self.class_indices = np.array([index.get(r["category_id"], -1) for r in self.results], int)
         self.num_images = len(images)
         self.num_objects = [0] * len(categories)
-        for annotation in coco_gt.dataset["annotations"]:
-            k = index.get(annotation["category_id"])  # COCO, too, passes over unknown ones
-            is_object = annotation["image_id"] in images and not annotation.get("iscrowd", 0)
-            if k is not None and is_object:
-                self.num_objects[k] += 1
+        for (image, category), place in overlaps.places.items():
+            if image in images and category in index:
+                self.num_objects[index[category]] += int((~place.is_crowd).sum())
 
     @property
     def matched(self) -> np.ndarray:
         """N, whether a detection is matched at an IoU of 0.5."""
-        return self._matched(0)
+        return self._counting & ~np.isnan(self.matched_ious)
 
     @property
     def matched_ious(self) -> np.ndarray:
         """N, the IoU with the object that a detection is matched with at 0.5; NaN without one."""
         return self.matches.ious[0]
 
-    def _matched(self, threshold: int) -> np.ndarray:
-        return self._counting & ~np.isnan(self.matches.ious[threshold])
-
     @cached_property
     def overall(self) -> Part:
-        return self._part((slice(None), slice(None), slice(None), 0), self.counted)
+        return self._part(np.s_[:, :, :, 0], self.counted)
 
     @cached_property
     def by_class(self) -> dict[str, Part]:
-        """A part for each class, with the detections of it."""
+        """A part for each class."""
         return {
-            name: self._part(
-                (slice(None), slice(None), k, 0), self.counted & (self.class_indices == k)
-            )
+            name: self._part(np.s_[:, :, k, 0], self.counted & (self.class_indices == k))
             for k, name in enumerate(self.classes)
         }
 
     @cached_property
     def by_size(self) -> dict[str, Part]:
         """
-        A part for objects of each of COCO's sizes ("small" up to 32 x 32 pixels, "large" from
-        96 x 96 on). A detection is where its object is, an unmatched one where its mask is.
+        A part for each of COCO's sizes ("small" up to 32 x 32 pixels, "large" from 96 x 96 on). A
+        detection has the size of its object, or that of its own mask if it is unmatched.
         """
-        areas = np.where(self.matched, self.matches.areas[0], areas_of(self.results, "segm"))
+        areas = self.average_precision.overlaps.areas
+        areas = np.where(self.matched, self.matches.areas[0], areas)
         return {
-            name: self._part(
-                (slice(None), slice(None), slice(None), k),
-                self.counted & (areas >= low) & (areas <= high),
-            )
+            name: self._part(np.s_[:, :, :, k], self.counted & (areas >= low) & (areas <= high))
             for k, (name, (low, high)) in enumerate(SIZES.items(), start=1)
         }
 
     @cached_property
     def by_threshold(self) -> dict[str, Part]:
-        """A part for each of COCO's IoU thresholds, "0.50" to "0.95", with what it matches."""
+        """A part for each of COCO's IoU thresholds, "0.50" to "0.95"."""
         return {
-            f"{threshold:.2f}": self._part(
-                (k, slice(None), slice(None), 0), self._counting, threshold=k, with_all=False
-            )
+            f"{threshold:.2f}": self._part(np.s_[k, :, :, 0], self._counting, k)
             for k, threshold in enumerate(IOU_THRESHOLDS)
         }
 
     def precision_recall(self) -> dict[str, dict[str, list[float]]]:
         """
-        For each IoU threshold and ranking the precision at recall 0, 0.01, ..., 1, as COCO
-        interpolates it (the best one at this recall or a higher one), averaged over the classes
-        that have objects.
+        For each IoU threshold and ranking, the precision at recall 0, 0.01, ..., 1, averaged over
+        the classes that have objects. As COCO interpolates it, it is the best precision at this
+        recall or a higher one.
         """
         curves = {}
         for k, threshold in enumerate(IOU_THRESHOLDS):
@@ -228,23 +223,26 @@ class MaskQuality:
             "all": reliability(predicted[counted], self.true_ious[counted]),
         }
 
-    def _part(self, place: tuple, chosen: np.ndarray, threshold: int = 0, with_all=True) -> Part:
+    def _part(self, place: tuple, chosen: np.ndarray, threshold: int | None = None) -> Part:
         """
         Args:
-            place: of precisions that belong to it, by threshold, recall, class and size.
+            place: of the precisions that belong to it, by threshold, recall, class and size.
             chosen: N, whether a detection belongs to it.
+            threshold: the index of its IoU threshold; None if it has all of them.
         """
         ap = {
             name: 100 * mean_of_defined(self.evaluations[name].eval["precision"][..., -1][place])
             for name in RANKINGS
             if name in self.evaluations
         }
-        matched = chosen & self._matched(threshold)
+        gap = ap["true_iou"] - ap["class_score"]
+        gain = ap.get("mask_score", np.nan) - ap["class_score"]
+        matched_ious = self.matches.ious[threshold or 0]
         return Part(
             ap=ap,
-            gap_closed=_gap_closed(ap),
-            matched=self._agreement(matched, self.matches.ious[threshold]),
-            all=self._agreement(chosen, self.true_ious) if with_all else None,
+            gap_closed=gain / gap if gap > 0 else float("nan"),
+            matched=self._agreement(chosen & ~np.isnan(matched_ious), matched_ious),
+            all=self._agreement(chosen, self.true_ious) if threshold is None else None,
         )
 
     def _agreement(self, chosen: np.ndarray, true_ious: np.ndarray) -> Agreement:
@@ -264,8 +262,8 @@ class MaskQuality:
 
     def headline(self) -> dict[str, float]:
         """
-        The numbers that an evaluation shows and logs: AP in percent by each ranking, share of the
-        gap closed, and over matched detections correlations, errors and their number.
+        The numbers that an evaluation shows and logs: AP in percent under each ranking, the share
+        of the gap closed, and correlations, errors and the number of the matched detections.
         """
         part, agreement = self.overall, self.overall.matched
         numbers = {f"AP_{name}": value for name, value in part.ap.items()}
@@ -278,7 +276,7 @@ class MaskQuality:
         return {**numbers, "matched": agreement.count}
 
     def table(self) -> str:
-        """For people: AP in percent, and over matched detections correlation with the true IoU."""
+        """AP in percent and the correlations of the matched detections, as text to print."""
         ap, agreement = self.overall.ap, self.overall.matched
         rows = [
             [title, ap.get(name), agreement.pearson.get(name), agreement.spearman.get(name)]
@@ -300,7 +298,7 @@ class MaskQuality:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers, as JSON can hold them: NaN, which it has not, is None."""
+        """All numbers in a form that JSON can hold, with None in place of NaN."""
         numbers = {
             "images": self.num_images,
             "objects": sum(self.num_objects),
@@ -313,7 +311,7 @@ class MaskQuality:
             "precision_recall": self.precision_recall(),
             "reliability": {k: [asdict(b) for b in v] for k, v in self.reliability().items()},
         }
-        return _without_nan(numbers)
+        return json.loads(json.dumps(numbers), parse_constant=lambda nan: None)
 
 
 def limit_of(results: Sequence[dict]) -> int:
@@ -334,14 +332,11 @@ def measure_mask_quality(
         results: at least one detection of any model in COCO's result format, with "segmentation"
             as RLE and "score"; with "pred_mask_iou" and "mask_score" if the model scores masks.
         engine: "faster-coco-eval", "pycocotools", or None for the first one that is installed.
-        max_dets: of each image, only so many of each class count, the best ones.
-        img_ids: images to look at, by default all.
+        max_dets: how many detections of each image and class count, those with the best scores.
+        img_ids: images to evaluate, by default all.
     """
-    counting = build_engine(coco_gt, results, "segm", engine, [max_dets], img_ids)
-    overlaps = MaskOverlaps(coco_gt, results)
-    rankings = {**scores_of(results), "true_iou": overlaps.largest}
-    evaluations = {k: counting.evaluate(v) for k, v in rankings.items() if k in RANKINGS}
-    return MaskQuality(coco_gt, results, evaluations, overlaps, max_dets, img_ids)
+    ranking = AveragePrecision(coco_gt, results, "segm", engine, [max_dets], img_ids)
+    return MaskQuality(ranking)
 
 
 def scores_of(results: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -368,7 +363,7 @@ def mask_ap(
         results: detections in COCO's result format, with "segmentation".
         scores: the number to rank each result by, instead of its "score". Equal ones keep the
             order of `results` within an image.
-        max_dets: of each image, only so many of each class count, the best ones.
+        max_dets: how many detections of each image and class count, those with the best scores.
         engine: "faster-coco-eval", "pycocotools", or None for the first one that is installed.
 
     Returns:
@@ -378,27 +373,6 @@ def mask_ap(
     names = ("AP", "AP50", "AP75")
     if not results:
         return dict.fromkeys(names, float("nan"))
-    ranking = build_engine(coco_gt, results, "segm", engine, [max_dets])
+    ranking = AveragePrecision(coco_gt, results, "segm", engine, [max_dets])
     numbers = ranking.evaluate(scores).numbers
     return {name: 100 * numbers[name] for name in names}
-
-
-def _class_names(coco_gt: COCO, categories: list) -> list[str]:
-    """In the order of the ids, which they name where two classes have the same name."""
-    names = [str(coco_gt.cats[k].get("name", k)) for k in categories]
-    return [f"{n} ({k})" if names.count(n) > 1 else n for n, k in zip(names, categories)]
-
-
-def _gap_closed(ap: dict[str, float]) -> float:
-    gap = ap["true_iou"] - ap["class_score"]
-    if "mask_score" not in ap or not gap > 0:
-        return float("nan")
-    return (ap["mask_score"] - ap["class_score"]) / gap
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

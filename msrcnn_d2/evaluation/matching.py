@@ -1,39 +1,44 @@
-"""Which object each predicted mask belongs to, by COCO's rule, and their true IoU."""
+"""IoUs of detections with objects, and COCO's rule for which object a detection is matched with."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-__all__ = ["IOU_THRESHOLDS", "Matches", "MaskOverlaps", "true_mask_ious"]
+__all__ = ["IOU_THRESHOLDS", "Matches", "Overlaps", "Place", "true_mask_ious"]
 
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as in COCO, from one to the next 0.05
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as in COCO, 0.05 apart
 
 
-class _Place(NamedTuple):
+@dataclass
+class Place:
     """
     The detections and the objects of one class in one image.
 
     Attributes:
-        indices: of the D detections among all results.
-        objects: the G annotations, those of crowds last.
-        ious: D x G; with a crowd, the share of the detection that lies in it.
+        detections: the indices of D detections among all results, ascending.
+        objects: G annotations in the order of their file.
+        ious: D x G; with a crowd, the share of the detection that lies inside the crowd.
     """
 
-    indices: np.ndarray
-    objects: list[dict]
-    ious: np.ndarray
+    detections: list[int] = field(default_factory=list)
+    objects: list[dict] = field(default_factory=list)
+    ious: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @cached_property
+    def is_crowd(self) -> np.ndarray:
+        """G, whether an object is a crowd."""
+        return np.array([bool(a.get("iscrowd", 0)) for a in self.objects], dtype=bool)
 
 
 @dataclass
 class Matches:
     """
-    What N detections were matched with at T IoU thresholds; see :meth:`MaskOverlaps.match`.
+    What N detections were matched with at T IoU thresholds; see :meth:`Overlaps.match`.
 
     Attributes:
         ious: T x N, the IoU with the matched object, NaN for unmatched detections.
@@ -48,30 +53,74 @@ class Matches:
     beyond: np.ndarray
 
 
-class MaskOverlaps:
-    """The IoUs of predicted masks with the objects of their class in their image."""
+class Overlaps:
+    """
+    The IoUs of detections with the objects of their class in their image.
 
-    def __init__(self, coco_gt: COCO, results: Sequence[dict]):
+    They are computed once, here. Average precision under every ranking, true IoUs and matches all
+    use them.
+
+    Attributes:
+        coco_gt, results, task: what was passed in.
+        places: {(image id, category id): place}, wherever there is a detection or an object.
+    """
+
+    def __init__(self, coco_gt: COCO, results: Sequence[dict], task: str = "segm"):
         """
         Args:
             coco_gt: the ground truth.
-            results: N detections in COCO's result format, with "segmentation" as RLE.
+            results: N detections in COCO's result format, with "segmentation" as RLE or "bbox".
+            task: "segm" for the IoUs of masks, "bbox" for those of boxes.
         """
-        self._num_results = len(results)
-        self._places = list(_places(coco_gt, results))
+        self.coco_gt, self.results, self.task = coco_gt, results, task
+        places: dict[tuple, Place] = defaultdict(Place)
+        for index, result in enumerate(results):
+            places[result["image_id"], result["category_id"]].detections.append(index)
+        for annotation in coco_gt.dataset["annotations"]:
+            places[annotation["image_id"], annotation["category_id"]].objects.append(annotation)
+        self.places = dict(places)
+        for place in places.values():
+            place.ious = np.zeros((len(place.detections), len(place.objects)))
+            if place.ious.size:
+                found = [results[k] for k in place.detections]
+                if task == "bbox":
+                    shapes = [r["bbox"] for r in found], [a["bbox"] for a in place.objects]
+                else:
+                    rles = [coco_gt.annToRLE(a) for a in place.objects]
+                    shapes = [r["segmentation"] for r in found], rles
+                place.ious = mask_util.iou(*shapes, place.is_crowd.tolist())
+
+    @cached_property
+    def areas(self) -> np.ndarray:
+        """N, the areas of the detections' masks, or of their boxes, in pixels."""
+        if self.task == "bbox":
+            return np.array([r["bbox"][2] * r["bbox"][3] for r in self.results], dtype=float)
+        rles = [r["segmentation"] for r in self.results]
+        # In groups: pycocotools 2.0.11 fails at more than 255 at once if NumPy is 2
+        groups = [mask_util.area(rles[k : k + 100]) for k in range(0, len(rles), 100)]
+        return np.concatenate([np.zeros(0), *groups])
 
     @cached_property
     def largest(self) -> np.ndarray:
         """
-        The largest IoU of each mask with an object of its class in its image, N values in [0, 1].
-        It is 0 if there is no such object. Crowds do not count, because they have no IoU.
+        The largest IoU of each detection with an object of its class in its image, N values in
+        [0, 1]. It is 0 if there is no such object. Crowds do not count, since they have no IoU.
         """
-        largest = np.zeros(self._num_results)
-        for place in self._places:
-            num_objects = sum(not _is_crowd(a) for a in place.objects)  # crowds come last
-            if num_objects:
-                largest[place.indices] = place.ious[:, :num_objects].max(axis=1)
+        largest = np.zeros(len(self.results))
+        for place in self.places.values():
+            ious = place.ious[:, ~place.is_crowd]
+            if ious.size:
+                largest[place.detections] = ious.max(axis=1)
         return largest
+
+    def nearest_object(self, index: int) -> dict | None:
+        """The annotation with which a detection has its largest IoU; None if that is 0."""
+        result = self.results[index]
+        place = self.places[result["image_id"], result["category_id"]]
+        if not self.largest[index] > 0:
+            return None
+        ious = np.where(place.is_crowd, -1, place.ious[place.detections.index(index)])
+        return place.objects[int(ious.argmax())]
 
     def match(
         self,
@@ -83,17 +132,18 @@ class MaskOverlaps:
         Match detections with objects as `COCOeval.evaluateImg` does, over objects of all sizes.
 
         Within each image and class the detections choose in the order of their scores, the best
-        first; equal ones keep their order. Each takes the object with which its IoU is largest
-        among those that no other has taken, if it is at least the threshold; the later one of
-        two with the same IoU. Only where there is none it may be given to a crowd, which can be
-        taken any number of times.
+        first; equal scores keep the order of the results. Each detection takes the free object
+        with the largest IoU, if that is at least the threshold, and the later one of two with the
+        same IoU. If there is none, it falls to a crowd that it overlaps enough. A crowd takes any
+        number of detections.
 
         Args:
-            scores: N numbers that decide who chooses first.
+            scores: N numbers that decide which detection chooses first.
             thresholds: T smallest IoUs of a match.
             max_dets: how many detections of each image and class choose.
         """
-        shape = len(thresholds), self._num_results
+        scores = np.asarray(scores, dtype=float)
+        shape = len(thresholds), len(self.results)
         matches = Matches(
             np.full(shape, np.nan),
             np.full(shape, np.nan),
@@ -102,85 +152,60 @@ class MaskOverlaps:
         )
         # As in COCO, an IoU of 1 passes at any threshold
         limits = np.minimum(np.asarray(thresholds, dtype=float), 1 - 1e-10)
-        keys = -np.asarray(scores, dtype=float)
-        for place in self._places:
-            order = np.argsort(keys[place.indices], kind="stable")
-            matches.beyond[place.indices[order[max_dets:]]] = True
-            if place.objects:
-                _match_place(place, order[:max_dets], limits, matches)
+        for place in self.places.values():
+            indices = np.array(place.detections, dtype=int)
+            ranked = np.argsort(-scores[indices], kind="stable")
+            matches.beyond[indices[ranked[max_dets:]]] = True
+            if place.ious.size:
+                _match_place(place, ranked[:max_dets], limits, matches)
         return matches
 
 
 def true_mask_ious(coco_gt: COCO, results: Sequence[dict]) -> list[float]:
     """
-    The score that the MaskIoU head tries to predict, from ground truth.
+    What the MaskIoU head tries to predict, computed from the ground truth.
 
     Args:
         coco_gt: the ground truth.
         results: detections in COCO's result format, with "segmentation" as RLE.
 
     Returns:
-        for each result :attr:`MaskOverlaps.largest`.
+        for each result :attr:`Overlaps.largest`.
     """
-    return MaskOverlaps(coco_gt, results).largest.tolist()
+    return Overlaps(coco_gt, results).largest.tolist()
 
 
-def _places(coco_gt: COCO, results: Sequence[dict]) -> Iterator[_Place]:
-    indices = defaultdict(list)
-    for index, result in enumerate(results):
-        indices[result["image_id"], result["category_id"]].append(index)
-    objects = defaultdict(list)
-    for annotation in coco_gt.dataset["annotations"]:
-        objects[annotation["image_id"], annotation["category_id"]].append(annotation)
-    for place, members in indices.items():
-        yield _place(coco_gt, results, members, objects.get(place, []))
-
-
-def _place(coco_gt: COCO, results, indices: list[int], objects: list[dict]) -> _Place:
-    objects = sorted(objects, key=_is_crowd)
-    ious = np.zeros((len(indices), 0))
-    if objects:
-        ious = mask_util.iou(
-            [results[i]["segmentation"] for i in indices],
-            [coco_gt.annToRLE(a) for a in objects],
-            [_is_crowd(a) for a in objects],
-        )
-    return _Place(np.array(indices), objects, ious)
-
-
-def _is_crowd(annotation: dict) -> int:
-    return annotation.get("iscrowd", 0)
-
-
-def _match_place(place: _Place, order: np.ndarray, limits: np.ndarray, matches: Matches) -> None:
-    """Enter into `matches` the detections of a place, which choose in this order."""
-    crowd = [bool(_is_crowd(a)) for a in place.objects]
-    taken = [[False] * len(crowd) for _ in limits]
-    for detection in order[place.ious[order].max(axis=1) >= limits.min()]:
-        candidates = np.flatnonzero(place.ious[detection] >= limits.min()).tolist()
-        ious = place.ious[detection].tolist()
+def _match_place(place: Place, ranked: np.ndarray, limits: np.ndarray, matches: Matches) -> None:
+    """Enter into `matches` what the detections of a place choose, in the order of `ranked`."""
+    # Crowds come last, so that they are considered only where no object is free
+    columns = np.argsort(place.is_crowd, kind="stable")
+    all_ious, is_crowd = place.ious[:, columns], place.is_crowd[columns].tolist()
+    areas = [place.objects[k]["area"] for k in columns]
+    taken = [[False] * len(columns) for _ in limits]
+    for row in ranked[all_ious[ranked].max(axis=1) >= limits.min()]:
+        candidates = np.flatnonzero(all_ious[row] >= limits.min()).tolist()
+        ious = all_ious[row].tolist()
         for t, limit in enumerate(limits.tolist()):
-            chosen = _choose(candidates, ious, limit, taken[t], crowd)
+            chosen = _choose(candidates, ious, limit, taken[t], is_crowd)
             if chosen is None:
                 continue
-            where = t, place.indices[detection]
-            if crowd[chosen]:
+            where = t, place.detections[row]
+            if is_crowd[chosen]:
                 matches.ignored[where] = True
             else:
                 taken[t][chosen] = True
-                matches.ious[where] = ious[chosen]
-                matches.areas[where] = place.objects[chosen]["area"]
+                matches.ious[where], matches.areas[where] = ious[chosen], areas[chosen]
 
 
 def _choose(
-    candidates: list[int], ious: list[float], limit: float, taken: list[bool], crowd: list[bool]
+    candidates: list[int], ious: list[float], limit: float, taken: list[bool], is_crowd: list[bool]
 ) -> int | None:
-    """Which of the objects a detection takes; crowds are the last candidates."""
+    """The object that a detection takes, None if there is none. Crowds are the last candidates."""
     chosen = None
     for k in candidates:
         if taken[k]:
             continue
-        if chosen is not None and crowd[k] and not crowd[chosen]:
+        if chosen is not None and is_crowd[k] and not is_crowd[chosen]:
             break
         if ious[k] >= limit:
             chosen, limit = k, ious[k]

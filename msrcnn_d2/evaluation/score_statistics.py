@@ -1,4 +1,4 @@
-"""Whether a score says what it promises: correlation, and calibration of predicted IoUs."""
+"""How well scores agree with the true IoU: correlation, and calibration of predicted IoUs."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ NUM_BINS = 10
 
 def pearson(first: np.ndarray, second: np.ndarray) -> float:
     """
-    Pearson's coefficient of two variables, in [-1, 1]: how well a straight line describes one by
-    the other. NaN for fewer than two values, and where one of the two does not vary.
+    Pearson's correlation coefficient, in [-1, 1]: how well a straight line describes the relation
+    of two variables. NaN for fewer than two values, and where one of the two does not vary.
     """
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
@@ -21,15 +21,15 @@ def pearson(first: np.ndarray, second: np.ndarray) -> float:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """
-    Spearman's coefficient, in [-1, 1]: Pearson's of the ranks, equal values sharing their mean
-    rank. It sees the order only, as a ranking does. NaN where Pearson's is.
+    Spearman's correlation coefficient, in [-1, 1]: Pearson's coefficient of the ranks, where equal
+    values share their mean rank. It depends only on the order. NaN where Pearson's is.
     """
-    return pearson(_ranks(first), _ranks(second))
 
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, groups, sizes = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, groups, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]
+    return pearson(ranks(first), ranks(second))
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Bin:
     The detections whose predicted IoU lies in an interval.
 
     Attributes:
-        low, high: the interval; `high` is part of the last bin only.
+        low, high: the interval, without `high` except in the last bin.
         count: number of detections.
-        predicted, true: means of predicted and of true IoU, NaN where there are no detections.
+        predicted, true: mean predicted and mean true IoU, NaN without detections.
     """
 
     low: float
@@ -53,8 +53,8 @@ class Bin:
 def reliability(predicted: np.ndarray, true: np.ndarray, num_bins: int = NUM_BINS) -> list[Bin]:
     """
     A reliability diagram (Niculescu-Mizil and Caruana, ICML 2005; Guo et al., ICML 2017) of a
-    regression: for bins of equal width over [0, 1] the mean of what was predicted beside the mean
-    of what was true.
+    regression: the mean predicted value beside the mean true value, in bins of equal width over
+    [0, 1].
 
     Args:
         predicted, true: N IoUs each, in [0, 1].
@@ -72,9 +72,9 @@ def reliability(predicted: np.ndarray, true: np.ndarray, num_bins: int = NUM_BIN
 def expected_calibration_error(bins: list[Bin]) -> float:
     """
     The mean over all detections of |mean predicted - mean true| of their bin (Naeini et al., AAAI
-    2015; Guo et al., ICML 2017, Eq. 3, with IoU in the place of accuracy), in [0, 1]; NaN without
-    detections. It is 0 where predictions are right on average whatever they are; how far they are
-    off one by one is the mean absolute error.
+    2015; Guo et al., ICML 2017, Eq. 3, with IoU in place of accuracy), in [0, 1]; NaN without
+    detections. It is 0 if the predictions in each bin are right on average. The mean absolute error
+    tells how far single predictions are off.
     """
     count = sum(b.count for b in bins)
     if not count:

@@ -1,4 +1,4 @@
-"""The figures of the report, each a Matplotlib figure that is readable on a phone."""
+"""The figures of the report, which are readable on a phone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.mask_quality import TITLES, MaskQuality, Part
+from ..evaluation.mask_quality import TITLES, MaskQuality
 from ..evaluation.score_statistics import Bin
 from ..utils.fonts import drawable
 
@@ -20,10 +20,10 @@ STYLES: dict[str, dict[str, Any]] = {
     "mask_score": {"color": "#0072B2", "linestyle": "-"},
     "true_iou": {"color": "black", "linestyle": ":"},
 }
-SIZE = (4.6, 4.0)  # inches; about as many hundred pixels where the report is read
+SIZE = (4.6, 4.0)  # inches; the report shows about a hundred pixels an inch
 FONT_SIZE = 11
-NUM_POINTS = 5000  # of a scatter plot, drawn by lot where there are more
-NUM_CLASSES = 80  # bars; of more classes those whose AP changes most
+NUM_POINTS = 5000  # of a scatter plot, a random sample where there are more
+NUM_CLASSES = 80  # with a bar; of more classes those whose AP changes most
 PR_THRESHOLDS = ("0.50", "0.75", "0.90")
 
 
@@ -32,8 +32,8 @@ class Chart:
     """
     Attributes:
         name: of its file, without ".png".
-        section: of the page that it belongs to.
-        alt: what it shows, in a sentence, for those who cannot see it.
+        section: of the page.
+        alt: a sentence for readers who cannot see the figure.
         figure: the drawing.
     """
 
@@ -44,11 +44,11 @@ class Chart:
 
 
 def charts(quality: MaskQuality) -> Iterator[Chart]:
-    """All figures of a report, in its order; of a model without mask scores fewer."""
+    """All figures of a report, in their order; fewer for a model without mask scores."""
     for name in quality.scores:
         yield score_against_iou(quality, name)
     if "predicted_iou" in quality.scores:
-        alt = "Mean true IoU of detections against their predicted IoU, in ten bins."
+        alt = "Mean true IoU against mean predicted IoU, in ten bins of the predicted IoU."
         yield Chart("reliability", "reliability", alt, reliability_figure(quality.reliability()))
     yield ap_by_threshold(quality)
     curves = quality.precision_recall()
@@ -58,7 +58,7 @@ def charts(quality: MaskQuality) -> Iterator[Chart]:
 
 
 def score_against_iou(quality: MaskQuality, name: str) -> Chart:
-    """The points of the paper's first figure: true IoU and a score of each matched detection."""
+    """The true IoU and a score of each matched detection, as in the first figure of the paper."""
     agreement = quality.overall.matched
     true, scores = quality.matched_ious[quality.matched], quality.scores[name][quality.matched]
     which = f"{len(true):,}"
@@ -66,24 +66,27 @@ def score_against_iou(quality: MaskQuality, name: str) -> Chart:
         which = f"{NUM_POINTS:,} of {which}"
         shown = np.random.default_rng(0).choice(len(true), NUM_POINTS, replace=False)
         true, scores = true[shown], scores[shown]
-    figure, axes = _figure(f"true IoU of the mask ({which} matched detections)", TITLES[name])
+    figure, axes = _figure(f"true IoU ({which} matched detections)", TITLES[name])
     axes.plot([0.5, 1], [0.5, 1], color="0.4", linewidth=1, linestyle=":")
-    axes.scatter(true, scores, s=9, alpha=_alpha(len(true)), color="#0072B2", linewidths=0)
+    alpha = float(np.clip(300 / max(len(true), 1), 0.15, 0.6))
+    axes.scatter(true, scores, s=9, alpha=alpha, color="#0072B2", linewidths=0)
     axes.set(xlim=(0.5, 1), ylim=(0, max([1.01, *scores])))
     pearson, spearman = agreement.pearson[name], agreement.spearman[name]
-    axes.set_title(f"{TITLES[name]}: correlation {pearson:.2f} (ranks {spearman:.2f})")
+    axes.set_title(f"{TITLES[name]}: correlation {pearson:.2f} (of ranks {spearman:.2f})")
     alt = f"Scatter plot of {TITLES[name]} against true IoU; Pearson correlation {pearson:.2f}."
     return Chart(f"iou_{name}", "scores", alt, figure)
 
 
 def reliability_figure(diagrams: dict[str, list[Bin]]) -> Figure:
     """
+    Draw mean true IoU against mean predicted IoU, and the number of detections in each bin.
+
     Args:
         diagrams: from :meth:`MaskQuality.reliability`.
     """
     figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    upper.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="as predicted")
+    upper.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="calibrated")
     looks = {
         "matched": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
         "all": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -101,7 +104,7 @@ def reliability_figure(diagrams: dict[str, list[Bin]]) -> Figure:
         lower.bar(middles, counts, 0.035, color=looks[name]["color"])
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="mean true IoU")
     upper.legend(loc="upper left", frameon=False, fontsize=FONT_SIZE - 1)
-    lower.set(xlabel="predicted IoU", ylabel="number")
+    lower.set(xlabel="predicted IoU", ylabel="detections")
     for axes in (upper, lower):
         _tidy(axes)
     return figure
@@ -120,7 +123,7 @@ def ap_by_threshold(quality: MaskQuality) -> Chart:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=FONT_SIZE - 1)
     axes.set_title("AP at each IoU threshold")
-    alt = "Mask AP against the IoU threshold, for each ranking of the same masks."
+    alt = "Mask AP against the IoU threshold, for each ranking."
     return Chart("ap_by_threshold", "ap", alt, figure)
 
 
@@ -135,15 +138,20 @@ def precision_recall(curves: dict[str, list[float]], threshold: str) -> Chart:
         axes.plot(recalls, curves[name], label=f"by {TITLES[name]}", **STYLES[name])
     axes.set(xlim=(0, 1), ylim=(0, 1.01))
     axes.legend(frameon=False, fontsize=FONT_SIZE - 1, loc="best")
-    axes.set_title(f"precision and recall at IoU {threshold}")
+    axes.set_title(f"Precision and recall at IoU {threshold}")
     alt = f"Precision against recall at an IoU threshold of {threshold}, for each ranking."
     return Chart(f"precision_recall_{threshold.replace('.', '')}", "ap", alt, figure)
 
 
 def ap_by_class(quality: MaskQuality) -> Chart:
-    """Bars, the class that gains most at the top, with a mark at the ceiling."""
+    """Bars of AP with a mark at the ceiling, and the class that gains most at the top."""
     parts = {name: p for name, p in quality.by_class.items() if p.ap["class_score"] >= 0}
-    names = sorted(parts, key=lambda name: _gain(parts[name]))
+
+    def gain(name: str) -> float:
+        ap = parts[name].ap
+        return ap.get("mask_score", ap["class_score"]) - ap["class_score"]
+
+    names = sorted(parts, key=gain)
     which = "each class"
     if len(names) > NUM_CLASSES:
         which = f"the {NUM_CLASSES} classes whose AP changes most"
@@ -163,7 +171,7 @@ def ap_by_class(quality: MaskQuality) -> Chart:
     ceilings = [parts[name].ap["true_iou"] for name in names]
     axes.plot(ceilings, range(len(names)), "k|", markersize=15, label="ceiling")
     # Names are text, also with a dollar sign
-    labels, families = drawable(_shortened(name) for name in names)
+    labels, families = drawable(n if len(n) <= 16 else n[:15] + "…" for n in names)
     axes.set_yticks(range(len(names)), labels, parse_math=False, fontfamily=families)
     axes.set_ylim(-0.6, max(len(names), 2) - 0.4)
     axes.set_xlim(0, 1.02 * max([*ceilings, 1]))
@@ -178,20 +186,8 @@ def ap_by_class(quality: MaskQuality) -> Chart:
         columnspacing=1,
         handlelength=1.2,
     )
-    alt = f"Bars of mask AP for {which} under each ranking, with the ceiling as a mark."
+    alt = f"Mask AP of {which} under each ranking as bars, with the ceiling as a mark."
     return Chart("ap_by_class", "classes", alt, figure)
-
-
-def _gain(part: Part) -> float:
-    return part.ap.get("mask_score", part.ap["class_score"]) - part.ap["class_score"]
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"
-
-
-def _alpha(num_points: int) -> float:
-    return float(np.clip(300 / max(num_points, 1), 0.15, 0.6))
 
 
 def _figure(x_label: str, y_label: str, height: float | None = None) -> tuple[Figure, Axes]:

@@ -2,11 +2,12 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from detectron2.utils.file_io import PathManager
@@ -27,7 +28,7 @@ GRAY = 110  # where there is no image
 @dataclass
 class Move:
     """
-    A detection and its rank among those of its class, the best being 1.
+    A detection and its rank among the detections of its class, 1 being the best.
 
     Attributes:
         index: of the detection among the results.
@@ -44,54 +45,44 @@ class Move:
 
     @property
     def up(self) -> float:
-        """By how many of its class's objects it rose; negative if it fell."""
+        """How many ranks it rose, as a share of the objects of its class; negative if it fell."""
         return (self.before - self.after) / self.num_objects
 
 
 def largest_moves(quality: MaskQuality, count: int) -> tuple[list[Move], list[Move]]:
     """
-    The detections that moved up most and those that moved down most, the largest moves first.
+    Find the detections that moved up most and those that moved down most, the largest moves first.
 
-    Looked at are those that one of the two rankings has among the first n of their class, n being
-    the number of its objects: behind those, precision has little left to lose, and ranks that lie
-    close together change places by thousands. Of each image there is one at most.
+    Only detections that are among the first n of their class in one of the two rankings are
+    considered, where n is the number of objects of the class. Further down, precision is low
+    anyway, and close scores change places by thousands of ranks. Each image appears at most once
+    in each of the two lists.
 
     Args:
         count: how many of each; there may be fewer.
     """
-    moves = sorted(_moves(quality), key=lambda m: -m.up)
-    image_of = [result["image_id"] for result in quality.results]
-    up = _one_of_each_image((m for m in moves if m.up > 0), image_of)
-    down = _one_of_each_image((m for m in reversed(moves) if m.up < 0), image_of)
-    return up[:count], down[:count]
-
-
-def _moves(quality: MaskQuality) -> list[Move]:
     moves = []
     for k, num_objects in enumerate(quality.num_objects):
         indices = np.flatnonzero(quality.counted & (quality.class_indices == k))
-        before, after = (
-            _ranks(quality.scores[name][indices]) for name in ("class_score", "mask_score")
-        )
-        first = np.minimum(before, after) <= num_objects
-        moves += [
-            Move(index, old, new, len(indices), num_objects)
-            for index, old, new in zip(*(x[first].tolist() for x in (indices, before, after)))
-        ]
-    return moves
+        ranks = np.empty((2, len(indices)), dtype=int)
+        for ranks_by_score, name in zip(ranks, ("class_score", "mask_score")):
+            order = np.argsort(-quality.scores[name][indices], kind="stable")
+            ranks_by_score[order] = np.arange(1, len(indices) + 1)
+        for index, (before, after) in zip(indices.tolist(), ranks.T.tolist()):
+            if min(before, after) <= num_objects:
+                moves.append(Move(index, before, after, len(indices), num_objects))
+    moves.sort(key=lambda move: -move.up)
 
+    def first_of_each_image(moves: Iterable[Move]) -> list[Move]:
+        first: dict = {}
+        for move in moves:
+            first.setdefault(quality.results[move.index]["image_id"], move)
+        return list(first.values())[:count]
 
-def _ranks(scores: np.ndarray) -> np.ndarray:
-    ranks = np.empty(len(scores), dtype=int)
-    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-    return ranks
-
-
-def _one_of_each_image(moves, image_of: list) -> list[Move]:
-    first: dict = {}
-    for move in moves:
-        first.setdefault(image_of[move.index], move)
-    return list(first.values())
+    return (
+        first_of_each_image(m for m in moves if m.up > 0),
+        first_of_each_image(m for m in reversed(moves) if m.up < 0),
+    )
 
 
 def draw_move(
@@ -101,7 +92,8 @@ def draw_move(
     settings: ImageSettings | None = None,
 ) -> Figure:
     """
-    A detection's mask in its image, cut out, with the outline of the object that it overlaps most.
+    Draw the mask of a detection in its image, cut out, with the outline of the object that it
+    overlaps most.
 
     Args:
         image_root: the folder of the images, None if there are none to show.
@@ -110,41 +102,52 @@ def draw_move(
     mask = mask_util.decode(quality.results[move.index]["segmentation"]).astype(bool)
     truth = object_mask(quality, move.index)
     image = _image(quality, move.index, image_root, settings or ImageSettings(), mask.shape)
-    window = _window(mask if truth is None else mask | truth)
-    # Cut out first: to draw the whole of a large image takes minutes and gigabytes
-    mask, image = _cut(mask, window), _cut(image, window)
+
+    # A square around mask and object, or the whole image if the mask is empty
+    rows, columns = np.nonzero(mask if truth is None else mask | truth)
+    height, width = mask.shape
+    x, y, half = width / 2, height / 2, max(height, width) / 2
+    if len(rows):
+        side = max(int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1, MIN_SIDE)
+        x, y = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
+        half = side * (0.5 + MARGIN)
+    # Cut out with a pixel to spare: drawing the whole of a large image takes minutes and gigabytes
+    top, left = max(int(y - half) - 1, 0), max(int(x - half) - 1, 0)
+    part = slice(top, int(y + half) + 3), slice(left, int(x + half) + 3)
+    mask, image = mask[part], image[part]
+
     figure = Figure(figsize=(2.6, 2.6), facecolor="0.85")  # beyond the image
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(image, interpolation="bilinear")
     axes.imshow(np.dstack([np.full((*mask.shape, 3), MASK_COLOR), 0.45 * mask]))
-    _outline(axes, mask, MASK_COLOR, "solid", 1.6)
+    outlines: list[tuple[np.ndarray, Any, str, float]] = [(mask, MASK_COLOR, "solid", 1.6)]
     if truth is not None:
-        truth = _cut(truth, window)
-        _outline(axes, truth, "white", "solid", 2.2)
-        _outline(axes, truth, "black", "dashed", 1.4)
-    _show_only(axes, window)
+        outlines += [(truth[part], "white", "solid", 2.2), (truth[part], "black", "dashed", 1.4)]
+    for shape, color, style, line in outlines:
+        if shape.any():
+            padded = np.pad(shape, 1)  # closes outlines at the border of the image
+            xs, ys = np.arange(padded.shape[1]) - 1, np.arange(padded.shape[0]) - 1
+            axes.contour(xs, ys, padded, [0.5], colors=[color], linewidths=line, linestyles=style)
+    axes.set_xlim(x - half - left, x + half - left)
+    axes.set_ylim(y + half - top, y - half - top)
     axes.set_axis_off()
     return figure
 
 
 def object_mask(quality: MaskQuality, index: int) -> np.ndarray | None:
     """The H x W mask of the object of its class that a detection overlaps most, None without."""
-    result, coco_gt = quality.results[index], quality.coco_gt
-    ids = coco_gt.getAnnIds([result["image_id"]], [result["category_id"]], iscrowd=False)
-    objects = coco_gt.loadAnns(ids)
-    if not objects:
-        return None
-    rles = [coco_gt.annToRLE(a) for a in objects]
-    ious = mask_util.iou([result["segmentation"]], rles, [0] * len(rles))[0]
-    if not ious.max() > 0:
-        return None
-    return mask_util.decode(rles[int(ious.argmax())]).astype(bool)
+    annotation = quality.average_precision.overlaps.nearest_object(index)
+    return None if annotation is None else quality.coco_gt.annToMask(annotation).astype(bool)
 
 
 def _image(
-    quality: MaskQuality, index: int, image_root: str | None, settings: ImageSettings, shape
+    quality: MaskQuality,
+    index: int,
+    image_root: str | None,
+    settings: ImageSettings,
+    shape: tuple[int, ...],
 ) -> np.ndarray:
-    """H x W x 3, uint8; gray where there is no image that fits."""
+    """The image of a detection, H x W x 3, uint8; gray if there is none of the right size."""
     blank = np.broadcast_to(np.uint8(GRAY), (*shape, 3))
     name = quality.coco_gt.imgs[quality.results[index]["image_id"]].get("file_name")
     if image_root is None or name is None:
@@ -164,40 +167,3 @@ def _image(
         )
         return blank
     return image
-
-
-def _window(shown: np.ndarray) -> tuple[float, float, float]:
-    """Centre (x, y) and half of the side of a square around the pixels that are to be shown."""
-    rows, columns = np.nonzero(shown)
-    if not len(rows):
-        return shown.shape[1] / 2, shown.shape[0] / 2, max(shown.shape) / 2
-    side = max(int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1, MIN_SIDE)
-    center = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
-    return *center, side * (0.5 + MARGIN)
-
-
-def _cut(pixels: np.ndarray, window: tuple[float, float, float]) -> np.ndarray:
-    """The part of an image or a mask that the window has, and a pixel more on each side."""
-    top, left = _origin(window)
-    x, y, half = window
-    return pixels[top : int(y + half) + 3, left : int(x + half) + 3]
-
-
-def _origin(window: tuple[float, float, float]) -> tuple[int, int]:
-    """Row and column of the first pixel that is cut out."""
-    x, y, half = window
-    return max(int(y - half) - 1, 0), max(int(x - half) - 1, 0)
-
-
-def _show_only(axes: Axes, window: tuple[float, float, float]) -> None:
-    (top, left), (x, y, half) = _origin(window), window
-    axes.set_xlim(x - half - left, x + half - left)
-    axes.set_ylim(y + half - top, y - half - top)
-
-
-def _outline(axes: Axes, mask: np.ndarray, color, style: str, width: float) -> None:
-    if not mask.any():
-        return
-    padded = np.pad(mask, 1)  # closes outlines at the border of the image
-    x, y = np.arange(padded.shape[1]) - 1, np.arange(padded.shape[0]) - 1
-    axes.contour(x, y, padded, levels=[0.5], colors=[color], linewidths=width, linestyles=style)

@@ -3,27 +3,23 @@
 import base64
 import io
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from ..evaluation.mask_quality import MaskQuality, Part
+from ..evaluation.mask_quality import MaskQuality
 from ..image_reading import ImageSettings
 from ..utils.errors import UserError
-from .figures import Chart, charts
+from .figures import charts
 from .gallery import Move, draw_move, largest_moves
 
 __all__ = ["write_report"]
-
-logger = logging.getLogger(__name__)
 
 PIXELS_PER_INCH = 150
 THUMBNAIL_PIXELS_PER_INCH = 110
@@ -38,9 +34,9 @@ def write_report(
     settings: ImageSettings | None = None,
 ) -> Path:
     """
-    Write what :class:`MaskQuality` knows for people to look at.
+    Write a report on what :class:`MaskQuality` has measured.
 
-    The folder then has "report.html", which holds its figures and opens from disk without a
+    The folder then has "report.html", which contains its figures and opens from disk without a
     network, each of its figures (not the gallery) as PNG, and "report.json": the title and what
     :meth:`MaskQuality.to_json` returns.
 
@@ -58,29 +54,32 @@ def write_report(
     """
     folder = Path(folder)
     with _said_if_it_fails(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    drawn = [_Drawn.of(chart) for chart in charts(quality)]
-    moves = {}
-    if "mask_score" in quality.scores:
-        moves = _moves(quality, image_root, settings or ImageSettings())
-    numbers = {"title": title, **quality.to_json()}
+        folder.mkdir(parents=True, exist_ok=True)  # before the drawing, which takes seconds
+    has_mask_scores = "mask_score" in quality.scores
+    drawn = [(chart, _png(chart.figure, PIXELS_PER_INCH)) for chart in charts(quality)]
+    moves = largest_moves(quality, NUM_MOVES) if has_mask_scores else ([], [])
     page = _template().render(
         title=title,
         quality=quality,
-        has_mask_scores="mask_score" in quality.scores,
+        has_mask_scores=has_mask_scores,
         overall=quality.overall,
-        charts=drawn,
-        moves=moves,
+        charts=[(chart.section, chart.alt, _data_url(png)) for chart, png in drawn],
+        moves={
+            direction: [_card(quality, move, image_root, settings) for move in chosen]
+            for direction, chosen in zip(("up", "down"), moves)
+        },
         has_images=image_root is not None,
         tables={
-            "class": _shown_classes(quality),
+            # Without objects a class has no AP
+            "class": {k: p for k, p in quality.by_class.items() if p.ap["class_score"] >= 0},
             "object size": quality.by_size,
             "IoU threshold": quality.by_threshold,
         },
     )
+    numbers = {"title": title, **quality.to_json()}
     with _said_if_it_fails(folder):
-        for chart in drawn:
-            (folder / f"{chart.name}.png").write_bytes(chart.png)
+        for chart, png in drawn:
+            (folder / f"{chart.name}.png").write_bytes(png)
         (folder / "report.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
@@ -96,39 +95,11 @@ def _said_if_it_fails(folder: Path) -> Iterator[None]:
         ) from error
 
 
-@dataclass
-class _Drawn:
-    """A chart as the page shows it."""
-
-    name: str
-    section: str
-    alt: str
-    png: bytes
-
-    @classmethod
-    def of(cls, chart: Chart) -> "_Drawn":
-        return cls(chart.name, chart.section, chart.alt, _png(chart.figure, PIXELS_PER_INCH))
-
-    @property
-    def source(self) -> str:
-        return _data_url(self.png)
-
-
-def _moves(
-    quality: MaskQuality, image_root: str | None, settings: ImageSettings
-) -> dict[str, list[dict[str, Any]]]:
-    up, down = largest_moves(quality, NUM_MOVES)
-    return {
-        "up": [_card(quality, move, image_root, settings) for move in up],
-        "down": [_card(quality, move, image_root, settings) for move in down],
-    }
-
-
 def _card(
-    quality: MaskQuality, move: Move, image_root: str | None, settings: ImageSettings
+    quality: MaskQuality, move: Move, image_root: str | None, settings: ImageSettings | None
 ) -> dict[str, Any]:
-    result = quality.results[move.index]
-    image = quality.coco_gt.imgs[result["image_id"]]
+    """A detection as the gallery shows it."""
+    image = quality.coco_gt.imgs[quality.results[move.index]["image_id"]]
     figure = draw_move(quality, move, image_root, settings)
     return {
         "move": move,
@@ -138,12 +109,6 @@ def _card(
         "true_iou": quality.true_ious[move.index],
         **{name: values[move.index] for name, values in quality.scores.items()},
     }
-
-
-def _shown_classes(quality: MaskQuality) -> dict[str, Part]:
-    """Those that have objects, without which there is no AP."""
-    parts = quality.by_class
-    return {k: part for k, part in parts.items() if not math.isnan(part.ap["class_score"])}
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
@@ -157,7 +122,7 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _template():
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("msrcnn_d2.report", ""),
         autoescape=True,
@@ -169,23 +134,22 @@ def _template():
     return environment.get_template("report.html.jinja")
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+def _number(value: float, digits: int = 2, sign: str = "") -> str:
+    """With a minus instead of a hyphen, and a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    # There is no negative zero
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
 def _signed(value: float, digits: int = 1) -> str:
-    if math.isnan(value):
-        return "–"
-    value = round(value, digits) + 0.0  # there is no negative zero
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _tail(text: str, length: int) -> str:
-    """The end of a path says more than its beginning."""
-    return text if len(text) <= length else "…" + text[-length:]
+    return _number(value, digits, "+")
 
 
 def _percent(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{round(100 * value) + 0} %".replace("-", "−")
+    return "–" if math.isnan(value) else f"{_number(100 * value, 0)} %"
+
+
+def _tail(text: str, length: int) -> str:
+    """The end of a path, which says more than its beginning."""
+    return text if len(text) <= length else "…" + text[-length:]

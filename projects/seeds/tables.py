@@ -11,7 +11,7 @@ import numpy as np
 from tabulate import tabulate
 
 from msrcnn_d2.evaluation import MaskQuality
-from msrcnn_d2.evaluation.average_precision import build_engine
+from msrcnn_d2.evaluation.average_precision import AveragePrecision
 from msrcnn_d2.evaluation.mask_quality import scores_of
 from msrcnn_d2.fit_exponent import fit_exponent
 
@@ -70,7 +70,7 @@ def tables(runs: Sequence[Run], max_dets: int) -> tuple[str, dict[str, Any]]:
 
 def _numbers(run: Run, max_dets: int) -> dict[str, Any]:
     quality = run.quality["val"]
-    boxes = build_engine(quality.coco_gt, quality.results, "bbox", max_dets=[max_dets])
+    boxes = AveragePrecision(quality.coco_gt, quality.results, "bbox", max_dets=[max_dets])
     numbers = {
         "model": run.model,
         "seed": run.seed,
@@ -83,7 +83,7 @@ def _numbers(run: Run, max_dets: int) -> dict[str, Any]:
         "head": {part: _head(q) for part, q in run.quality.items()},
     }
     if run.model == "ms_rcnn":
-        numbers["better_heads"] = _better_head_aps(quality, max_dets)
+        numbers["better_heads"] = _better_head_aps(quality)
         numbers["exponent"] = _exponent(run, max_dets)
         numbers["image_sizes"] = {
             part: _by_image_size(run.quality[part], max_dets) for part in ("holdout", "val")
@@ -103,7 +103,7 @@ def _head(quality: MaskQuality) -> dict[str, float]:
     }
 
 
-def _better_head_aps(quality: MaskQuality, max_dets: int) -> dict[str, float]:
+def _better_head_aps(quality: MaskQuality) -> dict[str, float]:
     """Mask AP if the predicted IoU were the true one, of some detections or of all."""
     scores, predicted = quality.scores["class_score"], quality.scores["predicted_iou"]
     found = quality.true_ious >= 0.5
@@ -113,9 +113,9 @@ def _better_head_aps(quality: MaskQuality, max_dets: int) -> dict[str, float]:
         "the true one where that is less": np.where(found, predicted, quality.true_ious),
         "the true one everywhere": quality.true_ious,
     }
-    engine = build_engine(quality.coco_gt, quality.results, "segm", max_dets=[max_dets])
+    ranking = quality.average_precision
     return {
-        name: 100 * engine.evaluate(scores * ious).numbers["AP"] for name, ious in rankings.items()
+        name: 100 * ranking.evaluate(scores * ious).numbers["AP"] for name, ious in rankings.items()
     }
 
 
@@ -158,11 +158,11 @@ def _by_image_size(quality: MaskQuality, max_dets: int) -> dict[str, dict[str, f
         results = [r for r in quality.results if r["image_id"] in set(ids)]
         if len(ids) < MIN_IMAGES or not results:
             continue
-        engine = build_engine(quality.coco_gt, results, "segm", None, [max_dets], ids)
+        ranking = AveragePrecision(quality.coco_gt, results, "segm", None, [max_dets], ids)
         scores = scores_of(results)
         aps = {
             f"{e:g}": 100
-            * engine.evaluate(scores["class_score"] * scores["predicted_iou"] ** e).numbers["AP"]
+            * ranking.evaluate(scores["class_score"] * scores["predicted_iou"] ** e).numbers["AP"]
             for e in EXPONENTS
         }
         found[size] = {"images": len(ids), **aps}

@@ -30,7 +30,7 @@ from tabulate import tabulate
 import detectron2
 
 from msrcnn_d2.evaluation import MaskQuality, measure_mask_quality
-from msrcnn_d2.evaluation.average_precision import build_engine
+from msrcnn_d2.evaluation.average_precision import AveragePrecision
 from msrcnn_d2.evaluation.mask_quality import TITLES
 from msrcnn_d2.report import write_report
 from pictures import draw_predictions, draw_ranking
@@ -136,7 +136,7 @@ def compute_metrics(quality: MaskQuality) -> dict:
     """
     parts = {"AP": quality.overall}
     parts |= {f"AP{k}": quality.by_threshold[f"0.{k}"] for k in (50, 75, 90)}
-    boxes = build_engine(quality.coco_gt, quality.results, "bbox")
+    boxes = AveragePrecision(quality.coco_gt, quality.results, "bbox")
     return {
         "mask_ap": {
             ranking: {name: part.ap[ranking] for name, part in parts.items()}

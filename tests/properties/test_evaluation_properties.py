@@ -17,7 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator, mask_ap, measure_mask_quality
-from msrcnn_d2.evaluation.average_precision import ENGINES, build_engine
+from msrcnn_d2.evaluation.average_precision import ENGINES, AveragePrecision
 from tests.helpers.filled_boxes import build_coco, rle
 from tests.helpers.strategies import Untouched, holds, same, seeds
 
@@ -119,7 +119,7 @@ def test_both_engines_agree(scene, task, max_dets):
     scores = [r["score"] for r in results]
 
     ours, official = (
-        build_engine(coco_gt, results, task, engine, [1, max_dets]).evaluate(scores)
+        AveragePrecision(coco_gt, results, task, engine, [1, max_dets]).evaluate(scores)
         for engine in ENGINES
     )
 
@@ -342,7 +342,7 @@ def test_only_the_order_of_scores_counts_for_ap(scene, factor, power):
     if not results:
         return
     coco_gt, before = build_coco(dataset), copy.deepcopy(results)
-    engine = build_engine(coco_gt, results, "segm")
+    engine = AveragePrecision(coco_gt, results, "segm")
     scores = [r["score"] for r in results]
 
     first = engine.evaluate(scores)

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from msrcnn_d2.evaluation import mask_ap
-from msrcnn_d2.evaluation.average_precision import ENGINES, build_engine, choose_engine
+from msrcnn_d2.evaluation.average_precision import ENGINES, AveragePrecision, choose_engine
 
 HEIGHT, WIDTH = 160, 200
 CATEGORY_IDS = (90, 3, 17)  # with gaps and in no order; the last one never has an object
@@ -64,7 +64,7 @@ def found(box, score, image_id=IMAGE_IDS[0], category_id=CATEGORY_IDS[0]):
 
 
 def evaluate(coco_gt, results, task="segm", engine=None, **kwargs):
-    return build_engine(coco_gt, results, task, engine, **kwargs).evaluate(
+    return AveragePrecision(coco_gt, results, task, engine, **kwargs).evaluate(
         [r["score"] for r in results]
     )
 
@@ -249,7 +249,7 @@ def test_a_second_ranking_equals_one_that_was_evaluated_alone(task):
     coco_gt = build_coco(annotations)
     others = [(7 * k % 101) / 101 for k in range(len(results))]  # with ties
 
-    engine = build_engine(coco_gt, results, task, "faster-coco-eval")
+    engine = AveragePrecision(coco_gt, results, task, "faster-coco-eval")
     engine.evaluate([r["score"] for r in results])
     again = engine.evaluate(others).stats
 
@@ -378,12 +378,12 @@ def test_inputs_are_not_modified(task, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_results_for_other_images_are_refused(engine):
     with pytest.raises(ValueError, match="results for 1 images .* one of them '99'"):
-        build_engine(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5, 99)], "segm", engine)
+        AveragePrecision(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5, 99)], "segm", engine)
 
 
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="no task 'boundary'; choose 'bbox' or 'segm'"):
-        build_engine(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5)], "boundary")
+        AveragePrecision(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5)], "boundary")
 
 
 # ---- choice of the engine
