@@ -113,33 +113,33 @@ def resolve(app, env, node, contnode):
 
 # Pages whose text is a file of the repository, which reads well without Sphinx, too
 REPOSITORY_PAGES = {
-    "benchmarks": "benchmarks/README.md",
-    "projects/nuclei": "projects/nuclei/README.md",
-    "projects/retrofit": "projects/retrofit/README.md",
-    "projects/seeds": "projects/seeds/README.md",
-    "projects/shapes": "projects/shapes/README.md",
+    "benchmarks": ROOT / "benchmarks" / "README.md",
+    "projects/nuclei": ROOT / "projects" / "nuclei" / "README.md",
+    "projects/retrofit": ROOT / "projects" / "retrofit" / "README.md",
+    "projects/seeds": ROOT / "projects" / "seeds" / "README.md",
+    "projects/shapes": ROOT / "projects" / "shapes" / "README.md",
 }
+# ![text](path#anchor) and [text](path#anchor), but no URL
+LINK = re.compile(r"(!?)\[([^]]*)\]\((?!\w+://)([^)#\s]*)(#[^)]*|)\)")
 
 
 def read_from_repository(app, docname, source):
-    """Replace the stub of a page by the file, whose links become those of the documentation."""
-    if docname not in REPOSITORY_PAGES:
-        return
-    file = ROOT / REPOSITORY_PAGES[docname]
-    app.env.note_dependency(str(file))
-    here = Path(app.srcdir, docname).parent
-    page_of = {ROOT / name: f"{app.srcdir}/{page}.md" for page, name in REPOSITORY_PAGES.items()}
+    """Replace stubs by the files that they stand for; links to these files lead to the stubs."""
+    docs = Path(app.srcdir)
+    page = docs / f"{docname}.md"
+    file = REPOSITORY_PAGES.get(docname, page)
+    stubs = {path: docs / f"{name}.md" for name, path in REPOSITORY_PAGES.items()}
 
     def relocated(match):
         image, text, path, anchor = match.groups()
         target = (file.parent / path).resolve() if path else file
-        in_docs = page_of.get(target, target)
-        if image or str(in_docs).startswith(str(app.srcdir)):
-            return f"{image}[{text}]({os.path.relpath(in_docs, here)}{anchor})"
+        target = stubs.get(target, target)
+        if image or docs in target.parents:
+            return f"{image}[{text}]({os.path.relpath(target, page.parent)}{anchor})"
         return text  # a file that is not part of the documentation
 
-    link = re.compile(r"(!?)\[([^]]*)\]\((?!\w+://)([^)#\s]*)(#[^)]*|)\)")
-    source[0] = link.sub(relocated, file.read_text())
+    app.env.note_dependency(str(file))
+    source[0] = LINK.sub(relocated, file.read_text())
 
 
 def without_types(app, what, name, obj, options, lines):

@@ -55,10 +55,17 @@ def name_of(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_images_exist(page):
     text = page.read_text()
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
-    assert not missing
+    for target, anchor in re.findall(r"\]\((?!\w+://)([^)#\s]*)#?([^)]*)\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), f"{target}#{anchor}"
     assert "@@" not in text  # a gap that was to be filled
+
+
+def anchors_of(page):
+    """What a heading is called in links, by GitHub and by MyST."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in headings}
 
 
 def test_there_are_pages():

@@ -94,13 +94,13 @@ def test_better_heads():
     runs = [run_of("ms_rcnn", 0, wrong_iou=0.85)]
     text, _ = tables.tables(runs, 100)
     aps = {
-        k.split(", ")[-1]: v[0]
-        for k, v in rows_of(text, "What better predictions of the IoU would bring").items()
+        k: v[0] for k, v in rows_of(text, "What better predictions of the IoU would bring").items()
     }
-    assert aps["as it is"] == "66.7"
+    assert aps["class score x predicted IoU"] == "66.7"
     # 0.9 x 0.85 for the wrong one is less than 0.8 x 1 but not than 0.7 x 1
-    assert aps["the true one where that is at least 0.5"] == "83.5"
-    assert aps["the true one where that is less"] == aps["the true one everywhere"] == "100.0"
+    assert aps["the same, with the true IoU where that is at least 0.5"] == "83.5"
+    assert aps["the same, with the true IoU where that is below 0.5"] == "100.0"
+    assert aps["class score x true IoU"] == "100.0"
 
 
 def test_images_of_different_sizes_are_told_apart(monkeypatch):

@@ -108,10 +108,14 @@ def _better_head_aps(quality: MaskQuality) -> dict[str, float]:
     scores, predicted = quality.scores["class_score"], quality.scores["predicted_iou"]
     found = quality.true_ious >= 0.5
     rankings = {
-        "as it is": predicted,
-        "the true one where that is at least 0.5": np.where(found, quality.true_ious, predicted),
-        "the true one where that is less": np.where(found, predicted, quality.true_ious),
-        "the true one everywhere": quality.true_ious,
+        "class score x predicted IoU": predicted,
+        "the same, with the true IoU where that is at least 0.5": np.where(
+            found, quality.true_ious, predicted
+        ),
+        "the same, with the true IoU where that is below 0.5": np.where(
+            found, predicted, quality.true_ious
+        ),
+        "class score x true IoU": quality.true_ious,
     }
     ranking = quality.average_precision
     return {
@@ -121,12 +125,12 @@ def _better_head_aps(quality: MaskQuality) -> dict[str, float]:
 
 def _better_heads(scoring: list[dict]) -> str:
     class_score = [n["ap"]["class_score"] for n in scoring]
-    rows = [["masks by class score alone", _spread(class_score, 1)]]
+    rows = [["class score alone", _spread(class_score, 1)]]
     for name in scoring[0]["better_heads"]:
         values = [n["better_heads"][name] for n in scoring]
-        rows.append([f"class score x predicted IoU, {name}", _spread(values, 1)])
+        rows.append([name, _spread(values, 1)])
     rows.append(["true IoU (ceiling)", _spread([n["ap"]["true_iou"] for n in scoring], 1)])
-    return tabulate(rows, ["masks by", "mask AP"], "github", disable_numparse=True)
+    return tabulate(rows, ["masks ranked by", "mask AP"], "github", disable_numparse=True)
 
 
 def _exponent(run: Run, max_dets: int) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def _main_table(plain: list[dict], scoring: list[dict]) -> str:
         ("mask AP", lambda n, ranking: n["ap"][ranking], 1),
         *((f"AP{k}", lambda n, ranking, k=k: n[f"ap{k}"][ranking], 1) for k in THRESHOLDS),
         ("correlation with true IoU", lambda n, ranking: n["pearson"].get(ranking), 2),
-        ("of ranks", lambda n, ranking: n["spearman"].get(ranking), 2),
+        ("rank correlation with true IoU", lambda n, ranking: n["spearman"].get(ranking), 2),
         # The predicted IoU has its place with the mask score that it is a part of
         ("predicted IoU: calibration error", lambda n, r: _of_head(n, r, "ece"), 3),
         ("predicted IoU: mean absolute error", lambda n, r: _of_head(n, r, "mae"), 3),
@@ -227,12 +231,12 @@ def _claims(plain: list[dict], scoring: list[dict]) -> str:
         ["mask scores raise mask AP", _spread(gain, 2, True), _answer(g > 0 for g in gain)],
         *growth,
         [
-            "the predicted IoU correlates better with the truth than the class score",
+            "the predicted IoU correlates better with the true IoU than the class score does",
             f"{_spread(predicted, 2)} against {_spread(class_score, 2)}",
             _answer(p > c for p, c in zip(predicted, class_score)),
         ],
         [
-            "and so does the mask score",
+            "the mask score correlates better with it, too",
             f"{_spread(mask_score, 2)} against {_spread(class_score, 2)}",
             _answer(m > c for m, c in zip(mask_score, class_score)),
         ],
@@ -254,7 +258,7 @@ def _heads(scoring: list[dict]) -> str:
         "mae": "mean absolute error",
         "bias": "mean error",
         "ece": "calibration error",
-        "ece_all": "of all detections",
+        "ece_all": "calibration error, all detections",
     }
     rows = [
         [title, *(_spread([n["head"][part][c] for n in scoring], 3) for c in columns)]
@@ -274,8 +278,8 @@ def _exponents(scoring: list[dict]) -> str:
         )
     changes = [n["exponent"]["at_fitted"] - n["exponent"]["at_1"] for n in scoring]
     rows.append(["mean", "", "", "", "", "", _spread(changes, 2, True), ""])
-    headers = ["seed", "fitted", "AP by class score", "exponent 1", "fitted one", "ceiling"]
-    headers += ["change", "best on val, in hindsight"]
+    headers = ["seed", "fitted exponent", "AP by class score", "AP, exponent 1"]
+    headers += ["AP, fitted exponent", "ceiling", "change", "best exponent on val, in hindsight"]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
