@@ -2,8 +2,8 @@
 Fit how much the predicted IoU counts in the ranking of masks: class score x mask IoU ** exponent.
 
 In the paper the exponent is 1; with 0 only the class score counts. Which one is best depends on how
-well the MaskIoU head of a model has learned, and mask AP of predictions tells it without training.
-The command is `msrcnn-d2 fit-exponent`.
+well the MaskIoU head of a model has learned. The mask AP of its predictions under each exponent
+tells, without any training. The command is `msrcnn-d2 fit-exponent`.
 
 Never fit on the images that you report results of: their AP would be too good. Hold out a part of
 the training images, as a dataset that you neither train on nor report.
@@ -40,7 +40,7 @@ class ExponentFit:
 
     @property
     def gain(self) -> float:
-        """Mask AP, in percent, above that of the paper's exponent."""
+        """How much mask AP, in percent, it adds to that of the paper's exponent."""
         return self.curve[self.exponent]["AP"] - self.curve[PAPER]["AP"]
 
 
@@ -56,25 +56,26 @@ def fit_exponent(
     Find the exponent of the mask IoU that ranks masks best.
 
     Args:
-        coco_gt: the ground truth of images that the model was not trained on, and that no result
-            is reported of.
+        coco_gt: the ground truth of images that you neither train on nor report results of.
         results: detections of a mask-scoring model in COCO's result format, with "score" (the
             class score), "pred_mask_iou" and "segmentation" (compressed RLE).
         exponents: to try, besides 0 and 1.
-        max_dets: of each image, only so many of each class count, the best ones.
+        max_dets: how many detections of each image and class count, those with the best scores.
         engine: "faster-coco-eval", "pycocotools", or None for the first one that is installed.
         progress: whether to show a bar.
 
     Returns:
-        the exponent of the highest mask AP, with the AP of all. Of equals it is the one nearest to
-        1, as a ratio; 0 is farther away than any other.
+        the exponent with the highest mask AP, and the AP of all. Of several with the same AP it is
+        the one nearest to 1, as a ratio; 0 is farther away than any other.
 
     Raises:
         UserError: an exponent is not a finite number of at least 0, results lack "pred_mask_iou",
             or there is no object to find.
         ValueError: from :class:`AveragePrecision`.
     """
-    grid = _grid(exponents)
+    for exponent in exponents:
+        check_exponent(exponent)
+    grid = sorted({CLASS_SCORE, PAPER, *map(float, exponents)})
     scores, ious = _scores_and_ious(results)
     ranking = AveragePrecision(coco_gt, results, "segm", engine, [max_dets])
     curve = {}
@@ -87,16 +88,17 @@ def fit_exponent(
             "The annotations have no object to find but crowds: give those of the images that were "
             "predicted on."
         )
-    return ExponentFit(min(grid, key=lambda x: _rank(x, curve[x]["AP"])), curve)
 
+    def preference(exponent: float) -> tuple[float, float, float]:
+        """Smallest for the best: the one with the highest AP up to rounding, then nearest to 1."""
+        distance = abs(math.log(exponent)) if exponent else math.inf
+        return -round(curve[exponent]["AP"], 9), distance, exponent
 
-def _grid(exponents: Sequence[float]) -> list[float]:
-    for exponent in exponents:
-        check_exponent(exponent)
-    return sorted({CLASS_SCORE, PAPER, *map(float, exponents)})
+    return ExponentFit(min(grid, key=preference), curve)
 
 
 def check_exponent(exponent: float) -> None:
+    """Raise UserError unless the exponent is a finite number of at least 0."""
     if not (math.isfinite(exponent) and exponent >= 0):
         raise UserError(f"An exponent is a finite number of at least 0, not {exponent:g}.")
 
@@ -116,9 +118,3 @@ def _scores_and_ious(results: Sequence[dict]) -> tuple[torch.Tensor, torch.Tenso
         raise UserError("A 'pred_mask_iou' of the predictions is not a number from 0 to 1.")
     scores = torch.tensor([r["score"] for r in results], dtype=torch.float64)
     return scores, torch.tensor(ious, dtype=torch.float64)
-
-
-def _rank(exponent: float, ap: float) -> tuple[float, float, float]:
-    """Ascending from the best: by AP up to rounding, then by the ratio to 1, then the smaller."""
-    distance = abs(math.log(exponent)) if exponent else math.inf
-    return -round(ap, 9), distance, exponent

@@ -438,6 +438,10 @@ def test_another_limit_of_detections(max_dets, tmp_path):
         assert only_metrics(results[task]) == pytest.approx(expected, rel=1e-12, nan_ok=True)
     default = evaluate(json_file, images)
     assert default["segm"]["AP"] != results["segm"]["AP"]  # the limit matters here
+    # The quality of masks counts as many detections as AP does, which sorts (1, 10, 3)
+    both_scores, counted = results_with_both_scores(images), max(10, max_dets)
+    quality = measure_mask_quality(coco(json_file), both_scores, "pycocotools", counted)
+    assert_same(results["mask_quality"], quality.headline())
 
 
 @pytest.mark.parametrize("engine", ["pycocotools", "faster-coco-eval"])

@@ -1,4 +1,4 @@
-"""COCO evaluation: boxes by class score, masks by mask score, and how good masks are."""
+"""COCO evaluation of boxes by class score and masks by mask score, and the quality of masks."""
 
 from .coco_evaluator import MaskScoringCOCOEvaluator
 from .mask_quality import MaskQuality, mask_ap, measure_mask_quality

@@ -1,4 +1,4 @@
-"""COCO evaluation for models that score their masks: boxes by class score, masks by mask score."""
+"""COCO evaluation that ranks boxes by class score and masks by mask score."""
 
 import copy
 import json
@@ -121,7 +121,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             UserError: the names are the same in another order, or none is the same.
         """
         own = self._metadata.get("thing_classes")
-        if own is None:  # until Detectron2 has loaded the dataset, which takes them from the file
+        if own is None:  # Detectron2 has not loaded the dataset yet, and would take these names
             categories = self._coco_api.dataset.get("categories", [])
             own = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
         self._class_in_dataset = None
@@ -145,8 +145,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         unknown = [name for name in own if name not in class_names]
         if unknown:
             logger.warning(
-                "Classes of %s that the model does not know, so that all their objects count as "
-                "missed: %s.",
+                "The model does not know these classes of %s. Their objects count as missed: %s.",
                 *(dataset, ", ".join(unknown)),
             )
 
@@ -262,7 +261,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     def _keypoint_results(
         self, predictions: list[dict], img_ids: Collection | None
     ) -> dict[str, float]:
-        """Those of the base class, for a copy, since it changes the predictions."""
+        """The results of the base class, which gets a copy since it changes the predictions."""
         predictions = [{"instances": [dict(r) for r in x["instances"]]} for x in predictions]
         evaluator = copy.copy(self)  # shares the ground truth
         evaluator._tasks, evaluator._results = ("keypoints",), OrderedDict()

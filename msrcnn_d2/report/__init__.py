@@ -1,4 +1,4 @@
-"""A report that shows what the mask scores of a model are worth."""
+"""A report on how well scores tell good masks from bad ones, and on the AP that they give."""
 
 from .page import write_report
 
