@@ -1,4 +1,4 @@
-"""How a Mask R-CNN config becomes a Mask Scoring R-CNN config, for both kinds of config."""
+"""Turn Mask R-CNN configs of both kinds into Mask Scoring R-CNN configs."""
 
 import copy
 import inspect
@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import DictConfig, OmegaConf
@@ -29,18 +29,18 @@ from .modeling import (
 
 __all__ = ["add_mask_scoring", "add_msrcnn_config", "retrofit", "target_of"]
 
-# Detectron2's ROI heads, and ours that add mask scoring to them
+# Detectron2's ROI heads, and ours with mask scoring
 TWINS = {
     StandardROIHeads: MaskScoringROIHeads,
     CascadeROIHeads: CascadeMaskScoringROIHeads,
 }
 
-# A retrofit's share of images, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
+# Images of a retrofit, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
 RETROFIT_IMAGES = 160_000
-RETROFIT_WARMUP = 0.05  # share of the run
-# What the weights of backbones, from which a Mask R-CNN is trained, have in their URLs
+RETROFIT_WARMUP = 0.05  # share of the iterations
+# How to recognise URLs of backbone weights, from which the training of a Mask R-CNN starts
 BACKBONE_WEIGHTS = re.compile(r"ImageNetPretrained/|/pretrain/|/pycls/")
-# Arguments of MaskIoUHead, without those that follow from the model
+# Arguments of MaskIoUHead that do not follow from the model
 HEAD_ARGS = [
     name
     for name in inspect.signature(MaskIoUHead).parameters
@@ -52,10 +52,10 @@ Config = TypeVar("Config", DictConfig, CfgNode)
 
 def add_msrcnn_config(cfg: CfgNode) -> None:
     """
-    Add the keys of Mask Scoring R-CNN, and of our `train_net.py`, to a yacs config, in place.
+    Add the keys of Mask Scoring R-CNN and of `msrcnn-d2 train` to a yacs config, in place.
 
-    Those of the head take effect with `MODEL.ROI_HEADS.NAME` "MaskScoringROIHeads" or
-    "CascadeMaskScoringROIHeads"; the defaults are the paper's.
+    The keys of the head take effect if `MODEL.ROI_HEADS.NAME` is "MaskScoringROIHeads" or
+    "CascadeMaskScoringROIHeads". Their defaults are the paper's.
     """
     cfg.MODEL.ROI_MASK_IOU_HEAD = CfgNode()
     cfg.MODEL.ROI_MASK_IOU_HEAD.NAME = "MaskIoUHead"
@@ -67,46 +67,48 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.FC_DIM = 1024
     # Multiplier of loss_mask_iou, which is half a mean squared error
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
-    # Masks are ranked by class score x mask IoU ** exponent. None takes that of the weights: the
-    # paper's 1.0, unless another one was fitted to them
+    # Masks are ranked by class score x mask IoU ** exponent. None uses the exponent of the weights,
+    # the paper's 1.0 unless another one was fitted to them
     cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = None
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
-    # Training images that may be left out since they cannot be read; 0 stops at the first
+    # Number of unreadable images that training may leave out; 0 stops at the first
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
-    # Whether to look for missing, truncated and wrong-sized images before training
+    # Whether to look for images that are missing, truncated or of the wrong size before training
     cfg.DATALOADER.CHECK_IMAGES = True
-    # Values of images with more than 8 bits per pixel that become 0 and 255, such as (0, 4095), or
-    # the same as percentiles of each image, such as (0.1, 99.9); without either they are refused
+    # For images with more than 8 bits per pixel: the two values that become 0 and 255, such as
+    # (0, 4095), or the percentiles of each image that do, such as (0.1, 99.9). Without one of them,
+    # such images are refused
     cfg.INPUT.INTENSITY_RANGE = ()
     cfg.INPUT.INTENSITY_PERCENTILES = ()
-    # Whether to turn images as the orientation in their EXIF data says
+    # Whether to apply the orientation in the EXIF data of images
     cfg.INPUT.APPLY_EXIF = True
-    # The largest image that is read, in pixels; 0 for Pillow's limit
+    # Number of pixels of the largest image that is read; 0 for Pillow's limit
     cfg.INPUT.MAX_IMAGE_PIXELS = 0
-    # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the first if it is installed
+    # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the former if it is installed
     cfg.TEST.COCO_ENGINE = ""
-    # Of each image and class, so many detections count in evaluation; 0 for 100, or for
-    # TEST.DETECTIONS_PER_IMAGE if that is more
+    # Number of detections of each image and class that count in evaluation; 0 for 100 or
+    # TEST.DETECTIONS_PER_IMAGE, whichever is more
     cfg.TEST.MAX_DETS_PER_IMAGE = 0
-    # Whether evaluation on a GPU is in mixed precision; SOLVER.AMP is for training
+    # Whether evaluation on a GPU uses mixed precision; SOLVER.AMP is for training
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
-    # Steps in a row that the gradient scaler of mixed precision may skip before training stops
+    # Consecutive steps that the gradient scaler of mixed precision may skip before training stops
     cfg.SOLVER.AMP.MAX_SKIPPED_STEPS = 50
-    # Whether torch.compile compiles backbone and heads, for training and evaluation
+    # Whether to compile backbone and heads with torch.compile, for training and evaluation
     cfg.SOLVER.COMPILE = False
-    # Steps that may be left out since a loss, or its gradient, is not finite; 0 stops at the first
+    # Number of steps that training may leave out because a loss or gradient is not finite; 0 stops
+    # at the first
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
     # Whether PyTorch looks for the operation that gives the first NaN; training is slower then
     cfg.SOLVER.DETECT_ANOMALY = False
 
 
-def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
+def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     """
-    Turn the LazyConfig of a Mask R-CNN into that of its mask-scoring twin.
+    Turn the LazyConfig of a Mask R-CNN into that of a Mask Scoring R-CNN.
 
-    The ROI heads get a MaskIoU head whose sizes follow the mask head's, and a COCO evaluator
-    becomes the one that ranks masks by mask score. Nothing else changes.
+    The ROI heads get a MaskIoU head whose sizes follow the mask head's, and Detectron2's COCO
+    evaluator is replaced by the one that ranks masks by mask score. Nothing else changes.
 
     Args:
         cfg: a LazyConfig with a `model` whose `roi_heads` are Detectron2's StandardROIHeads or
@@ -128,7 +130,18 @@ def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
     roi_heads = cfg.get("model", {}).get("roi_heads")
     if roi_heads is None:
         raise ValueError("add_mask_scoring expects a LazyConfig with `model.roi_heads`.")
-    roi_heads._target_ = _mask_scoring_roi_heads(roi_heads)
+    found = target_of(roi_heads)
+    if found not in TWINS:
+        raise ValueError(
+            f"add_mask_scoring expects `model.roi_heads` to be one of "
+            f"{[c.__name__ for c in TWINS]}, not {getattr(found, '__name__', found)}. Derive ROI "
+            "heads of your own from MaskScoringROIHeads and add a mask_iou_head."
+        )
+    if roi_heads.get("mask_head") is None:
+        raise ValueError(
+            "add_mask_scoring expects a mask branch, but `model.roi_heads` has no mask_head."
+        )
+    roi_heads._target_ = TWINS[found]
     roi_heads.mask_iou_head = L(MaskIoUHead)(
         input_shape="${..mask_head.input_shape}", num_classes="${..num_classes}", **head_args
     )
@@ -139,44 +152,29 @@ def add_mask_scoring(cfg: DictConfig, **head_args) -> DictConfig:
     return cfg
 
 
-def _check_head_args(head_args: dict) -> None:
+def _check_head_args(head_args: dict[str, Any]) -> None:
     for name in head_args:
         if name not in HEAD_ARGS:
             raise ValueError(f"The MaskIoU head has no '{name}', only {', '.join(HEAD_ARGS)}.")
 
 
-def _mask_scoring_roi_heads(roi_heads: DictConfig) -> type:
-    found = target_of(roi_heads)
-    if found not in TWINS:
-        raise ValueError(
-            f"add_mask_scoring expects `model.roi_heads` to be one of "
-            f"{[c.__name__ for c in TWINS]}, not {getattr(found, '__name__', found)}. For ROI "
-            "heads of your own, derive them from MaskScoringROIHeads and add a mask_iou_head."
-        )
-    if roi_heads.get("mask_head") is None:
-        raise ValueError(
-            "add_mask_scoring expects a mask branch, but `model.roi_heads` has no mask_head."
-        )
-    return TWINS[found]
-
-
-def retrofit(cfg: Config, **head_args) -> Config:
+def retrofit(cfg: Config, **head_args: Any) -> Config:
     """
-    Turn the config of a trained Mask R-CNN into one that trains a MaskIoU head for it, and leaves
-    all its other weights and outputs as they are; see :class:`RetrofitRCNN`.
+    Turn the config of a trained Mask R-CNN into one that trains a MaskIoU head for it and changes
+    none of its other weights and outputs; see :class:`RetrofitRCNN`.
 
-    What changes besides the model: a cosine schedule of 160,000 images (10,000 iterations of 16),
-    or of `cfg`'s own length if that is shorter; the output folder, to "retrofit" within `cfg`'s,
-    which may hold the trained model; and `cfg`'s initial weights are dropped if they are only
-    those of a backbone. The trained Mask R-CNN's have to be set in their place.
+    Besides the model, three settings change. The schedule becomes a cosine over 160,000 images
+    (10,000 iterations of 16), or over the length of `cfg`'s schedule if that is shorter. The output
+    folder becomes "retrofit" within `cfg`'s, which may hold the trained model. Initial weights of a
+    backbone are removed: set those of the trained Mask R-CNN in their place.
 
     Args:
-        cfg: a LazyConfig or yacs config of a Mask R-CNN, with mask scoring already or without. It
-            is not modified.
+        cfg: a LazyConfig or yacs config of a Mask R-CNN, with or without mask scoring. It is not
+            modified.
         head_args: arguments of :class:`MaskIoUHead` that differ from the defaults.
 
     Returns:
-        the new config, of the same kind. That of a retrofit already differs by `head_args` alone.
+        the new config, of the same kind. If `cfg` is a retrofit already, only `head_args` change.
 
     Raises:
         ValueError: `cfg` has no such model; the message says what was found instead.
@@ -192,11 +190,11 @@ def retrofit(cfg: Config, **head_args) -> Config:
     return _retrofit_lazy(cfg, head_args)
 
 
-def _retrofit_lazy(cfg: DictConfig, head_args: dict) -> DictConfig:
+def _retrofit_lazy(cfg: DictConfig, head_args: dict[str, Any]) -> DictConfig:
+    # The model
     roi_heads = OmegaConf.select(cfg, "model.roi_heads")
     architecture = target_of(cfg.model) if roi_heads is not None else GeneralizedRCNN
-    if architecture is not RetrofitRCNN:
-        _check_architecture(architecture)
+    _check_architecture(architecture)
     if roi_heads is not None and _scores_masks(target_of(roi_heads)):
         cfg = copy.deepcopy(cfg)
         cfg.model.roi_heads.mask_iou_head.update(head_args)
@@ -205,12 +203,10 @@ def _retrofit_lazy(cfg: DictConfig, head_args: dict) -> DictConfig:
     if architecture is RetrofitRCNN:
         return cfg
     cfg.model._target_ = RetrofitRCNN
-    if "train" in cfg:
-        _retrofit_lazy_training(cfg)
-    return cfg
+    if "train" not in cfg:
+        return cfg
 
-
-def _retrofit_lazy_training(cfg: DictConfig) -> None:
+    # Its training
     train = cfg.train
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     train.max_iter = _retrofit_length(train.max_iter, batch)
@@ -223,38 +219,36 @@ def _retrofit_lazy_training(cfg: DictConfig) -> None:
     train.output_dir = os.path.join(train.output_dir, "retrofit")
     if BACKBONE_WEIGHTS.search(train.init_checkpoint):
         train.init_checkpoint = ""
+    return cfg
 
 
-def _retrofit_yacs(cfg: CfgNode, head_args: dict) -> CfgNode:
+def _retrofit_yacs(cfg: CfgNode, head_args: dict[str, Any]) -> CfgNode:
+    # The model
     cfg = cfg.clone()
     cfg.defrost()
     if "ROI_MASK_IOU_HEAD" not in cfg.MODEL:
         add_msrcnn_config(cfg)
-    for name, value in head_args.items():
-        cfg.MODEL.ROI_MASK_IOU_HEAD[name.upper()] = value
-    if cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__:
+    for key, value in head_args.items():
+        cfg.MODEL.ROI_MASK_IOU_HEAD[key.upper()] = value
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    _check_architecture(architecture)
+    if architecture is RetrofitRCNN:
         return cfg
-    _check_architecture(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
     cfg.MODEL.META_ARCHITECTURE = RetrofitRCNN.__name__
-    cfg.MODEL.ROI_HEADS.NAME = _mask_scoring_name(cfg)
-    _retrofit_yacs_training(cfg)
-    return cfg
-
-
-def _mask_scoring_name(cfg: CfgNode) -> str:
     name = cfg.MODEL.ROI_HEADS.NAME
-    found = ROI_HEADS_REGISTRY.get(name)
-    if not _scores_masks(found) and found not in TWINS:
-        raise ValueError(
-            f"retrofit expects MODEL.ROI_HEADS.NAME to be one of {[c.__name__ for c in TWINS]}, "
-            f"not {name}. For ROI heads of your own, derive them from MaskScoringROIHeads."
-        )
+    roi_heads = ROI_HEADS_REGISTRY.get(name)
+    if not _scores_masks(roi_heads):
+        if roi_heads not in TWINS:
+            raise ValueError(
+                "retrofit expects MODEL.ROI_HEADS.NAME to be one of "
+                f"{[c.__name__ for c in TWINS]}, not {name}. Derive ROI heads of your own from "
+                "MaskScoringROIHeads."
+            )
+        cfg.MODEL.ROI_HEADS.NAME = TWINS[roi_heads].__name__
     if not cfg.MODEL.MASK_ON:
         raise ValueError("retrofit expects a mask branch, but MODEL.MASK_ON is False.")
-    return name if _scores_masks(found) else TWINS[found].__name__
 
-
-def _retrofit_yacs_training(cfg: CfgNode) -> None:
+    # Its training
     solver = cfg.SOLVER
     solver.MAX_ITER = _retrofit_length(solver.MAX_ITER, solver.IMS_PER_BATCH)
     solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
@@ -263,6 +257,7 @@ def _retrofit_yacs_training(cfg: CfgNode) -> None:
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrofit")
     if BACKBONE_WEIGHTS.search(cfg.MODEL.WEIGHTS):
         cfg.MODEL.WEIGHTS = ""
+    return cfg
 
 
 def _retrofit_length(max_iter: int, batch: int | None) -> int:
@@ -271,7 +266,7 @@ def _retrofit_length(max_iter: int, batch: int | None) -> int:
 
 
 def _check_architecture(found: Callable) -> None:
-    if found is not GeneralizedRCNN:
+    if found not in (GeneralizedRCNN, RetrofitRCNN):
         raise ValueError(
             f"retrofit expects a {GeneralizedRCNN.__name__}, not a "
             f"{getattr(found, '__name__', found)}."
@@ -283,5 +278,5 @@ def _scores_masks(roi_heads: Callable) -> bool:
 
 
 def target_of(node: DictConfig) -> Callable:
-    """What a LazyConfig node calls; configs that were saved and read again have its dotted name."""
+    """What a LazyConfig node calls. A config that was saved and read again has its dotted name."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_

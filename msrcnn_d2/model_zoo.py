@@ -1,4 +1,4 @@
-"""The configs that come with this package, and models with published weights."""
+"""The configs of this package, and models with published weights."""
 
 import difflib
 from pathlib import Path
@@ -24,11 +24,15 @@ __all__ = [
 ]
 
 
+# In the package if it was installed, beside it in a checkout
+PACKAGE = Path(__file__).resolve().parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+
+
 def config_names() -> list[str]:
-    """The configs that come with this package, as :func:`get_config_file` takes them."""
-    root = _configs_root()
-    files = (p for p in root.glob("*/*") if p.suffix in (".py", ".yaml"))
-    return sorted(str(p.relative_to(root)) for p in files)
+    """The configs of this package, as :func:`get_config_file` takes them."""
+    files = (p for p in CONFIGS.glob("*/*") if p.suffix in (".py", ".yaml"))
+    return sorted(str(p.relative_to(CONFIGS)) for p in files)
 
 
 def get_config_file(name: str) -> str:
@@ -43,8 +47,7 @@ def get_config_file(name: str) -> str:
     Raises:
         UserError: there is no such config; the message lists the nearest names.
     """
-    root = _configs_root()
-    path = root / name
+    path = CONFIGS / name
     if path.is_file() and path.suffix in (".py", ".yaml"):
         return str(path)
     names = config_names()
@@ -56,12 +59,12 @@ def get_config(name: str, trained: bool = False) -> DictConfig | CfgNode:
     """
     Args:
         name: as in :func:`get_config_file`.
-        trained: whether the config is to start from the weights that were published for it,
-            rather than from those of its backbone. They have MMDetection's names, so programs
-            that only know Detectron2 need them converted: `msrcnn-d2 convert`.
+        trained: whether the config starts from the weights that were published for it rather
+            than from those of its backbone. They have MMDetection's names: `msrcnn-d2 convert`
+            converts them for programs that only know Detectron2's.
 
     Returns:
-        the LazyConfig of a ".py" file, the yacs config of a ".yaml" file.
+        a LazyConfig for a ".py" file, a yacs config for a ".yaml" file.
 
     Raises:
         UserError: there is no such config, or nothing was published for it.
@@ -86,10 +89,10 @@ def get_checkpoint_url(name: str) -> str:
         name: as in :func:`get_config_file`, with or without the folder and the suffix.
 
     Returns:
-        URL of the weights that were published for a config.
+        URL of the weights that were published for the config.
 
     Raises:
-        UserError: nothing was published for it; the message lists what was.
+        UserError: none were published for it; the message lists the configs that have some.
     """
     published = published_results(name)
     if published is None:
@@ -103,13 +106,13 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     """
     Args:
         name, trained: as in :func:`get_config`.
-        device: "cuda" if there is a GPU, else "cpu", by default.
+        device: by default "cuda" if there is a GPU, else "cpu".
 
     Returns:
         the model in evaluation mode, with the weights that its config starts from.
 
     Raises:
-        UserError: see :func:`get_config`; or the weights cannot be had.
+        UserError: as for :func:`get_config`, or the weights cannot be loaded.
     """
     cfg = get_config(name, trained)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,10 +123,3 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
         model, weights = instantiate(cfg.model).to(device), cfg.train.init_checkpoint
     MaskScoringCheckpointer(model).load(weights, strict=trained)
     return model.eval()
-
-
-def _configs_root() -> Path:
-    """`configs/` lies in the package when it was installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"

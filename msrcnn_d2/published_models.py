@@ -1,4 +1,4 @@
-"""Models that others have trained and published: their results and where their weights are."""
+"""Models that others have trained and published: their results, and URLs of their weights."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,13 +8,13 @@ __all__ = ["PUBLISHED", "SOURCE", "Published", "published_results", "published_t
 
 class Published(NamedTuple):
     """
-    A model that others have trained and published.
+    A published model.
 
     Attributes:
-        box_ap, mask_ap: AP on COCO val2017, in percent; the masks are ranked by mask score.
+        box_ap, mask_ap: AP on COCO val2017 in percent; masks are ranked by mask score.
         checkpoint: path of the weights below `SOURCE_URL`.
-        memory: of a GPU, in GB, while it trains 2 images per iteration.
-        speed: of inference on a V100, in images per second.
+        memory: GPU memory in GB for training with 2 images per iteration.
+        speed: images per second in inference on a V100.
     """
 
     box_ap: float
@@ -76,7 +76,7 @@ PUBLISHED = {
 
 
 def published_table() -> str:
-    """What was published, as a table in Markdown; README.md has it."""
+    """The published results as a table in Markdown, which is in README.md."""
     rows: list[tuple] = [
         ("config (`.py` or `.yaml`)", "box AP", "mask AP", "memory (GB)", "images / s", "weights"),
         ("---",) * 6,
@@ -88,5 +88,5 @@ def published_table() -> str:
 
 
 def published_results(config_file: str) -> Published | None:
-    """What was published for a config, found by its file name; None where there is nothing."""
+    """What was published for a config, which is identified by its file name, or None."""
     return PUBLISHED.get(Path(config_file).stem)
