@@ -1,10 +1,11 @@
 # Mask Scoring R-CNN for Detectron2. Each target does the set-up that it needs; nothing is done twice.
-#   make demo    draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
-#   make test    check style and types, run all tests
-#   make docs    build the documentation: output/docs/index.html
-#   make fuzz    try the properties of tests/properties on 15,000 random cases, others each time (minutes)
-#   make bench   measure speed and memory against Detectron2 and pycocotools (minutes; see benchmarks/)
-#   make setup   only install, into .venv
+#   make demo     draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
+#   make test     check style and types, run all tests
+#   make docs     build the documentation: output/docs/index.html
+#   make nightly  what takes too long for make test: 15,000 random cases, other ones each time, and a
+#                training that is killed 20 times (minutes)
+#   make bench    measure speed and memory against Detectron2 and pycocotools (minutes; see benchmarks/)
+#   make setup    only install, into .venv
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -23,8 +24,10 @@ UV := $(or $(SYSTEM_UV),$(BIN)/uv)
 # Compiled once, for the many processes of tests and demo that would do it anew where Python may not
 # keep what it has compiled (PYTHONDONTWRITEBYTECODE)
 INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt
+# A process that has no tests left takes some of those that another was to run
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo test docs fuzz bench lint clean
+.PHONY: setup demo test nightly docs bench lint clean
 
 setup: $(READY)
 
@@ -44,16 +47,17 @@ demo: setup
 	$(BIN)/python projects/shapes/demo.py --output output/shapes
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+nightly: setup
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/properties
+	KILLS=20 KILLS_SEED=random $(BIN)/python -m pytest tests/test_killing.py -k many_times
 
 # Warnings are errors, also names in docstrings that nothing documents (-n)
 docs: setup
 	$(BIN)/python -c "import furo, myst_parser, sphinx" 2>/dev/null || $(INSTALL) --editable ".[docs]"
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs output/docs
 	@echo "open output/docs/index.html"
-
-fuzz: setup
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/properties --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # BENCH="inference training" measures these parts only; --help tells more
 bench: setup

@@ -1,4 +1,9 @@
-"""Jobs of two real processes: they compute what one does, and none waits for one that is gone."""
+"""
+Jobs of two processes: they compute what one does, and none waits for one that is gone.
+
+Most are forked, see `forked`, with what the launchers tell them: as --num-gpus starts them
+("spawn"), or with the variables of torchrun. Where the launcher itself matters, it is the real one.
+"""
 
 import contextlib
 import json
@@ -17,10 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import draw
 from msrcnn_d2.engine import build_recipe, evaluate_checkpoint
 from msrcnn_d2_cli import build_parser
 from msrcnn_d2_cli.train import read_config
-from tests.helpers import many_processes
+from tests.helpers import forked, many_processes, simulated_nccl
 from tests.helpers.many_processes import CASES, MAX_ITER
 from tests.helpers.toy_training import NUM_IMAGES, run, with_python_path
 
@@ -28,8 +34,14 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "projects" / "shapes"
 SPAWN = ["--num-gpus", "2", "--dist-url", "auto"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# What the first process does, by the launcher
+FORKED = {
+    "own": [forked.train],  # options say how many
+    "spawn": [forked.train, *SPAWN],
+    "torchrun": [forked.as_torchrun, forked.train],
+}
 MARK = "MSRCNN_D2_TEST_JOB"  # in the environment of a job, to find its processes
-SECONDS_TO_END = 60  # at most, after a process has died; else a job waits for half an hour
+SECONDS = 300  # for a job on a busy machine; one that waits for a dead process takes half an hour
 FILES = ("instances", "bbox", "segm")
 
 
@@ -46,7 +58,72 @@ def options(tmp_path_factory):
 
 
 class Job:
-    """A program of several processes; of its own session, with its output in a file."""
+    """Several processes, of a session of their own, with their output in a file."""
+
+    def __init__(self, log: Path, function, *args):
+        """
+        Args:
+            function: what the process that starts the others does.
+        """
+        self.log = log
+        self.log.touch()
+        self.process = forked.start(function, *args, log=log)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the first process lives; negative if a signal has ended it."""
+        return self.process.exitcode
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        """For the exit code."""
+        end = time.monotonic() + seconds
+        while self.exit_code is None:
+            assert time.monotonic() < end, self.output[-4000:]
+            time.sleep(0.02)
+        return self.exit_code
+
+    def wait_for(self, path: Path) -> None:
+        end = time.monotonic() + SECONDS
+        while not path.exists():
+            assert self.exit_code is None, self.output[-4000:]
+            assert time.monotonic() < end, self.output[-4000:]
+            time.sleep(0.05)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def pids(self) -> list[int]:
+        """Of all its processes that live, by their start."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended since
+                if self._has(int(folder.name)):
+                    found.append(int(folder.name))
+        return sorted(found, key=_start_time)
+
+    def _has(self, pid: int) -> bool:
+        state, _, _, session, *_ = _stat(pid)
+        return int(session) == self.pid and state != "Z"
+
+    def rank(self, local_rank: int) -> int:
+        """The process id of a rank."""
+        ranks = [pid for pid in self.pids() if _is_rank(pid, self.pid)]
+        return ranks[local_rank]
+
+    def end(self) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait()
+
+
+class RealJob(Job):
+    """A command in a Python of its own."""
 
     def __init__(self, log: Path, *command):
         self.mark = uuid.uuid4().hex
@@ -67,39 +144,13 @@ class Job:
                 start_new_session=True,
             )
 
-    def wait(self, timeout: float = 120) -> int:
-        return self.process.wait(timeout)
-
-    def wait_for(self, path: Path, timeout: float = 120) -> None:
-        end = time.monotonic() + timeout
-        while not path.exists():
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < end, self.output
-            time.sleep(0.05)
-
     @property
-    def output(self) -> str:
-        return self.log.read_text()
+    def exit_code(self) -> int | None:
+        return self.process.poll()
 
-    def pids(self) -> list[int]:
-        """Of all its processes that live, by their start."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended since
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-        return sorted(found, key=_start_time)
-
-    def rank(self, local_rank: int) -> int:
-        """The process id of a rank."""
-        ranks = [pid for pid in self.pids() if _is_rank(pid, self.process.pid)]
-        return ranks[local_rank]
-
-    def end(self) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+    def _has(self, pid: int) -> bool:
+        """torchrun's processes are not of its session."""
+        return f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 def _start_time(pid: int) -> int:
@@ -120,11 +171,19 @@ def _stat(pid: int) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a job; what is left of it when the test ends is killed."""
+    """Start a job that trains; what is left of it when the test ends is killed."""
     jobs = []
 
-    def start_job(*command):
-        jobs.append(Job(tmp_path / f"job_{len(jobs)}.txt", *command))
+    def start_job(launcher, *options):
+        """
+        Args:
+            launcher: a key of `FORKED`, or "real torchrun".
+        """
+        log = tmp_path / f"job_{len(jobs)}.txt"
+        if launcher == "real torchrun":
+            jobs.append(RealJob(log, *TORCHRUN, ROOT / "train_net.py", *options))
+        else:
+            jobs.append(Job(log, *FORKED[launcher], *options))
         return jobs[-1]
 
     yield start_job
@@ -132,9 +191,9 @@ def start(tmp_path):
         job.end()
 
 
-def finished(folder, *command) -> Job:
+def finished(folder, function, *args) -> Job:
     """A job that is to end well."""
-    job = Job(folder / "job.txt", *command)
+    job = Job(folder / "job.txt", function, *args)
     try:
         assert job.wait() == 0, job.output[-4000:]
     finally:
@@ -144,7 +203,7 @@ def finished(folder, *command) -> Job:
 
 def assert_ends(job: Job) -> None:
     """Wait for the end of a job that is to fail, with all of its processes."""
-    assert job.wait(SECONDS_TO_END) not in (0, -signal.SIGKILL)
+    assert job.wait() not in (0, -signal.SIGKILL)
     time.sleep(0.5)
     assert not job.pids()
 
@@ -152,20 +211,22 @@ def assert_ends(job: Job) -> None:
 # ---- what two processes compute
 
 
-def kept_by_both(folder: Path, options, launcher=()):
-    """The folder of many_processes.py, and what its two processes have kept there."""
-    finished(folder, *launcher, "-m", "tests.helpers.many_processes", folder, *options)
+def kept_by_both(folder: Path, *job):
+    """The folder, and what the two processes of a job have kept there."""
+    finished(folder, *job)
     return folder, *(torch.load(folder / f"rank_{k}.pth", weights_only=False) for k in (0, 1))
 
 
 @pytest.fixture(scope="module")
 def spawn(options, tmp_path_factory):
-    return kept_by_both(tmp_path_factory.mktemp("spawn"), options)
+    folder = tmp_path_factory.mktemp("spawn")
+    return kept_by_both(folder, many_processes.run_both, folder, options)
 
 
 @pytest.fixture(scope="module")
 def torchrun(options, tmp_path_factory):
-    return kept_by_both(tmp_path_factory.mktemp("torchrun"), options, TORCHRUN)
+    folder = tmp_path_factory.mktemp("torchrun")
+    return kept_by_both(folder, forked.as_torchrun, many_processes.run_both, folder, options)
 
 
 @pytest.fixture(scope="module", params=["spawn", "torchrun"])
@@ -305,8 +366,7 @@ def test_the_order_of_images_hardly_depends_on_the_number_of_processes(both):
 def two_gpus(options, tmp_path_factory):
     """What two processes on GPUs have kept; on simulated ones where there are not two."""
     folder = tmp_path_factory.mktemp("gpus")
-    finished(folder, *TORCHRUN, "-m", "tests.helpers.simulated_nccl", folder, *options)
-    return [torch.load(folder / f"rank_{k}.pth", weights_only=False) for k in (0, 1)]
+    return kept_by_both(folder, forked.as_torchrun, simulated_nccl.run_rank, folder, options)[1:]
 
 
 def test_processes_on_gpus_compute_what_those_on_cpus_do(two_gpus, spawn):
@@ -349,8 +409,7 @@ def with_simulation(kept: list[dict]) -> list[dict]:
 def drawn(tmp_path_factory):
     """Options for the demo's model, and functions of the number of its images."""
     folder = tmp_path_factory.mktemp("drawn")
-    draw = [sys.executable, SHAPES / "draw.py", folder, "--num-train", "1"]
-    subprocess.run([*draw, "--num-val", str(NUM_IMAGES)], check=True, capture_output=True)
+    draw.draw_dataset(folder, num_train=1, num_val=NUM_IMAGES, seed=0)
     everything = json.loads((folder / "val.json").read_text())
     first = everything["images"][0]["id"]
     only_first = {
@@ -378,9 +437,7 @@ def drawn(tmp_path_factory):
 )
 def test_two_processes_evaluate_as_one_does_bit_for_bit(launcher, num_images, drawn, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
-    command = [ROOT / "train_net.py", *spawn, *drawn(num_images), f"train.output_dir={two}"]
-    job = finished(tmp_path, *torchrun, *command)
+    job = finished(tmp_path, *FORKED[launcher], *drawn(num_images), f"train.output_dir={two}")
     run(*drawn(num_images), f"train.output_dir={one}")
 
     assert "World size: 2" in job.output
@@ -400,12 +457,13 @@ def table_of_results(output_dir: Path) -> str:
 # ---- resuming
 
 
-LONG = ["train.max_iter=60"]  # long enough to be killed in the midst of it
+NUM_ITERATIONS = 40  # enough to be killed in the midst of them
+LONG = [f"train.max_iter={NUM_ITERATIONS}"]
 
 
 def test_a_killed_run_of_two_processes_goes_on_with_one(options, start, tmp_path):
     output_dir = f"train.output_dir={tmp_path}"
-    job = start(ROOT / "train_net.py", *SPAWN, *options, output_dir, *LONG)
+    job = start("spawn", *options, output_dir, *LONG)
     job.wait_for(checkpoint(tmp_path, 2))
     os.kill(job.rank(1), signal.SIGKILL)
     assert_ends(job)
@@ -419,7 +477,7 @@ def test_a_run_of_one_process_goes_on_with_two_of_which_one_is_killed(options, s
     run(*options, output_dir, *LONG)
     before = logged(tmp_path)
     interrupt(tmp_path, num_iterations=4)
-    job = start(*TORCHRUN, ROOT / "train_net.py", "--resume", *options, output_dir, *LONG)
+    job = start("real torchrun", "--resume", *options, output_dir, *LONG)
     job.wait_for(checkpoint(tmp_path, 6))
     os.kill(job.rank(0), signal.SIGKILL)
     assert_ends(job)
@@ -449,18 +507,19 @@ def assert_goes_on_with_one_process(options, output_dir: Path):
     before = logged(output_dir)
     last = torch.load(output_dir / (output_dir / "last_checkpoint").read_text(), weights_only=False)
     first = last["iteration"] + 1
-    assert 2 <= first < 60
+    assert 2 <= first < NUM_ITERATIONS
     run("--resume", *options, f"train.output_dir={output_dir}", *LONG)
 
     after = logged(output_dir)
-    assert set(after) == set(range(60)) and (output_dir / "model_final.pth").exists()
+    assert set(after) == set(range(NUM_ITERATIONS)) and (output_dir / "model_final.pth").exists()
     assert {k: after[k] for k in range(first)} == {k: before[k] for k in range(first)}
     assert all(math.isfinite(x) for losses in after.values() for x in losses.values())
     log = (output_dir / "log.txt").read_text()
     assert "Loading trainer from" in log  # with the optimizer's momentum
     # The recipe's schedule: after warm-up 1, from 2/3 of the run on 0.1, from 8/9 on 0.01
-    for k in range(1, 60):
-        factor = 1 if k < 40 else 0.1 if k <= 53 else 0.01
+    for k in range(1, NUM_ITERATIONS):
+        share = k / NUM_ITERATIONS
+        factor = 1 if share < 2 / 3 else 0.1 if share < 8 / 9 else 0.01
         assert after[k]["lr"] == pytest.approx(1e-3 * factor), k
 
 
@@ -471,7 +530,7 @@ def test_a_process_that_fails_in_the_last_iteration_ends_the_others(options, sta
     """Those that are left must not evaluate: they would wait for it."""
     model = "model._target_=tests.helpers.many_processes.FailingRCNN"
     output_dir = f"train.output_dir={tmp_path}"
-    job = start(ROOT / "train_net.py", *SPAWN, *options, model, output_dir)
+    job = start("spawn", *options, model, output_dir)
     job.wait_for(checkpoint(tmp_path, 2))
     assert_ends(job)
     assert "the second process has failed" in job.output
@@ -482,14 +541,11 @@ def test_a_process_that_fails_in_the_last_iteration_ends_the_others(options, sta
 def test_a_process_that_fails_while_the_other_waits_for_it_ends_both(
     launcher, options, start, tmp_path
 ):
-    spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
     model = "model._target_=tests.helpers.many_processes.WaitingRCNN"
-    output_dir = f"train.output_dir={tmp_path}"
-    job = start(*torchrun, ROOT / "train_net.py", *spawn, *options, model, output_dir)
+    job = start(launcher, *options, model, f"train.output_dir={tmp_path}")
     assert job.wait() == (2 if launcher == "spawn" else 1)  # torchrun has an exit code of its own
     assert job.output.count("error: The predictions are not finite.") == 1
-    if launcher == "spawn":  # torchrun shows its own
-        assert "Traceback" not in job.output
+    assert "Traceback" not in job.output
     assert "Exception during training" not in job.output
 
 
@@ -499,7 +555,7 @@ def test_a_machine_that_is_gone_ends_the_other(options, start, tmp_path):
         url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
     machines = [
         start(
-            *[ROOT / "train_net.py", "--num-gpus", 1, "--num-machines", 2, "--machine-rank", k],
+            *["own", "--num-gpus", 1, "--num-machines", 2, "--machine-rank", k],
             *["--dist-url", url, *options, f"train.output_dir={tmp_path}", "train.max_iter=9999"],
         )
         for k in (0, 1)
@@ -513,23 +569,22 @@ def test_a_machine_that_is_gone_ends_the_other(options, start, tmp_path):
 # ---- processes that are told to stop, and what they find
 
 
-@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+@pytest.mark.parametrize("launcher", ["spawn", "real torchrun"])
 def test_all_processes_leave_together_when_their_machine_is_wanted_back(
     launcher, options, start, tmp_path
 ):
-    spawn, torchrun = (SPAWN, []) if launcher == "spawn" else ([], TORCHRUN)
-    job = start(*torchrun, ROOT / "train_net.py", *spawn, *options, *stoppable(tmp_path))
+    job = start(launcher, *options, *stoppable(tmp_path))
     wait_for_iteration(job, 3)
-    os.kill(job.process.pid, signal.SIGTERM)  # torchrun has an exit code of its own
+    os.kill(job.pid, signal.SIGTERM)  # torchrun has an exit code of its own
     assert job.wait() == (128 + signal.SIGTERM if launcher == "spawn" else 1)
     assert_stopped(job, "SIGTERM", tmp_path)
 
 
 def test_a_keyboard_interrupt_reaches_all_processes_and_their_workers(options, start, tmp_path):
     workers = "dataloader.train.num_workers=2"
-    job = start(ROOT / "train_net.py", *SPAWN, *options, *stoppable(tmp_path), workers)
+    job = start("spawn", *options, *stoppable(tmp_path), workers)
     wait_for_iteration(job, 3)
-    os.killpg(job.process.pid, signal.SIGINT)
+    os.killpg(job.pid, signal.SIGINT)
     assert job.wait() == 128 + signal.SIGINT
     assert_stopped(job, "SIGINT|SIGTERM", tmp_path)
 
@@ -543,14 +598,14 @@ def stoppable(output_dir: Path) -> list[str]:
 
 
 def wait_for_iteration(job: Job, iteration: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + SECONDS
     while f"iter: {iteration} " not in job.output:
-        assert job.process.poll() is None and time.monotonic() < end, job.output[-4000:]
+        assert job.exit_code is None and time.monotonic() < end, job.output[-4000:]
         time.sleep(0.05)
 
 
 def assert_stopped(job: Job, name: str, output_dir: Path) -> None:
-    text = rf"(?:{name}): iteration (\d+) is saved. Go on with --resume."
+    text = rf"(?:{name}): iteration (\d+) is saved"
     (iteration,) = re.findall(text, job.output)
     assert (output_dir / "last_checkpoint").read_text() == f"model_{int(iteration):07}.pth"
     time.sleep(0.5)
@@ -559,7 +614,7 @@ def assert_stopped(job: Job, name: str, output_dir: Path) -> None:
 
 def test_a_step_of_two_processes_that_is_not_finite_names_its_images(options, start, tmp_path):
     too_high = ["optimizer.lr=1e12", "lr_multiplier.warmup_factor=1"]
-    job = start(ROOT / "train_net.py", *SPAWN, *options, *stoppable(tmp_path), *too_high)
+    job = start("spawn", *options, *stoppable(tmp_path), *too_high)
     assert job.wait() == 2
     assert job.output.count("error: Iteration ") == 1 and "Traceback" not in job.output
     (images,) = re.findall(r"\(images (.*?)\)", job.output)
@@ -575,7 +630,7 @@ def test_an_image_that_one_process_cannot_read_stops_both(options, start, tmp_pa
     others = many_processes.write_dataset_and_config(folder)
     (folder / "3.png").write_text("not an image")
     limits = ["train.max_bad_images=0", "train.check_images=False"]
-    job = start(ROOT / "train_net.py", *SPAWN, *others, *stoppable(tmp_path / "out"), *limits)
+    job = start("spawn", *others, *stoppable(tmp_path / "out"), *limits)
     assert job.wait() == 2
     assert job.output.count("error: Iteration ") == 1 and "Traceback" not in job.output
     assert "3.png'" in job.output and "at most 0 may be left out" in job.output

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from detectron2.engine import SimpleTrainer
 
 from msrcnn_d2 import engine
+from tests.helpers import forked, many_processes
 from tests.helpers.toy import NUM_CLASSES, real_datasets, tiny_yacs_config
 from tests.helpers.toy_training import run, with_python_path, write_dataset, write_lazy_config
 
@@ -48,6 +50,15 @@ def yacs_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "yacs.yaml"
     path.write_text(cfg.dump())
     return str(path)
+
+
+def run_forked(function, *args):
+    """The exit code of a function in a process of its own, and what it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = forked.start(function, *args, log=log)
+        process.join(300)
+        return process.exitcode, log.read_text()
 
 
 def run_alone(*args, launcher=(), env=None):
@@ -317,15 +328,25 @@ def test_test_time_augmentation_from_yaml(yacs_config, toy_dataset, tmp_path):
     [
         (["--config-file", "nosuch.py"], "'nosuch.py' does not exist"),
         (["--config-file", f"{COCO_CONFIG}.py", "train.max_itr=1"], "did you mean max_iter?"),
-        (["--config-file", f"{COCO_CONFIG}.py"], "DETECTRON2_DATASETS"),
-        (["--config-file", f"{COCO_CONFIG}.yaml"], "DETECTRON2_DATASETS"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_an_exit_code(args, message, tmp_path):
-    env = {"DETECTRON2_DATASETS": str(tmp_path / "nosuch")}
-    ran = run_alone(*args, env=env)
+def test_a_mistake_is_one_sentence_and_an_exit_code(args, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(*args)
+    captured = capsys.readouterr()
+    assert left.value.code == 2
+    assert message in captured.err and "Traceback" not in captured.err + captured.out
+
+
+# Detectron2 reads the variable when it is imported
+@pytest.mark.parametrize("suffix", ["py", "yaml"])
+def test_a_folder_without_datasets_is_one_sentence_and_an_exit_code(suffix, tmp_path):
+    ran = run_alone(
+        *["--config-file", f"{COCO_CONFIG}.{suffix}"],
+        env={"DETECTRON2_DATASETS": str(tmp_path / "nosuch")},
+    )
     assert ran.returncode == 2
-    assert message in ran.stderr and "Traceback" not in ran.stderr + ran.stdout
+    assert "DETECTRON2_DATASETS" in ran.stderr and "Traceback" not in ran.stderr + ran.stdout
 
 
 def test_an_unreadable_checkpoint_is_one_sentence_and_an_exit_code(
@@ -404,44 +425,21 @@ def test_two_processes_without_a_gpu(launcher, lazy_config, toy_dataset, tmp_pat
 
 def test_a_mistake_in_two_processes_is_told_once(lazy_config, toy_dataset, tmp_path):
     (tmp_path / "bad.pth").write_text("not a checkpoint")
-    ran = run_alone(
-        *["--config-file", lazy_config, *toy_dataset, "--num-gpus", 2, "--dist-url", "auto"],
+    code, printed = run_forked(
+        *[forked.train, "--config-file", lazy_config, *toy_dataset],
+        *["--num-gpus", 2, "--dist-url", "auto"],
         *[f"train.init_checkpoint={tmp_path}/bad.pth", f"train.output_dir={tmp_path}/output"],
     )
-    assert ran.returncode == 2
-    assert ran.stderr.count("is not a checkpoint") == 1 and "Traceback" not in ran.stderr
+    assert code == 2
+    assert printed.count("error: ") == 1 and "bad.pth" in printed and "Traceback" not in printed
 
 
-FAILING_RANK = """
-import sys, time
-import torch.distributed as dist
-from msrcnn_d2.engine import launch
-from msrcnn_d2.utils.errors import UserError, agree_on_user_errors, exit_on_user_error
-
-def main(failing):
-    with exit_on_user_error(), agree_on_user_errors():
-        if dist.get_rank() == 0:
-            time.sleep(1)  # the others must not leave before
-        if dist.get_rank() in failing:
-            raise UserError(f"the disk of {dist.get_rank()} is gone")
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        launch(main, 2, device="cpu", args=([int(x) for x in sys.argv[1:]],))
-"""
-
-
-@pytest.mark.parametrize("failing", [["0"], ["1"], ["0", "1"]])
-def test_a_mistake_on_any_process_ends_all_and_is_told_once(failing, tmp_path):
-    (tmp_path / "script.py").write_text(FAILING_RANK)
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", tmp_path / "script.py", *failing],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 2
-    assert ran.stderr.count(f"error: the disk of {failing[0]} is gone") == 1
+@pytest.mark.parametrize("failing", [[0], [1], [0, 1]])
+def test_a_mistake_on_any_process_ends_all_and_is_told_once(failing):
+    code, printed = run_forked(many_processes.fail, failing)
+    assert code == 2
+    assert printed.count("error: ") == 1
+    assert f"error: the disk of {failing[0]} is gone" in printed
 
 
 def test_a_half_set_launcher_environment_is_refused(lazy_config, monkeypatch, capsys):

@@ -1,26 +1,20 @@
-"""Trainings in processes of their own that can be killed, and start fast: imports are done once."""
+"""Trainings in processes of their own that are killed, stopped, or run out of disk."""
 
 import json
-import multiprocessing
 import os
+import resource
 import signal
-import sys
 import time
 import types
 from pathlib import Path
 
-import pytest
 import torch
 
 from detectron2.engine import SimpleTrainer
 
 from msrcnn_d2.checkpoint import checkpointer
 from msrcnn_d2.utils import files as whole_file
-from msrcnn_d2_cli import main
-
-# Its server imports this module, and each training is forked from there
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__])
+from tests.helpers import forked
 
 
 class Training:
@@ -43,14 +37,7 @@ class Training:
         self.losses_file = Path(folder) / f"losses_{number}"
         self.losses_file.touch()
         self.output = Path(folder) / f"output_{number}"
-        self.process = context.Process(
-            target=_run,
-            args=([str(a) for a in args], str(self.losses_file), str(self.output), prepare),
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            # For the server, which is started with the first process: older Pythons do not tell it
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            self.process.start()
+        self.process = forked.start(_run, args, str(self.losses_file), prepare, log=self.output)
 
     def losses(self) -> list:
         """(iteration, {name: loss}) in the order in which they came."""
@@ -60,24 +47,20 @@ class Training:
     def printed(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait_for(self, condition, timeout=120) -> None:
+    def wait_for(self, condition, timeout=600) -> None:
         """Until `condition(self)` holds, or the process has ended."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and not condition(self):
             assert time.monotonic() < end, self.printed()[-3000:]
             time.sleep(0.002)
 
-    def exit_code(self, timeout=120) -> int:
+    def exit_code(self, timeout=600) -> int:
         self.process.join(timeout)
         assert self.process.exitcode is not None, self.printed()[-3000:]
         return self.process.exitcode
 
 
-def _run(args, losses_file, output, prepare):
-    torch.set_num_threads(1)
-    with open(output, "w", buffering=1) as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+def _run(args, losses_file, prepare):
     write_metrics = SimpleTrainer._write_metrics
 
     def record(self, loss_dict, *rest, **kwargs):
@@ -90,8 +73,7 @@ def _run(args, losses_file, output, prepare):
     if prepare:
         name, *arguments = prepare
         globals()[name](*arguments)
-    main(["train", *args])
-    sys.stdout.flush()
+    forked.train(*args)
 
 
 # What happens to a training
@@ -136,6 +118,22 @@ def die_while_saving(moment: str, count: int) -> None:
         name = "fsync" if moment == "synced" else "replace"
         parts = {**vars(os), name: dying(getattr(os, name), before=moment != "renamed")}
         whole_file.os = types.SimpleNamespace(**parts)
+
+
+def run_out_of_disk(count: int, size: int) -> None:
+    """
+    From the given checkpoint or tag on, no file can become larger than `size` bytes: the system
+    fails to write it, as on a disk that is full.
+    """
+    left = [count]
+
+    def open_and_count(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        return open(*args, **kwargs)
+
+    whole_file.open = open_and_count
 
 
 def evaluate_slowly(seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""What a process does in the tests of several: `many_processes.py FOLDER OPTIONS` is two."""
+"""What a process does in the tests of several."""
 
-import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from msrcnn_d2.engine import build_recipe, launch, train
 from msrcnn_d2.engine.loaders import build_resumable_loader
 from msrcnn_d2.utils import distributed
+from msrcnn_d2.utils.errors import UserError, agree_on_user_errors, exit_on_user_error
 from msrcnn_d2_cli import build_parser
 from msrcnn_d2_cli.train import read_config
 from tests.helpers.toy import IMAGE_SIZE, tiny_mask_scoring_rcnn, toy_inputs, without_objects
@@ -172,7 +173,12 @@ def train_and_keep(options: list[str], output_dir: Path) -> dict:
     return {"first": first, "results": train(recipe), "last": model.state_dict()}
 
 
-def main(folder: Path, options: list[str]) -> None:
+def run_both(folder: Path, options: list[str]) -> None:
+    """Two processes, which keep what they have computed in `folder`."""
+    launch(_keep, 2, device="cpu", args=(folder, options))
+
+
+def _keep(folder, options):
     kept = {
         "steps": {case: two_steps(case) for case in CASES},
         "orders": {upright: order_of_images(upright) for upright in (False, True)},
@@ -181,5 +187,15 @@ def main(folder: Path, options: list[str]) -> None:
     torch.save(kept, folder / f"rank_{comm.get_rank()}.pth")
 
 
-if __name__ == "__main__":
-    launch(main, 2, device="cpu", args=(Path(sys.argv[1]), sys.argv[2:]))
+def fail(failing: list[int]) -> None:
+    """Two processes, of which some fail with a mistake of the user."""
+    with exit_on_user_error():
+        launch(_fail, 2, device="cpu", args=(failing,))
+
+
+def _fail(failing):
+    with exit_on_user_error(), agree_on_user_errors():
+        if dist.get_rank() == 0:
+            time.sleep(1)  # the others must not leave before
+        if dist.get_rank() in failing:
+            raise UserError(f"the disk of {dist.get_rank()} is gone")

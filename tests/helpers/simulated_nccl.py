@@ -1,6 +1,5 @@
 """
-One of two processes of a job on GPUs, each with its own, which talk by NCCL:
-`simulated_nccl.py FOLDER OPTIONS`, started with the variables of torchrun.
+One of two processes of a job on GPUs, each with its own, which talk by NCCL.
 
 Where there are not two GPUs, they are simulated, and so is NCCL: gloo exchanges the values, but
 what NCCL refuses is refused, and :class:`SimulatedDDP` averages gradients. It cannot show
@@ -28,7 +27,6 @@ from tests.helpers import simulated_cuda
 from tests.helpers.many_processes import train_and_keep
 from tests.helpers.simulated_cuda import SimulatedCuda, SimulatedTensor
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 NUM_GPUS = 2
 REAL = torch.cuda.device_count() >= NUM_GPUS
 COLLECTIVES = ("all_gather", "all_reduce", "broadcast", "gather", "reduce", "scatter")
@@ -170,7 +168,8 @@ def mistakes() -> dict:
         model(torch.ones(1, 2, device="cuda")).sum().backward()
         model(torch.ones(1, 2, device="cuda"))
 
-    own, gloo = [LOCAL_RANK], comm._get_global_gloo_group()
+    rank, gloo = comm.get_local_rank(), comm._get_global_gloo_group()
+    own = [rank]
     matrix = torch.ones(2, 3, device="cuda")
     partly = nn.Linear(2, 2).cuda()
     partly.register_buffer("on_cpu", torch.ones(1))
@@ -182,7 +181,7 @@ def mistakes() -> dict:
         "a bitwise operation": lambda: dist.all_reduce(matrix, dist.ReduceOp.BOR),
         "a barrier without a device": lambda: dist.barrier(),
         "a buffer on the CPU": lambda: SimulatedDDP(partly, own),
-        "another process's GPU": lambda: SimulatedDDP(nn.Linear(2, 2).cuda(), [1 - LOCAL_RANK]),
+        "another process's GPU": lambda: SimulatedDDP(nn.Linear(2, 2).cuda(), [1 - rank]),
         "a parameter without a gradient": two_steps_without_all_gradients,
     }
 
@@ -199,7 +198,18 @@ def refused() -> dict[str, bool]:
     return found
 
 
-def main(nccl: SimulatedNCCL | None, folder: Path, options: list[str]) -> None:
+def run_rank(folder: Path, options: list[str]) -> None:
+    """The process, started with the variables that torchrun sets."""
+    with contextlib.ExitStack() as stack:
+        nccl = None
+        if not REAL:
+            simulated_cuda.DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            stack.enter_context(SimulatedCuda().running())
+            nccl = stack.enter_context(SimulatedNCCL().running())
+        launch(_keep, NUM_GPUS, args=(nccl, folder, options))
+
+
+def _keep(nccl, folder, options):
     kept: dict = {}
     if nccl is not None:
         kept["refused"] = refused()
@@ -208,13 +218,3 @@ def main(nccl: SimulatedNCCL | None, folder: Path, options: list[str]) -> None:
     if nccl is not None:
         kept["collectives"] = Counter(nccl.collectives)
     torch.save(kept, folder / f"rank_{comm.get_rank()}.pth")
-
-
-if __name__ == "__main__":
-    with contextlib.ExitStack() as stack:
-        nccl = None
-        if not REAL:
-            simulated_cuda.DEVICE = torch.device("cuda", LOCAL_RANK)
-            stack.enter_context(SimulatedCuda().running())
-            nccl = stack.enter_context(SimulatedNCCL().running())
-        launch(main, NUM_GPUS, args=(nccl, Path(sys.argv[1]), sys.argv[2:]))

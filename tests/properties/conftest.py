@@ -1,8 +1,8 @@
 """
 How many cases the properties are tried on, and where that is said at the end.
 
-`make test` tries few, the same in each run. With HYPOTHESIS_PROFILE=nightly (`make fuzz`) there are
-many more, and others each time; a failure then prints how to get its case again.
+`make test` tries few, the same in each run. With HYPOTHESIS_PROFILE=nightly (`make nightly`) there
+are many more, and others each time; a failure then prints how to get its case again.
 """
 
 import os
