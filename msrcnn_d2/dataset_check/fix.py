@@ -204,8 +204,14 @@ class _Round:
             if any(images[k] != images[places[0]] for k in places):
                 # Which of them the annotations are of is not known
                 for k in set(places) - dropped:
-                    message = "another image has the same id"
-                    self._drop(Finding("image-id-twice", Level.ERROR, message, id_, index=k))
+                    name = images[k].get("file_name")
+                    finding = Finding(
+                        *("image-id-twice", Level.ERROR, "another image has the same id"),
+                        image_id=id_,
+                        file_name=name if isinstance(name, str) else None,
+                        index=k,
+                    )
+                    self._drop(finding)
         gone = {id_ for id_, places in by_id.items() if dropped.issuperset(places)}
         for k, entry in enumerate(self.contents["annotations"]):
             if k in self.dropped["annotations"] or entry["image_id"] not in gone:
