@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from ..utils.errors import UserError
-from ..utils.files import os_error_of, write_whole
+from ..utils.files import write_whole
 from .conversion import CLASS_NAMES, SCORE_EXPONENT
 from .reading import reason
 
@@ -72,5 +72,7 @@ def write_weights(
 
 def why_not_written(error: Exception) -> str:
     """What the operating system says, such as that the disk is full; else the error's own words."""
-    refused = os_error_of(error)
-    return refused.strerror if refused and refused.strerror else reason(error)
+    cause: BaseException | None = error  # PyTorch's own errors do not name a full disk
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause.strerror if cause and cause.strerror else reason(error)

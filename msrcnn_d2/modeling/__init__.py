@@ -1,4 +1,4 @@
-"""What has parameters or feeds them. Importing it registers heads and models with Detectron2."""
+"""Heads and models. Importing this package registers them with Detectron2."""
 
 from .mask_iou_head import (
     ROI_MASK_IOU_HEAD_REGISTRY,

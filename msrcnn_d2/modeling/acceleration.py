@@ -1,4 +1,4 @@
-"""What makes a model faster without changing what it computes, up to rounding."""
+"""Make a model faster without changing its results, up to rounding."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ __all__ = ["channels_last_on_cpu", "compile_dense_parts", "use_channels_last_on_
 
 def use_channels_last_on_cpu(model: nn.Module) -> bool:
     """
-    Keep the weights of a model, if it is on a CPU, in channels-last order.
+    Bring the weights of a model into channels-last order if it is on a CPU.
 
-    Convolutions then take and give channels-last tensors, which oneDNN does not have to reorder.
-    It is for inference: computing gradients is slower in that order.
+    Convolutions then take and return channels-last tensors, which oneDNN does not have to reorder.
+    Use it for inference only: gradients are slower in that order.
 
     Returns:
         whether the model is on a CPU.
@@ -40,16 +40,16 @@ def channels_last_on_cpu(model: nn.Module) -> Iterator[None]:
 
 def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
     """
-    Have `torch.compile` compile the parts of a Mask R-CNN that are only layers, when they are
-    called for the first time: backbone, RPN head, and the heads over regions.
+    Have `torch.compile` compile the parts of a Mask R-CNN that are only layers: backbone, RPN head,
+    and the heads over regions. They are compiled when they are first called.
 
-    What selects boxes and masks between them depends on data and stays as it is. Names in the state
-    dict stay.
+    The code between them, which selects boxes and masks, depends on data and is not compiled. Names
+    in the state dict stay.
 
-    Images may have any size without compiling again. The heads over regions are compiled for any
-    number of regions from two on, and again when they first meet one region and none. On a CPU,
+    Images of another size do not cause another compilation. The heads over regions are compiled
+    once for any number of regions from two on, once for one region and once for none. On a CPU,
     mask head and mask IoU head are also compiled separately for fewer than 16 regions, for which
-    PyTorch's convolutions may take another library. So a part is compiled at most four times.
+    PyTorch's convolutions may use another library. So a part is compiled at most four times.
 
     Args:
         backend: of `torch.compile`.
@@ -73,7 +73,7 @@ def _compiled(function: Callable, backend: Any) -> Callable:
 
 
 def _parts(model: nn.Module, path: str) -> list[Any]:
-    """The submodule at a path; several for a Cascade's box heads, none where it is missing."""
+    """The submodule at a path: several for a Cascade's box heads, none if it is missing."""
     part: Any = model
     for name in path.split("."):
         part = getattr(part, name, None)

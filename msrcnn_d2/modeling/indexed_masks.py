@@ -1,4 +1,6 @@
-"""Ground-truth masks of proposals, of which many share an object, without a copy for each."""
+"""Ground-truth masks of proposals. Many proposals share an object; no mask is copied for them."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,28 +12,28 @@ from .polygon_crops import crop_polygons, polygon_areas
 
 __all__ = ["BITMASKS_AT_A_TIME", "IndexedMasks", "count_pixels", "with_indexed_masks"]
 
-# To crop bitmasks takes copies of them with 4 bytes a pixel of the image; this is how many are
-# copied at a time, as an image can have hundreds of objects. So few on a CPU because glibc keeps
-# memory for the next copy only up to 32 MB: with twice as many, images of 1024 x 1024 pixels take
-# 1.6 times as long. A GPU does more at once.
+# Number of bitmasks that are cropped at a time. Each is copied to 4 bytes per pixel of the image,
+# and an image can have hundreds of objects. On a CPU there are few, because glibc keeps memory for
+# the next copy only up to 32 MB: images of 1024 x 1024 pixels take 1.6 times as long with twice as
+# many.
 BITMASKS_AT_A_TIME = 4
 BITMASKS_AT_A_TIME_ON_GPU = 64
 
 
 class IndexedMasks:
     """
-    N masks, each of them one of the M masks of an image, as indices.
+    N masks as indices into the M masks of an image.
 
-    It stands in for :class:`PolygonMasks` or :class:`BitMasks` as the ``gt_masks`` of proposals.
-    Detectron2 indexes these twice, to sample proposals and to select the foreground; with bitmasks
-    that is a mask of the size of the image for each of 512 proposals, then for up to 128.
+    It replaces :class:`PolygonMasks` or :class:`BitMasks` as the ``gt_masks`` of proposals.
+    Detectron2 indexes these twice, to sample proposals and to select the foreground. With bitmasks,
+    it copies a mask of the size of the image for each of 512 proposals, then for up to 128.
 
-    Code that needs more than crops and areas of the masks, such as ``tensor`` or ``polygons``,
-    finds it in `materialize()`, which makes these copies.
+    Code that needs more of the masks than crops and areas, such as ``tensor`` or ``polygons``,
+    calls `materialize()`, which makes these copies.
 
     Attributes:
         masks: the M masks of the image.
-        indices: int64 Tensor of shape (N,), for each mask its index in `masks`, on their device.
+        indices: int64 Tensor of shape (N,), the index in `masks` of each mask, on their device.
     """
 
     def __init__(self, masks: BitMasks | PolygonMasks, indices: torch.Tensor | None = None):
@@ -46,26 +48,26 @@ class IndexedMasks:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item) -> "IndexedMasks":
+    def __getitem__(self, item: Any) -> "IndexedMasks":
         """What `item` selects, as in Detectron2's masks: an int is a slice of length one."""
-        if isinstance(item, torch.Tensor):  # of a GPU perhaps, where polygons never are
+        if isinstance(item, torch.Tensor):  # perhaps on a GPU, where polygons never are
             item = item.to(self.indices.device)
         return IndexedMasks(self.masks, self.indices[item].reshape(-1))
 
-    def to(self, *args, **kwargs) -> "IndexedMasks":
+    def to(self, *args: Any, **kwargs: Any) -> "IndexedMasks":
         masks = self.masks.to(*args, **kwargs)
         return IndexedMasks(masks, self.indices.to(masks.device))
 
     def materialize(self) -> BitMasks | PolygonMasks:
-        """The N masks, of the type of `masks`; of bitmasks a copy for each index."""
+        """The N masks, of the type of `masks`, with a copy of a bitmask for each index."""
         return self.masks[self.indices]
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
         """
-        What `self.materialize().crop_and_resize(boxes, mask_size)` returns.
+        Like `self.materialize().crop_and_resize(boxes, mask_size)`, but without copies of masks.
 
         Args:
-            boxes: Tensor of shape (N, 4), a box for each mask, (x0, y0, x1, y1) in pixels.
+            boxes: Tensor of shape (N, 4), the box of each mask, (x0, y0, x1, y1) in pixels.
             mask_size: S.
 
         Returns:
@@ -84,10 +86,10 @@ class IndexedMasks:
 
         Returns:
             Tensor of shape (N,), the area in pixels of each whole object inside the image, see
-            :func:`polygon_areas`; 0 of one that augmentation removed.
+            :func:`polygon_areas`; 0 for an object that augmentation removed.
         """
         if isinstance(self.masks, PolygonMasks):
-            # Each object once, however many proposals it has, and none that has no proposal
+            # Each object that has proposals is measured once
             distinct, positions = self.indices.unique(return_inverse=True)
             return polygon_areas(self.masks[distinct], image_size)[positions]
         return count_pixels(self.masks.tensor)[self.indices]
@@ -96,7 +98,7 @@ class IndexedMasks:
 def _crop_bitmasks(
     masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, mask_size: int
 ) -> torch.Tensor:
-    """The steps of `BitMasks.crop_and_resize`, but with boxes that share the mask they crop."""
+    """The steps of `BitMasks.crop_and_resize`, where several boxes can crop the same mask."""
     boxes = boxes.to(masks.device)
     if masks.is_cuda:
         return _crop_all_boxes(masks, indices, boxes, mask_size)
@@ -113,9 +115,9 @@ def _crop_all_boxes(
     masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, mask_size: int
 ) -> torch.Tensor:
     """
-    The same without a wait for a GPU, which to learn the boxes of a group of masks would be: each
-    group crops all boxes, and only the crops of its own masks are kept. Few images have more than
-    one group.
+    The same without a synchronisation with the GPU, which selecting the boxes of a group of masks
+    would need. Each group crops all boxes, and only the crops of its own masks are kept. Few images
+    have more than one group.
     """
     crops = torch.zeros(len(boxes), mask_size, mask_size, dtype=torch.bool, device=masks.device)
     for start in range(0, len(masks), BITMASKS_AT_A_TIME_ON_GPU):
@@ -136,7 +138,7 @@ def _roi_align(
 
 def count_pixels(masks: torch.Tensor) -> torch.Tensor:
     """The number of pixels (M,) of the bitmasks (M, H, W)."""
-    if masks.device.type == "cpu":  # where NumPy counts many times faster, without a copy
+    if masks.device.type == "cpu":  # NumPy counts many times faster there, without a copy
         return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()])
     parts = masks.split(BITMASKS_AT_A_TIME_ON_GPU)
     return cat([part.bool().sum(dim=(1, 2), dtype=torch.int32) for part in parts])
@@ -145,12 +147,11 @@ def count_pixels(masks: torch.Tensor) -> torch.Tensor:
 def with_indexed_masks(instances: Instances) -> Instances:
     """
     Args:
-        instances: the ground truth of an image, with "gt_masks" or, as in images without objects,
-            without.
+        instances: the ground truth of an image. Images without objects may have no "gt_masks".
 
     Returns:
-        a copy, in which "gt_masks" are :class:`IndexedMasks`; the instances themselves if they
-        have no masks, or masks of a type that may crop in its own way.
+        a copy in which "gt_masks" are :class:`IndexedMasks`; the instances themselves if they
+        have no masks, or masks of another type, which may crop in its own way.
     """
     fields = instances.get_fields()
     if type(fields.get("gt_masks")) not in (BitMasks, PolygonMasks):

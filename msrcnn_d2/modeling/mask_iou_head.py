@@ -1,19 +1,20 @@
 """
 The MaskIoU head: predicts how well each mask fits its object.
 
-Masks are ranked by class score x mask IoU ** exponent. In the paper the exponent is 1; others rank
-better for some models (see :mod:`msrcnn_d2.fit_exponent`), and it is a part of the weights.
+Masks are ranked by class score x mask IoU ** exponent. In the paper the exponent is 1. Another one
+ranks better for some models (see :mod:`msrcnn_d2.fit_exponent`), and is saved with the weights.
 """
 
 import logging
 import math
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, cat
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
@@ -40,17 +41,17 @@ The registered object will be called with `obj(cfg, input_shape)`, where `input_
 :class:`ShapeSpec` of the mask head's region features.
 """
 
-# Predictions that are off by more occur where training starts from features that explode, such as
-# those of a frozen batch norm without pre-trained weights. Mask R-CNN's own losses survive that,
-# being linear; a square does not (ResNet-50: not finite in the second iteration).
+# Larger errors occur if training starts from features that explode, such as those of a frozen batch
+# norm without pre-trained weights. Mask R-CNN's own losses survive that because they are linear. A
+# square does not: with ResNet-50 it is not finite in the second iteration.
 MAX_QUADRATIC_ERROR = 10.0
 
 
 def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Half the mean squared error over the masks that touch their object (their IoU is above 0).
+    Half the mean squared error over the masks that overlap their object (their IoU is above 0).
 
-    Beyond `MAX_QUADRATIC_ERROR`, where no prediction of an IoU belongs, it grows linearly.
+    Beyond `MAX_QUADRATIC_ERROR`, far outside the range of an IoU, it grows linearly.
 
     Args:
         pred_mask_ious: Tensor of shape (N,), the IoU predicted for the ground-truth class of
@@ -58,7 +59,7 @@ def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.
         targets: Tensor of shape (N,), the true IoU in [0, 1].
 
     Returns:
-        a scalar. Without any such mask it is a zero that still depends on `pred_mask_ious`:
+        a scalar. Without such masks it is a zero that still depends on `pred_mask_ious`, because
         distributed training needs a gradient for each parameter in each step.
     """
     valid = (targets > 0).to(targets.dtype)
@@ -75,9 +76,8 @@ def mask_iou_inference(
     Args:
         pred_mask_ious: Tensor of shape (N, K), the IoU predicted for each class, unbounded;
             N counts the masks of all images, K the foreground classes.
-        pred_instances: one Instances per image, with "pred_classes"; gets the IoU of the mask of
-            that class. "mask_scores" are added where there are "scores": boxes that were given
-            by the user have none.
+        pred_instances: one Instances per image, with "pred_classes"; each gets the IoU of its
+            class. "mask_scores" are added if there are "scores": boxes given by the user have none.
         score_exponent: see :func:`set_mask_scores`.
     """
     classes = cat([x.pred_classes for x in pred_instances])
@@ -92,20 +92,20 @@ def set_mask_scores(
     instances: Instances, mask_ious: torch.Tensor, score_exponent: float = 1.0
 ) -> None:
     """
-    The rescoring step: mask score = class score x mask IoU ** exponent, in the paper x mask IoU
-    (Sec. 3.1). It leaves "scores" alone.
+    The rescoring step: mask score = class score x mask IoU ** exponent (Sec. 3.1, where the
+    exponent is 1). It does not change "scores".
 
     Args:
-        instances: predicted instances of one image, gets "pred_mask_ious" and, where it has
-            "scores", "mask_scores".
-        mask_ious: Tensor of shape (N,), the predicted IoU of each mask. A regression leaves the
-            interval [0, 1] at times, an IoU does not: it is clamped.
-        score_exponent: at least 0. The larger, the more the IoU decides; 0 leaves the class score.
-            "pred_mask_ious" does not depend on it.
+        instances: predicted instances of one image, gets "pred_mask_ious" and, if it has "scores",
+            "mask_scores".
+        mask_ious: Tensor of shape (N,), the predicted IoU of each mask. It is clamped to [0, 1],
+            because a regression can leave that interval.
+        score_exponent: at least 0. The larger it is, the more the IoU decides; with 0 the mask
+            score is the class score. "pred_mask_ious" does not depend on it.
     """
     ious = instances.pred_mask_ious = mask_ious.clamp(min=0, max=1)
     if instances.has("scores"):
-        # The paper's product as it is: a power is a little off, and takes longer
+        # For the paper's product no power is computed: that would take longer and be less exact
         factors = ious if score_exponent == 1 else ious**score_exponent
         instances.mask_scores = instances.scores * factors
 
@@ -114,13 +114,12 @@ def set_mask_scores(
 class MaskIoUHead(nn.Module):
     """
     The head of Mask Scoring R-CNN (Huang et al., CVPR 2019, Fig. 3): 3x3 convolutions, the last
-    of stride 2, and fully connected layers over the mask head's region features and its mask.
+    with stride 2, and fully connected layers over the mask head's region features and its mask.
 
     Attributes:
         score_exponent: masks are ranked by class score x mask IoU ** `score_exponent`. It is saved
-            with the weights. Where the constructor was given a value, loading leaves it at that;
-            else it becomes the one that was saved. Weights without it, such as older ones, leave
-            it alone.
+            with the weights. Loading weights sets it, unless the constructor was given a value or
+            the weights have none, as older ones.
     """
 
     @configurable
@@ -140,15 +139,15 @@ class MaskIoUHead(nn.Module):
         Args:
             input_shape: channels, height and width of the mask head's region features. The mask
                 is one more channel.
-            num_classes: number of foreground classes; the head predicts one IoU for each, also
-                beside a class-agnostic mask head.
+            num_classes: number of foreground classes; the head predicts one IoU for each, even
+                with a class-agnostic mask head.
             conv_dim: channels of each convolution.
             num_conv: number of convolutions, at least 1.
             fc_dim: width of each fully connected layer.
             num_fc: number of fully connected layers before the predictor.
             loss_weight: multiplier of the loss.
-            score_exponent: finite, at least 0. By default that of the weights, which is the
-                paper's 1 unless another one was fitted to them. See the attribute.
+            score_exponent: finite, at least 0; see the attribute. By default that of the weights,
+                which is the paper's 1 unless another one was fitted to them.
         """
         super().__init__()
         if num_conv < 1:
@@ -186,7 +185,7 @@ class MaskIoUHead(nn.Module):
         nn.init.constant_(self.predictor.bias, 0)
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = cfg.MODEL.ROI_MASK_IOU_HEAD
         return {
             "input_shape": input_shape,
@@ -203,8 +202,8 @@ class MaskIoUHead(nn.Module):
         """
         Args:
             mask_features: Tensor of shape (N, C, H, W), the mask head's region features.
-            mask_probs: Tensor of shape (N, 1, S, S), probabilities of the mask of one class per
-                region; S is a multiple of H.
+            mask_probs: Tensor of shape (N, 1, S, S), the probabilities of the mask of one class
+                per region; S is a multiple of H.
 
         Returns:
             float Tensor of shape (N, K), the IoU predicted for each class, unbounded.
@@ -214,11 +213,14 @@ class MaskIoUHead(nn.Module):
         x = torch.cat([mask_features, pooled.to(mask_features.dtype)], dim=1)
         return self.predictor(self.fcs(self.convs(x))).float()
 
-    def forward(self, mask_features, mask_probs, instances: list[Instances]):
+    def forward(
+        self, mask_features: torch.Tensor, mask_probs: torch.Tensor, instances: list[Instances]
+    ) -> Any:
         """
         Args:
             mask_features, mask_probs: as in :meth:`layers`; N counts the instances of all images.
-                The mask is that of the ground-truth class in training, of the predicted one else.
+                The mask is that of the ground-truth class in training, and of the predicted class
+                in inference.
             instances: one Instances per image. In training the foreground proposals, with
                 "proposal_boxes", "gt_classes" and "gt_masks" from :func:`crop_gt_masks`.
                 In inference the predictions, with "pred_classes".
@@ -233,7 +235,9 @@ class MaskIoUHead(nn.Module):
         mask_iou_inference(pred_mask_ious, instances, self.score_exponent)
         return instances
 
-    def _loss(self, pred_mask_ious, mask_probs, instances):
+    def _loss(
+        self, pred_mask_ious: torch.Tensor, mask_probs: torch.Tensor, instances: list[Instances]
+    ) -> torch.Tensor:
         instances = [x for x in instances if len(x)]
         if not instances:
             return pred_mask_ious.sum() * 0
@@ -248,18 +252,25 @@ class MaskIoUHead(nn.Module):
         _log_mask_ious(pred_mask_ious.detach(), targets)
         return mask_iou_loss(pred_mask_ious, targets) * self.loss_weight
 
-    # The exponent is a number, not a buffer: inference would have to fetch it from the GPU, and
+    # The exponent is a number and not a buffer, since inference would fetch that from the GPU and
     # `half()` would round it
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "score_exponent"] = torch.tensor(
             self.score_exponent, dtype=torch.float32, device=self.predictor.weight.device
         )
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         saved = state_dict.pop(prefix + "score_exponent", None)
         if saved is not None:
             self._load_exponent(saved, error_msgs)
@@ -292,7 +303,7 @@ def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:
     Log the mean true IoU and the mean absolute error over the masks that count in the loss.
 
     Raises:
-        FloatingPointError: a target is NaN. Here it costs no wait for a GPU of its own.
+        FloatingPointError: a target is NaN. To find it here costs no synchronisation of its own.
     """
     valid = (targets > 0).to(targets.dtype)
     errors = (pred_mask_ious - targets).abs()
@@ -309,7 +320,7 @@ def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:
         storage.put_scalar("mask_iou/mean_abs_error", sum_errors / num_valid)
 
 
-def build_mask_iou_head(cfg, input_shape: ShapeSpec) -> nn.Module:
+def build_mask_iou_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Build the MaskIoU head named by `cfg.MODEL.ROI_MASK_IOU_HEAD.NAME`."""
     name = cfg.MODEL.ROI_MASK_IOU_HEAD.NAME
     return ROI_MASK_IOU_HEAD_REGISTRY.get(name)(cfg, input_shape)

@@ -1,8 +1,11 @@
-"""What the MaskIoU head learns: the IoU of each predicted mask with its whole object.
+"""
+What the MaskIoU head learns: the IoU of each predicted mask with its whole object.
 
-Only this file and those that it calls, `indexed_masks.py` and `polygon_crops.py`, open
+Only this file and the two that it calls, `indexed_masks.py` and `polygon_crops.py`, read
 ground-truth masks.
 """
+
+from typing import Any
 
 import torch
 
@@ -13,23 +16,23 @@ from .polygon_crops import polygon_areas
 
 __all__ = ["CroppedMasks", "crop_gt_masks", "mask_iou_targets"]
 
-# Detectron2 rasterises polygons as if no box side were shorter than this, in pixels
-# (`rasterize_polygons_within_box`); mask cells have to be measured in the same way.
+# In pixels. Detectron2 rasterises polygons as if no side of a box were shorter
+# (`rasterize_polygons_within_box`), so mask cells have to be measured in the same way.
 MIN_BOX_SIDE = 0.1
 
 
 class CroppedMasks:
     """
-    Ground-truth masks that were cropped to their boxes already.
+    Ground-truth masks that have been cropped to their boxes.
 
-    It stands in for :class:`PolygonMasks` or :class:`BitMasks` as the ``gt_masks`` of proposals,
-    so that Detectron2's `mask_rcnn_loss` and our targets share one rasterisation.
+    It replaces :class:`PolygonMasks` or :class:`BitMasks` as the ``gt_masks`` of proposals, so that
+    Detectron2's `mask_rcnn_loss` and our targets share one rasterisation.
 
     Attributes:
         crops: bool Tensor of shape (N, S, S), the part of each object inside its box,
             S x S cells to a box.
         areas: float Tensor of shape (N,), the area in pixels of each whole object inside the
-            image, the part outside of its box included.
+            image, including the part outside of its box.
     """
 
     def __init__(self, crops: torch.Tensor, areas: torch.Tensor):
@@ -56,7 +59,7 @@ class CroppedMasks:
 
 def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]:
     """
-    Crop the ground-truth masks of foreground proposals to the proposals, once for all losses.
+    Crop the ground-truth masks of foreground proposals to their boxes, once for all losses.
 
     Args:
         instances: one Instances per image, with "proposal_boxes" and, unless it is empty,
@@ -64,7 +67,7 @@ def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]
         mask_size: S, the side of the mask head's output in cells.
 
     Returns:
-        copies of the instances, in which "gt_masks" are :class:`CroppedMasks`.
+        copies of the instances in which "gt_masks" are :class:`CroppedMasks`.
     """
     return [_crop_gt_masks_per_image(x, mask_size) if len(x) else x for x in instances]
 
@@ -72,8 +75,9 @@ def crop_gt_masks(instances: list[Instances], mask_size: int) -> list[Instances]
 def _crop_gt_masks_per_image(instances: Instances, mask_size: int) -> Instances:
     fields = with_indexed_masks(instances).get_fields()
     masks, boxes = fields["gt_masks"], instances.proposal_boxes.tensor
-    # Crops of polygons come from the CPU, with the areas in the same copy
-    crops = masks.crop_and_resize(boxes.cpu() if _on_cpu(masks) else boxes, mask_size) > 0.5
+    # Polygons are cropped on the CPU; crops and areas then go to the GPU in one copy
+    on_cpu = isinstance(masks, IndexedMasks) and isinstance(masks.masks, PolygonMasks)
+    crops = masks.crop_and_resize(boxes.cpu() if on_cpu else boxes, mask_size) > 0.5
     areas = _areas(masks, instances.image_size).float()
     if crops.device != boxes.device and areas.device == crops.device:
         crops, areas = _in_one_copy(crops, areas, boxes.device)
@@ -81,22 +85,17 @@ def _crop_gt_masks_per_image(instances: Instances, mask_size: int) -> Instances:
     return Instances(instances.image_size, **{**fields, "gt_masks": gt_masks})
 
 
-def _on_cpu(masks) -> bool:
-    """Whether crops are made on the CPU whatever the device of the boxes is."""
-    return isinstance(masks, IndexedMasks) and isinstance(masks.masks, PolygonMasks)
-
-
 def _in_one_copy(
     crops: torch.Tensor, areas: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bool `crops` and the float32 `areas` on another device, for one wait of it."""
+    """The bool `crops` and the float32 `areas` on another device, with one synchronisation."""
     parts = torch.cat([areas.view(torch.uint8), crops.reshape(-1).view(torch.uint8)]).to(device)
     areas_, crops_ = parts.split([4 * len(areas), crops.numel()])
     return crops_.view(torch.bool).reshape(crops.shape), areas_.view(torch.float32)
 
 
-def _areas(masks, image_size: tuple[int, int]) -> torch.Tensor:
-    """Areas in pixels, one for each of `masks`; an object that augmentation removed has 0."""
+def _areas(masks: Any, image_size: tuple[int, int]) -> torch.Tensor:
+    """The area of each mask in pixels; 0 for an object that augmentation removed."""
     if isinstance(masks, IndexedMasks):
         return masks.area(image_size)
     if isinstance(masks, PolygonMasks):
@@ -112,9 +111,9 @@ def mask_iou_targets(
     """
     IoU of predicted masks with their whole objects (Mask Scoring R-CNN, Sec. 3.2), in mask cells.
 
-    A predicted mask ends at its box, its object need not. So the union counts the area of the
-    whole object: its pixels divided by the pixels per mask cell. Both numbers are at hand, and
-    nothing has to be rasterised a second time.
+    A predicted mask ends at its box, but its object may not. So the union counts the area of the
+    whole object: its pixels divided by the pixels per mask cell. Both numbers are known already, so
+    nothing is rasterised a second time.
 
     Args:
         pred_masks: bool Tensor of shape (N, S, S), the binarised mask predicted in each box.
@@ -124,8 +123,8 @@ def mask_iou_targets(
         boxes: Tensor of shape (N, 4), the boxes, (x0, y0, x1, y1) in pixels.
 
     Returns:
-        float32 Tensor of shape (N,), the IoU in [0, 1]; 0 if either of the two masks is empty,
-        NaN for a box that is not finite.
+        float32 Tensor of shape (N,), the IoU in [0, 1]; 0 if one of the two masks is empty, NaN
+        for a box that is not finite.
     """
     cells_per_mask = pred_masks.shape[-1] * pred_masks.shape[-2]
     sides = (boxes[:, 2:] - boxes[:, :2]).float().clamp(min=MIN_BOX_SIDE)
@@ -133,10 +132,10 @@ def mask_iou_targets(
 
     intersection = (pred_masks & gt_crops).sum(dim=(1, 2)).float()
     pred_cells = pred_masks.sum(dim=(1, 2))
-    # Thin objects can cover more cells than pixels; the whole is never less than its part.
+    # Thin objects can cover more cells than pixels, but the whole is never less than its part.
     gt_cells = torch.maximum(gt_areas / pixels_per_cell, gt_crops.sum(dim=(1, 2)))
     union = pred_cells + gt_cells - intersection
-    # Less than one cell is left only when nothing is predicted, and the intersection is 0 then.
+    # The union is less than one cell only if nothing is predicted; then the intersection is 0.
     ious = intersection / union.clamp(min=1)
-    # An infinite box would pass for one without its object. Looking for it would wait for a GPU
+    # Otherwise an infinite box would look like one without its object. NaN costs no synchronisation
     return ious + (boxes.float() * 0).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Detections in pixels of the given image, their masks left as they were predicted."""
+"""Detections in pixels of the given image, with masks as they were predicted in their boxes."""
 
 import torch
 from torch import nn
@@ -16,11 +16,11 @@ _RESCALED = ("pred_boxes", "pred_keypoints")  # what `detector_postprocess` chan
 class UnpastedMasks(nn.Module):
     """
     A model in inference whose "pred_masks" are :class:`ROIMasks`: probabilities of shape
-    (N, S, S), S x S cells to a box, in place of a bitmap of the whole image for each object.
+    (N, S, S), S x S cells to a box, instead of a bitmap of the whole image for each object.
 
-    All else is as in the model; hooks of the model itself are not called. For evaluators that take
-    such masks, as ours does: pasting them only to encode them again costs more than all other
-    things that it does.
+    All other outputs are those of the model; hooks of the model itself are not called. This is for
+    evaluators that accept such masks, as ours does. Pasting masks only to encode them again would
+    cost more than the rest of the evaluator.
     """
 
     def __init__(self, model: GeneralizedRCNN):
@@ -46,33 +46,32 @@ class UnpastedMasks(nn.Module):
         Args and returns as in :class:`GeneralizedRCNN` in inference, except for the masks.
         """
         results = self.model.inference(batched_inputs, do_postprocess=False)
-        return [
-            {"instances": rescale_unpasted(x, *_output_size(x, inputs))}
-            for x, inputs in zip(results, batched_inputs)
-        ]
-
-
-def _output_size(results: Instances, inputs: dict) -> tuple[int, int]:
-    height, width = results.image_size
-    return inputs.get("height", height), inputs.get("width", width)
+        outputs = []
+        for x, inputs in zip(results, batched_inputs):
+            height, width = x.image_size
+            size = inputs.get("height", height), inputs.get("width", width)
+            outputs.append({"instances": rescale_unpasted(x, *size)})
+        return outputs
 
 
 def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
     """
-    :func:`detector_postprocess` that does not paste masks.
+    Like :func:`detector_postprocess`, but without pasting masks.
 
     Args:
         results: detections in the image that the model saw, with "pred_masks" of shape
             (N, 1, S, S) if it predicts masks.
-        height, width: of the image that they are wanted for, in pixels.
+        height, width: of the output image, in pixels.
 
     Returns:
-        the detections whose box is not empty there, with "pred_masks" as :class:`ROIMasks`.
+        the detections whose box in that image is not empty, with "pred_masks" as
+        :class:`ROIMasks`.
     """
     fields = dict(results.get_fields())
     # Copies, since Detectron2 scales them in place
     geometry = {k: fields.pop(k).clone() for k in _RESCALED if k in fields}
-    # Which boxes are left is asked once; with all fields Detectron2 would wait for a GPU for each
+    # One synchronisation finds the boxes that are left. Given all fields, Detectron2 would need one
+    # for each
     kept = torch.arange(len(results), device=results.pred_boxes.device)
     rescaled = detector_postprocess(
         Instances(results.image_size, **geometry, kept=kept), height, width

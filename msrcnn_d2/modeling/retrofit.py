@@ -1,4 +1,6 @@
-"""A trained Mask R-CNN in which nothing but the MaskIoU head learns."""
+"""A trained Mask R-CNN in which only the MaskIoU head learns."""
+
+from typing import Any
 
 import torch
 
@@ -14,17 +16,17 @@ __all__ = ["RetrofitRCNN"]
 @META_ARCH_REGISTRY.register()
 class RetrofitRCNN(GeneralizedRCNN):
     """
-    :class:`GeneralizedRCNN` that trains its MaskIoU head and leaves all else as it is.
+    :class:`GeneralizedRCNN` that trains only its MaskIoU head.
 
-    Every other parameter is frozen and every other part always in evaluation mode, so that batch
-    norm keeps its statistics. Training runs them without autograd, leaves out the box head (also
-    where `train_on_pred_boxes` is set) and all other losses, and returns "loss_mask_iou" alone.
-    Inference, and the names in the state dict, are those of :class:`GeneralizedRCNN`: weights can
-    be exchanged between the two.
+    All other parameters are frozen, and all other parts are always in evaluation mode: batch norm
+    keeps its statistics. Training runs them without autograd, skips the box head (even if
+    `train_on_pred_boxes` is set) and all other losses, and returns only "loss_mask_iou". Inference
+    and the names in the state dict are those of :class:`GeneralizedRCNN`, so weights can be
+    exchanged between the two.
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         """
         Args:
             kwargs: the arguments of :class:`GeneralizedRCNN`; `roi_heads` are
@@ -43,13 +45,13 @@ class RetrofitRCNN(GeneralizedRCNN):
                 parameter.requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "RetrofitRCNN":
         super().train(False)
         self.training = mode
         self.roi_heads.mask_iou_head.train(mode)
         return self
 
-    def forward(self, batched_inputs: list[dict]):
+    def forward(self, batched_inputs: list[dict]) -> Any:
         """
         Args:
             batched_inputs: as in :class:`GeneralizedRCNN`.
@@ -67,7 +69,7 @@ class RetrofitRCNN(GeneralizedRCNN):
     def _features_and_proposals(
         self, batched_inputs: list[dict]
     ) -> tuple[dict[str, torch.Tensor], list[Instances]]:
-        """Feature maps, and for each image the proposals as they are sampled in training."""
+        """Feature maps, and the proposals of each image as they are sampled in training."""
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         if self.proposal_generator is not None:

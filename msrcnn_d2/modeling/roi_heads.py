@@ -1,9 +1,11 @@
-"""ROI heads that score their masks: Detectron2's, with the mask branch extended."""
+"""Detectron2's ROI heads, with a mask branch that scores its masks."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -23,14 +25,14 @@ __all__ = ["CascadeMaskScoringROIHeads", "DetectedBoxes", "MaskScoringROIHeads"]
 
 class DetectedBoxes(Boxes):
     """
-    Boxes whose `nonempty()` is an int64 Tensor of indices in place of a bool Tensor; both select
-    the same boxes.
+    Boxes whose `nonempty()` returns an int64 Tensor of indices instead of a bool Tensor. Both
+    select the same boxes.
 
-    Detectron2's `detector_postprocess` selects by it. With a bool Tensor each field waits for a
-    GPU to count what is selected, and our models have two fields more; with indices all of them
-    wait once. This is a type of boxes because postprocessing takes nothing else from the ROI heads
-    but fields, and asks only the boxes. Indexing, `to` and `clone` give plain :class:`Boxes`, so
-    users meet it only where they asked for results that are not postprocessed.
+    Detectron2's `detector_postprocess` selects with it. With a bool Tensor, each field waits for
+    the GPU to count what is selected, and our models have two more fields; with indices, all fields
+    wait once. This is a type of boxes because postprocessing only gets fields from the ROI heads,
+    and only calls the boxes. Indexing, `to` and `clone` return plain :class:`Boxes`, so users only
+    see this type in results that are not postprocessed.
     """
 
     def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
@@ -42,17 +44,17 @@ class MaskScoringROIHeads(StandardROIHeads):
     """
     :class:`StandardROIHeads` whose mask branch also predicts each mask's IoU with its object.
 
-    In training it adds the loss "loss_mask_iou"; in inference the fields "pred_mask_ious" and
-    "mask_scores". Boxes, classes, masks and "scores" are those of Mask R-CNN.
+    It adds the loss "loss_mask_iou" in training, and the fields "pred_mask_ious" and "mask_scores"
+    in inference. Boxes, classes, masks and "scores" are those of Mask R-CNN.
     """
 
     @configurable
-    def __init__(self, *, mask_iou_head: nn.Module, **kwargs):
+    def __init__(self, *, mask_iou_head: nn.Module, **kwargs: Any):
         """
         Args:
             mask_iou_head: predicts the IoU of masks, such as :class:`MaskIoUHead`.
             kwargs: the arguments of :class:`StandardROIHeads`, with a mask pooler and a mask
-                head that has `layers()`, as all of Detectron2's own have.
+                head that has `layers()`, as all heads of Detectron2 have.
         """
         super().__init__(**kwargs)
         if not self.mask_on:
@@ -70,19 +72,17 @@ class MaskScoringROIHeads(StandardROIHeads):
         self.mask_iou_head = mask_iou_head
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ret = super().from_config(cfg, input_shape)
-        ret["mask_iou_head"] = cls._init_mask_iou_head(cfg, input_shape)
-        return ret
-
-    @classmethod
-    def _init_mask_iou_head(cls, cfg, input_shape):
         resolution = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
-        return build_mask_iou_head(cfg, shape)
+        ret["mask_iou_head"] = build_mask_iou_head(cfg, shape)
+        return ret
 
-    def forward(self, images, features, proposals, targets=None):
+    def forward(
+        self, images: Any, features: Any, proposals: Any, targets: Any = None
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         """
         Args and returns as in the base class, except that the boxes of predictions are
         :class:`DetectedBoxes`.
@@ -93,15 +93,17 @@ class MaskScoringROIHeads(StandardROIHeads):
                 x.pred_boxes = DetectedBoxes(x.pred_boxes.tensor)
         return results, losses
 
-    def label_and_sample_proposals(self, proposals, targets):
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
         """
         Args and returns as in the base class, except that "gt_masks" of the proposals are
-        :class:`IndexedMasks`, which refer to those of the targets instead of copying them.
+        :class:`IndexedMasks`, which refer to the masks of the targets instead of copying them.
         """
         targets = [with_indexed_masks(x) for x in targets]
         return super().label_and_sample_proposals(proposals, targets)
 
-    def _forward_mask(self, features, instances):
+    def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
         """
         Args and returns as in the base class. In inference the instances also get
         "pred_mask_ious" and, where they have "scores", "mask_scores".
@@ -116,39 +118,38 @@ class MaskScoringROIHeads(StandardROIHeads):
         mask_features, mask_logits = self._run_mask_head(features, boxes, classes)
 
         if self.training:
-            return self._mask_losses(mask_features, mask_logits, instances)
+            instances = crop_gt_masks(instances, mask_logits.shape[-1])
+            mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
+            return {
+                "loss_mask": mask_loss * self.mask_head.loss_weight,
+                **self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances),
+            }
         mask_rcnn_inference(mask_logits, instances)
         mask_probs = cat([x.pred_masks for x in instances])
         return self.mask_iou_head(mask_features, mask_probs, instances)
 
-    def _run_mask_head(self, features, boxes, classes):
+    def _run_mask_head(
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], classes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Returns:
             the region features (N, C, H, W), and float32 logits (N, 1, S, S) of the masks of
-            `classes` (N,). Detectron2's loss and inference take them as class-agnostic ones.
+            `classes` (N,). For Detectron2's loss and inference, they look class-agnostic.
         """
         mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
         mask_logits = self.mask_head.layers(mask_features)
         if mask_logits.shape[1] > 1:
             rows = torch.arange(len(classes), device=classes.device)
             mask_logits = mask_logits[rows, classes][:, None]
-        # Masks are pasted and compared at full precision, also where autocast computed them. To
-        # convert those of all classes would take a copy of them
+        # Masks are pasted and compared at full precision, even if autocast computed them. Only
+        # those of one class are converted, because conversion makes a copy
         return mask_features, mask_logits.float()
-
-    def _mask_losses(self, mask_features, mask_logits, instances):
-        instances = crop_gt_masks(instances, mask_logits.shape[-1])
-        mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
-        return {
-            "loss_mask": mask_loss * self.mask_head.loss_weight,
-            **self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances),
-        }
 
     def mask_iou_losses(
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
         """
-        What the MaskIoU head alone has to learn; masks are predicted without a gradient.
+        The loss of the MaskIoU head alone; masks are predicted without a gradient.
 
         Args:
             features: feature maps by their name, as in the base class.
@@ -156,8 +157,8 @@ class MaskScoringROIHeads(StandardROIHeads):
                 `label_and_sample_proposals` returns them.
 
         Returns:
-            {"loss_mask_iou": a scalar}. The MaskIoU head has to be in training mode; the mode of
-            the other parts is up to the caller.
+            {"loss_mask_iou": a scalar}. The MaskIoU head has to be in training mode; the other
+            parts may be in any mode.
         """
         instances, _ = select_foreground_proposals(proposals, self.num_classes)
         with torch.no_grad():

@@ -1,1 +1,1 @@
-"""What several rooms need: errors, files, processes that act together, fonts."""
+"""What several rooms need: errors, files, text of messages, fonts, distributed training."""

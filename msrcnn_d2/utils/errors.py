@@ -1,4 +1,4 @@
-"""Errors that a person can mend, and how a program shows them."""
+"""Errors that users can correct, and how a program reports them."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ class UserError(Exception):
     """
     Something outside of the code is wrong: a file, a setting, a machine.
 
-    Its message is one sentence or two that say what was met, what was expected and what to do.
+    The message says in a sentence or two what was found, what was expected and what to do.
 
     Attributes:
         on_all_processes: whether all processes of the job raise it together.
@@ -28,10 +28,10 @@ class UserError(Exception):
 @contextmanager
 def agree_on_user_errors() -> Iterator[None]:
     """
-    Raise on all processes what was raised on any of them.
+    Raise a :class:`UserError` of any process in all processes.
 
-    A process that leaves alone lets the others wait for it until they time out: the file that is
-    missing may be missing on one machine only. All processes have to enter and leave the block.
+    For example, a file may be missing on one machine only. If just one process stopped, the others
+    would wait for it until they time out. All processes have to enter and leave the block.
     """
     message = None
     try:
@@ -47,17 +47,15 @@ def agree_on_user_errors() -> Iterator[None]:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Show a :class:`UserError` without a traceback, and exit with 2."""
+    """Print a :class:`UserError` without a traceback, and exit with code 2."""
     try:
         yield
     except UserError as error:
-        if comm.is_main_process() if error.on_all_processes else _is_first_of_machine():
+        # Before the processes are connected, only their launcher has numbered them
+        connected = comm.get_world_size() > 1
+        is_first_of_machine = connected or int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if comm.is_main_process() if error.on_all_processes else is_first_of_machine:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if error.on_all_processes:
-            comm.synchronize()  # the first process to leave ends the others
+            comm.synchronize()  # the launcher ends all processes as soon as one has ended
         sys.exit(2)
-
-
-def _is_first_of_machine() -> bool:
-    """Before processes know each other, their launcher has numbered them."""
-    return comm.get_world_size() > 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0

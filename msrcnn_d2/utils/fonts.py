@@ -1,4 +1,4 @@
-"""Fonts for names in any script, from those that are installed."""
+"""Choose installed fonts for names in any script."""
 
 import functools
 import logging
@@ -13,8 +13,8 @@ __all__ = ["drawable", "left_to_right"]
 logger = logging.getLogger(__name__)
 
 LEFT_TO_RIGHT_MARK = "\u200e"
-MISSING = "\N{WHITE SQUARE}"  # in place of a character that no font has
-LAST_RESORT = "lastresort"  # Matplotlib's own font has a frame for each character, and no letters
+MISSING = "\N{WHITE SQUARE}"  # for characters that no font has
+LAST_RESORT = "lastresort"  # a font of Matplotlib with a frame for each character, and no letters
 
 
 def drawable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -23,9 +23,9 @@ def drawable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
         texts: in any script.
 
     Returns:
-        The texts, in which a square stands for each character that no installed font has, and the
-        families of fonts to draw them with, Matplotlib's default first. A log message names the
-        characters without a font, once.
+        the texts, with a square for each character that no installed font has, and the font
+        families to draw them with, Matplotlib's default first. A log message names the characters
+        without a font, once.
     """
     texts = list(texts)
     default = list(rcParams["font.family"])
@@ -43,21 +43,21 @@ def drawable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def left_to_right(name: str) -> str:
-    """A name, such as an Arabic one, that does not turn the order of the numbers beside it."""
+    """The name, with marks that keep an Arabic one, say, from reversing the numbers beside it."""
     if any(unicodedata.bidirectional(c) in ("R", "AL") for c in name):
         return f"{LEFT_TO_RIGHT_MARK}{name}{LEFT_TO_RIGHT_MARK}"
     return name
 
 
 def _visible(text: str) -> set[str]:
-    """Without controls, joiners and variation selectors, which are no letters."""
+    """The characters without controls, joiners and variation selectors."""
     kept = {c for c in text if not unicodedata.category(c).startswith(("Cc", "Cf", "Z"))}
     return {c for c in kept if not "\ufe00" <= c <= "\ufe0f"}
 
 
 @functools.lru_cache(maxsize=16)
 def _fallbacks(wanted: str) -> list[tuple[str, set[str]]]:
-    """Families, each with those of the characters that it adds, the most first."""
+    """Font families and the characters that each adds, beginning with the largest addition."""
     lacking = set(wanted)
     found = [(family, lacking & _characters_of(path)) for family, path in _installed()]
     chosen = []
@@ -75,14 +75,14 @@ def _fallbacks(wanted: str) -> list[tuple[str, set[str]]]:
 
 
 def _installed() -> list[tuple[str, str]]:
-    """Families of upright fonts of usual weight, and their files; those without serifs first."""
+    """Families and files of upright fonts of usual weight, those without serifs first."""
     manager = font_manager.fontManager
     known = {entry.fname for entry in manager.ttflist}
     for path in font_manager.findSystemFonts():  # Matplotlib's list may be older than a font
         if path not in known:
             try:
                 manager.addfont(path)
-            except Exception as error:  # such as a font of pictures, which Matplotlib cannot draw
+            except Exception as error:  # Matplotlib cannot draw fonts of pictures, for example
                 logger.debug("Font '%s' cannot be used: %s", path, error)
     usual = [
         entry
