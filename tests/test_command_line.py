@@ -1,7 +1,6 @@
 """Values on the command line and in config files: what is taken, and what is refused."""
 
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,9 @@ import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from msrcnn_d2 import model_zoo
+from msrcnn_d2.engine import launch as launch_module
 from msrcnn_d2.engine import load_config
+from msrcnn_d2.engine import loop as loop_module
 from msrcnn_d2.engine.configs import ABSENT, SETTINGS, _find, _known_keys, check_values
 from msrcnn_d2.engine.preflight import _check_paths
 from msrcnn_d2.utils.errors import UserError
@@ -19,9 +20,6 @@ from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
 LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
 YACS = LAZY.replace(".py", ".yaml")
-# The package has functions of these names
-launch_module = sys.modules["msrcnn_d2.engine.launch"]
-train_module = sys.modules["msrcnn_d2.engine.loop"]
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 
@@ -235,8 +233,8 @@ def test_the_second_process_uses_the_only_gpu_it_sees(gpus, monkeypatch):
 
 
 def test_ddp_is_given_the_device_of_the_process(monkeypatch):
-    monkeypatch.setattr(train_module, "create_ddp_model", lambda model, **options: options)
+    monkeypatch.setattr(loop_module, "create_ddp_model", lambda model, **options: options)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     recipe = SimpleNamespace(device="cuda", ddp={"broadcast_buffers": False})
     expected = {"broadcast_buffers": False, "device_ids": [0]}
-    assert train_module._distributed(None, recipe) == expected
+    assert loop_module._distributed(None, recipe) == expected

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -26,10 +25,16 @@ from msrcnn_d2.engine import (
     find_config_file,
     load_config,
 )
+from msrcnn_d2.engine import evaluate as evaluate_module
+from msrcnn_d2.engine import recipe as recipe_module
 from msrcnn_d2.engine.configs import register_dataset
-from msrcnn_d2.engine.inference_loader import build_test_loader
-from msrcnn_d2.engine.loaders import ResumableBatches, StepSeeds, build_resumable_loader
-from msrcnn_d2.engine.loop import summary_table
+from msrcnn_d2.engine.evaluate import summary_table
+from msrcnn_d2.engine.loaders import (
+    ResumableBatches,
+    StepSeeds,
+    build_resumable_loader,
+    build_test_loader,
+)
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.image_reading import ImageSettings
@@ -37,8 +42,6 @@ from msrcnn_d2.published_models import Published
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.toy_training import lazy_config as toy_config
 
-recipe_module = sys.modules["msrcnn_d2.engine.recipe"]
-train_module = sys.modules["msrcnn_d2.engine.loop"]  # the package has a function of this name
 TestSet.__test__ = False  # not a test
 
 LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
@@ -335,7 +338,7 @@ def test_what_cannot_be_done_is_refused():
 
 def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypatch, caplog):
     task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
-    monkeypatch.setattr(train_module, "inference_on_dataset", lambda *args: {"bbox": task})
+    monkeypatch.setattr(evaluate_module, "inference_on_dataset", lambda *args: {"bbox": task})
     for name, shown in [("coco_2017_val", True), ("mine", False)]:
         caplog.clear()
         recipe = SimpleNamespace(
@@ -346,7 +349,7 @@ def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypat
             num_classes=None,
         )
         with caplog.at_level(logging.INFO, logger="msrcnn_d2"):
-            train_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0, "weights.pth"))
+            evaluate_module.evaluate(recipe, nn.Identity(), Published(38.2, 36.0, "weights.pth"))
         assert ("38.20" in caplog.text) is shown and "30.00" in caplog.text
 
 
@@ -848,7 +851,7 @@ def test_summary_of_a_model_without_mask_scores():
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_mixed_precision_is_for_gpus():
-    precision = train_module._test_precision
+    precision = evaluate_module._test_precision
     assert isinstance(precision(SimpleNamespace(device="cuda:0", test_amp=True)), torch.autocast)
     for device, test_amp in [("cpu", True), ("cpu", False), ("cuda", False)]:
         recipe = SimpleNamespace(device=device, test_amp=test_amp)
@@ -864,7 +867,7 @@ def test_a_process_of_the_users_own_gets_masks_of_the_size_of_the_image():
         pass
 
     def takes_unpasted_masks(cls):
-        return train_module._takes_unpasted_masks(cls.__new__(cls))
+        return evaluate_module._takes_unpasted_masks(cls.__new__(cls))
 
     assert takes_unpasted_masks(MaskScoringCOCOEvaluator) and takes_unpasted_masks(Renamed)
     assert not takes_unpasted_masks(Own) and not takes_unpasted_masks(COCOEvaluator)
@@ -873,7 +876,7 @@ def test_a_process_of_the_users_own_gets_masks_of_the_size_of_the_image():
 def test_the_recipe_says_whether_a_model_is_compiled(tiny):
     for compiled in (False, True):
         recipe = SimpleNamespace(build_model=lambda: tiny, device="cpu", compile=compiled)
-        model = train_module._build_model(recipe)
+        model = evaluate_module.build_model(recipe)
         assert ("layers" in vars(model.roi_heads.mask_head)) is compiled
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils.events import EventStorage
 
+from msrcnn_d2.engine import evaluate as evaluate_module
 from msrcnn_d2.engine import recipe as engine_recipe
-from msrcnn_d2.engine.quality import log_reliability
+from msrcnn_d2.engine.evaluate import log_reliability
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.report import write_report
 from msrcnn_d2.report.figures import NUM_CLASSES, charts
@@ -312,15 +313,14 @@ class Trained:
     ids=["one", "list", "several"],
 )
 def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap):
-    train = sys.modules["msrcnn_d2.engine.loop"]
-    monkeypatch.setattr(train, "_inference", lambda *args: {"segm": {"AP": 1.0}})
+    monkeypatch.setattr(evaluate_module, "_inference", lambda *args: {"segm": {"AP": 1.0}})
     shown = []
 
     def fail(quality, test_set, recipe):
         shown.append(str(test_set))
         raise ZeroDivisionError
 
-    results = train.evaluate(Trained(quality, wrap), None, use_quality=fail)
+    results = evaluate_module.evaluate(Trained(quality, wrap), None, use_quality=fail)
 
     assert shown == ["a", "b"] and list(results) == ["a", "b"]
     assert "msrcnn-d2 report" in caplog.text and "ZeroDivisionError" in caplog.text

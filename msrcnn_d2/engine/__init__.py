@@ -1,9 +1,22 @@
-"""What `train_net.py` does: reads a config, checks it, trains and evaluates, on any machine."""
+"""
+What `msrcnn-d2 train` and `msrcnn-d2 evaluate` do, for both kinds of config.
+
+Data flow::
+
+    configs      a file, with the changes from the command line -> a config
+    recipe       a config of either kind                        -> a Recipe, with one meaning
+    launch       start a process for each GPU
+    preflight    what would fail later fails now
+    loop         the training: trainer (steps), loaders (images), hooks (checkpoints, signals)
+    evaluate     results, and what to do with them
+
+Nothing else in the package needs it: Detectron2's `DefaultTrainer` trains our ROI heads, too.
+"""
 
 from .configs import device_of, find_config_file, load_config, register_dataset
 from .data_check import check_data
-from .launch import launch
-from .loop import evaluate, evaluate_checkpoint, train
+from .evaluate import evaluate_checkpoint
+from .loop import train
 from .preflight import check_recipe, keep_config_of_training, refuse_other_run
 from .recipe import Recipe, build_recipe
 
@@ -13,11 +26,9 @@ __all__ = [
     "check_data",
     "check_recipe",
     "device_of",
-    "evaluate",
     "evaluate_checkpoint",
     "find_config_file",
     "keep_config_of_training",
-    "launch",
     "load_config",
     "refuse_other_run",
     "register_dataset",

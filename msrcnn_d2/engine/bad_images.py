@@ -3,7 +3,8 @@
 import logging
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -16,7 +17,7 @@ from detectron2.utils import comm
 from ..utils.distributed import StepAgreement
 from ..utils.errors import UserError
 from ..utils.text import plural
-from .hooks import worker_init_fn as outlive_stop_signals
+from .hooks import outlive_stop_signals
 
 __all__ = [
     "BadImage",
@@ -61,13 +62,13 @@ class BadImageError(UserError):
 
 
 class Read(NamedTuple):
-    """What a loader's process has made of an element: None if there is nothing but bad images."""
+    """What a loader's process has read: a sample, or None if there is nothing but bad images."""
 
     sample: Any
     bad_images: list[BadImage]
 
 
-def map_or_tell(mapper: Callable, dataset_dict: dict) -> dict | BadImage | None:
+def map_or_tell(mapper: Callable, dataset_dict: dict) -> Any | BadImage | None:
     """The mapped dataset dict, or which image cannot be read; None if the mapper refuses it."""
     try:
         return mapper(dataset_dict)
@@ -76,7 +77,7 @@ def map_or_tell(mapper: Callable, dataset_dict: dict) -> dict | BadImage | None:
         return BadImage(name, _reason(error))
 
 
-def read_or_tell(dataset, index: int, mapper: Callable | None) -> Any | BadImage | None:
+def read_or_tell(dataset: Any, index: int, mapper: Callable | None) -> Any | BadImage | None:
     """
     :func:`map_or_tell` of an element of a map-style dataset, which may read images itself. Without
     a mapper, the element.
@@ -99,39 +100,42 @@ def refuse(images: list[BadImage]) -> None:
     """
     if images:
         raise BadImageError(
-            f"Image '{images[0].name}' cannot be used ({images[0].reason}): mend it, or take it "
-            f"out of the annotations. {ADVICE}"
+            f"Image '{images[0].name}' cannot be used ({images[0].reason}): repair it, or remove "
+            f"it from the annotations. {ADVICE}"
         )
 
 
 class ReadingLoader(DataLoader):
     """
-    `DataLoader` of a dataset of :class:`Read`: gives batches of their samples, and what cannot be
-    read to a function in this process. An error in a worker would come with its whole traceback.
+    `DataLoader` of a dataset of :class:`Read`. It gives batches of the samples, and calls a
+    function in this process with the bad images: an error in a worker would come with its whole
+    traceback.
     """
 
     def __init__(
         self,
-        dataset,
+        dataset: Any,
         *,
         collate_fn: Callable | None,
         on_bad_images: Callable[[list[BadImage]], object],
         worker_init_fn: Callable[[int], object] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
+        init_fns = [outlive_stop_signals(), *([worker_init_fn] if worker_init_fn else [])]
+        # No closures, since worker processes may have to be sent them
         super().__init__(
             dataset,
-            collate_fn=_Collate(collate_fn or trivial_batch_collator),
-            worker_init_fn=_InitWorker(outlive_stop_signals(), worker_init_fn),
+            collate_fn=partial(_collate, collate_fn or trivial_batch_collator),
+            worker_init_fn=partial(_init_worker, init_fns),
             **kwargs,
         )
         self._on_bad_images = on_bad_images
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:  # type: ignore[override]
         # Started now, not with the first batch: it draws a seed from the caller's generator
         return self._read(super().__iter__())
 
-    def _read(self, batches):
+    def _read(self, batches: Iterator[tuple[Any, list[BadImage]]]) -> Iterator:
         for batch, bad_images in batches:
             self._on_bad_images(bad_images)
             if batch is None:
@@ -139,28 +143,16 @@ class ReadingLoader(DataLoader):
             yield batch
 
 
-class _InitWorker:
-    """Calls our function in a new worker process, then the user's, if there is one."""
-
-    def __init__(self, *functions: Callable[[int], object] | None):
-        self.functions = [f for f in functions if f is not None]
-
-    def __call__(self, worker: int) -> None:
-        for function in self.functions:
-            function(worker)
+def _init_worker(functions: list[Callable[[int], object]], worker: int) -> None:
+    for function in functions:
+        function(worker)
 
 
-class _Collate:
-    """A class, since worker processes may have to be sent it."""
-
-    def __init__(self, collate_fn: Callable):
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: list[Read]) -> tuple[Any, list[BadImage]]:
-        bad_images = [image for item in items for image in item.bad_images]
-        if any(item.sample is None for item in items):
-            return None, bad_images
-        return self.collate_fn([item.sample for item in items]), bad_images
+def _collate(collate_fn: Callable, items: list[Read]) -> tuple[Any, list[BadImage]]:
+    bad_images = [image for item in items for image in item.bad_images]
+    if any(item.sample is None for item in items):
+        return None, bad_images
+    return collate_fn([item.sample for item in items]), bad_images
 
 
 class BadImages(HookBase):
@@ -173,24 +165,24 @@ class BadImages(HookBase):
         """
         Args:
             limit: how many may be left out.
-            agreement: of the processes in each step, before its hooks are called.
+            agreement: of the processes in each step, settled before the hooks are called.
         """
         self.limit = limit
         self._any_process_has_new = agreement.add(lambda: bool(self._new))
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"known": self._known}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         self._known = dict(state_dict["known"])
 
     def found(self, images: list[BadImage]) -> None:
-        """Called where they are met, with each of them as often as it is met."""
+        """To be called with the bad images of each batch; each image counts once."""
         self._new.update((i.name, i.reason) for i in images if i.name not in self._known)
 
-    def after_step(self):
+    def after_step(self) -> None:
         if not self._any_process_has_new():
             return
         new = {k: v for found in comm.all_gather(self._new) for k, v in found.items()}
@@ -204,8 +196,9 @@ class BadImages(HookBase):
         if len(self._known) > self.limit:
             raise BadImageError(
                 f"Iteration {self.trainer.iter}: {plural(len(self._known), 'image')} cannot be "
-                f"used, the last one '{name}' ({reason}), and at most {self.limit} may be left "
-                "out: mend them, or raise train.max_bad_images (yaml: DATALOADER.MAX_BAD_IMAGES). "
+                f"used, the last one '{name}' ({reason}), but at most {self.limit} may be left "
+                "out: repair them, or raise train.max_bad_images (yaml: "
+                "DATALOADER.MAX_BAD_IMAGES). "
                 f"{ADVICE}",
                 on_all_processes=True,
             )

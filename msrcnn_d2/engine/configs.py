@@ -32,8 +32,7 @@ from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
 from ..image_reading import IMAGE_KEYS
 from ..modeling import RetrofitRCNN
 from ..utils.errors import UserError
-from .inference_loader import build_test_loader
-from .loaders import LOADER_OPTIONS, build_resumable_loader
+from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader
 
 __all__ = [
     "SETTINGS",

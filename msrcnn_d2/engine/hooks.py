@@ -1,4 +1,4 @@
-"""Save before leaving, when a machine is taken away or somebody presses Ctrl-C."""
+"""Hooks of a training: checkpoints, signals to stop, evaluation and metrics."""
 
 import functools
 import logging
@@ -9,19 +9,103 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 
+from ..checkpoint import MaskScoringCheckpointer
+from ..checkpoint.checkpointer import numbered_checkpoints
 from ..utils.distributed import StepAgreement
 from ..utils.errors import agree_on_user_errors
 
-__all__ = ["STOP_SIGNALS", "StopOnSignal", "stop_signals_handled", "worker_init_fn"]
+__all__ = [
+    "EvalHook",
+    "MetricsWriter",
+    "PeriodicCheckpoints",
+    "StopOnSignal",
+    "stop_signals_handled",
+    "outlive_stop_signals",
+]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
+
+
+class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
+    """
+    `PeriodicCheckpointer` for all processes: the main process writes, and a full disk ends all of
+    them. In a resumed training `max_to_keep` counts earlier checkpoints, too.
+    """
+
+    def __init__(
+        self, checkpointer: MaskScoringCheckpointer, period: int, max_to_keep: int | None = None
+    ):
+        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
+        self._saved_iter = -1
+
+    def before_train(self) -> None:
+        super().before_train()
+        self._saved_iter = self.trainer.start_iter - 1  # the checkpoint it has resumed, if any
+        earlier = numbered_checkpoints(self.checkpointer.save_dir)
+        self.recent_checkpoints = [path for k, path in earlier if k < self.trainer.iter]
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if (iteration + 1) % self.period and iteration < self.max_iter - 1:
+            return
+        with agree_on_user_errors():
+            if comm.is_main_process():
+                self.step(iteration)
+                # It deletes one at most, and a resumed training may have more
+                while self.max_to_keep and len(self.recent_checkpoints) > self.max_to_keep:
+                    self.path_manager.rm(self.recent_checkpoints.pop(0))
+        self._saved_iter = iteration
+
+    def save_now(self) -> int:
+        """
+        Save the iteration that was done last, unless it has been saved; on the main process.
+
+        Returns:
+            its number.
+        """
+        iteration = min(self.trainer.iter, self.max_iter - 1)  # the first is more at the end
+        if self._saved_iter != iteration:
+            self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
+            self._saved_iter = iteration
+        return iteration
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's evaluates after a failed last iteration, too, and waits for lost processes."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:  # counted on after the last iteration only
+            super().after_train()
+
+
+class MetricsWriter(hooks.PeriodicWriter):
+    """
+    Detectron2's writes the last value of each metric every `log_period` iterations, and so loses
+    all but the last of the evaluations between two of them.
+    """
+
+    def __init__(self, writers: list[EventWriter], log_period: int, eval_period: int):
+        super().__init__(writers, period=log_period)
+        self._eval_period = eval_period
+
+    def after_step(self) -> None:
+        if self._eval_period > 0 and (self.trainer.iter + 1) % self._eval_period == 0:
+            for writer in self._writers:
+                writer.write()
+        else:
+            super().after_step()
+
+
+class _LeftEvaluation(BaseException):
+    """Not an Exception, which somebody could catch on its way out."""
 
 
 class StopOnSignal(HookBase):
@@ -39,7 +123,7 @@ class StopOnSignal(HookBase):
         Args:
             save: writes a checkpoint of the iteration done last, and returns its number; called on
                 the main process.
-            agreement: of the processes in each step, before its hooks are called.
+            agreement: of the processes in each step, settled before the hooks are called.
         """
         self._save = save
         self._any_process_got_signal = agreement.add(lambda: bool(self._signal))
@@ -49,7 +133,7 @@ class StopOnSignal(HookBase):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside of the block, as the main thread of a program can."""
+        """Handle the signals in the block. Only the main thread of a program can."""
         with stop_signals_handled(self._receive):
             _is_listening().value = 1
             try:
@@ -57,20 +141,20 @@ class StopOnSignal(HookBase):
             finally:
                 _is_listening().value = 0
 
-    def _receive(self, number, frame):
+    def _receive(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
         self._signal = self._signal or number
         if self._leaves_at_once:
-            self._leaves_at_once = False  # whatever comes while it leaves
+            self._leaves_at_once = False  # later signals must not disturb the saving
             raise _LeftEvaluation
         if comm.is_main_process():
             name = signal.Signals(number).name
             # Neither print nor log: the signal may have come in the midst of theirs
             os.write(2, f"{name}: this step is finished and saved before leaving.\n".encode())
 
-    def after_step(self):
+    def after_step(self) -> None:
         if self._any_process_got_signal():
             # A process that got no signal itself leaves with those that did
             self._signal = self._signal or signal.SIGTERM
@@ -81,8 +165,8 @@ class StopOnSignal(HookBase):
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
         """
-        Around an evaluation, which may take longer than a machine that is taken away gives: leave
-        it as it is. Processes do not wait for each other here.
+        Around an evaluation, which may take longer than a machine that is taken away allows: a
+        signal ends it. Processes do not wait for each other here.
         """
         try:
             self._leaves_at_once = True
@@ -98,18 +182,14 @@ class StopOnSignal(HookBase):
     def _save_on_main_process(self) -> None:
         if comm.is_main_process():
             name = signal.Signals(self._signal).name
-            logger.warning("%s: iteration %d is saved. Go on with --resume.", name, self._save())
+            logger.warning("%s: iteration %d is saved. Continue with --resume.", name, self._save())
 
-    def _exit(self):
+    def _exit(self) -> NoReturn:
         sys.exit(128 + self._signal)
 
 
-class _LeftEvaluation(BaseException):
-    """Not an Exception, which somebody could catch on its way out."""
-
-
 @contextmanager
-def stop_signals_handled(handle: Callable) -> Iterator[None]:
+def stop_signals_handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
     """Call `handle(number, frame)` at signals to stop, if this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -128,16 +208,16 @@ def _is_listening() -> Any:
     return multiprocessing.RawValue("b", 0)
 
 
-def worker_init_fn() -> Callable[[int], None]:
+def outlive_stop_signals() -> Callable[[int], None]:
     """
-    What a `DataLoader` calls in its worker processes: Ctrl-C and `scancel` reach them, too, and one
-    that dies would take the step with it. They end with their loader.
+    What a `DataLoader` calls in its worker processes. Ctrl-C and `scancel` reach them, too, and a
+    worker that dies would make the step fail. So they ignore signals and end with their loader.
     """
-    return functools.partial(_outlive_stop_signals, _is_listening())
+    return functools.partial(_ignore_while_listening, _is_listening())
 
 
-def _outlive_stop_signals(is_listening, worker: int) -> None:
-    def handle(number, frame):
+def _ignore_while_listening(is_listening: Any, worker: int) -> None:
+    def handle(number: int, frame: Any) -> None:
         if not is_listening.value:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

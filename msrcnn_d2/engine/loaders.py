@@ -1,8 +1,9 @@
-"""Training data in an order, with augmentations and samples, that a resumed run repeats.
+"""
+Loaders of training and test data.
 
-Detectron2 resumes a run with newly shuffled data and other random numbers. Here everything random
-in a step is a function of the run's seed, the process's rank and the step, so that a run that was
-interrupted goes on with the very losses it would have had.
+Detectron2 resumes a training with newly shuffled data and other random numbers. Here everything
+random in a step is a function of the run's seed, the process's rank and the step. So a resumed
+training has the same order of images, augmentations, samples and losses as an uninterrupted one.
 """
 
 import inspect
@@ -12,22 +13,39 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from detectron2.data import DatasetFromList
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from ..utils.errors import UserError
-from .bad_images import DATA_ERRORS, BadImage, Read, ReadingLoader, read_or_tell, refuse
+from .bad_images import (
+    DATA_ERRORS,
+    BadImage,
+    Read,
+    ReadingLoader,
+    map_or_tell,
+    read_or_tell,
+    refuse,
+)
 
-__all__ = ["LOADER_OPTIONS", "ResumableBatches", "StepSeeds", "build_resumable_loader"]
+__all__ = [
+    "LOADER_OPTIONS",
+    "ResumableBatches",
+    "StepSeeds",
+    "build_resumable_loader",
+    "build_test_loader",
+    "outlines",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +59,18 @@ LOADER_OPTIONS = [
 
 
 class StepSeeds(HookBase):
-    """Before each step, seed all random number generators; keep the seed in checkpoints."""
+    """Seeds all random number generators before each step, and keeps the seed in checkpoints."""
 
     def __init__(self, seed: int):
         self.seed = seed
 
-    def before_step(self):
-        seed_all_rng(self.seed_of_step())
+    def before_step(self) -> None:
+        seed_all_rng(_derived_seed(self.seed, self.trainer.iter, comm.get_rank()))
 
-    def seed_of_step(self) -> int:
-        """Of this process in the current iteration."""
-        return _derived_seed(self.seed, self.trainer.iter)
-
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"seed": self.seed}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         self.seed = state_dict["seed"]
 
 
@@ -87,24 +101,21 @@ class ResumableBatches:
         self._current: Any = []
         self._iterators: list[Generator] = []
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         self._iterators.append(self._read())
         return self._iterators[-1]
 
-    def close(self) -> None:
-        """
-        End the processes that read. Left to the end of this one, they would be killed, and PyTorch
-        would take that for an error.
-        """
-        for iterator in self._iterators:
-            iterator.close()
-
     def image_ids(self) -> list[str]:
-        """Of the batch given last, as far as it tells them: it may be of the user's own loader."""
+        """Of the last batch. A loader of the user's own may give elements without an id."""
         images = (x for x in self._current if isinstance(x, dict))
         return [str(x.get("image_id", x.get("file_name"))) for x in images]
 
-    def _read(self):
+    def close(self) -> None:
+        """End the loader's processes. PyTorch reports an error if they end with this one."""
+        for iterator in self._iterators:
+            iterator.close()
+
+    def _read(self) -> Generator:
         # Samplers draw their own seed when they are built, and loaders when they start. It happens
         # in the first step of a run, resumed or not, whose numbers it must not change.
         with _temporary_seed(self.seeds.seed):
@@ -116,20 +127,20 @@ class ResumableBatches:
 
 
 def build_resumable_loader(
-    dataset,
+    dataset: Any,
     *,
     mapper: Callable | None,
     seed: int,
     first_iter: int,
     total_batch_size: int | None = None,
     single_gpu_batch_size: int | None = None,
-    sampler=None,
+    sampler: Any = None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     collate_fn: Callable | None = None,
     drop_last: bool = True,
     on_bad_images: Callable[[list[BadImage]], object] = refuse,
-    **options,
+    **options: Any,
 ) -> DataLoader:
     """
     :func:`build_detection_train_loader` of a list or a map-style dataset, from a given iteration
@@ -138,16 +149,16 @@ def build_resumable_loader(
     Args:
         dataset: list of dataset dicts, or what has `len()` and an element for each index.
         mapper: makes a sample of an element; None if the elements are samples.
-        seed: of the run: decides on the order of the data and on each sample's augmentation.
-        first_iter: number of batches to leave out at the beginning; their images are not read.
+        seed: of the run. It decides the order of the data and each sample's augmentation.
+        first_iter: number of batches to skip at the beginning. Their images are not read.
         total_batch_size, ...: as in Detectron2; `sampler`, if given, yields the same indices in
             each run.
         single_gpu_batch_size: images per process, in place of `total_batch_size`.
-        aspect_ratio_grouping: takes effect if the elements say "width" and "height" before the
+        aspect_ratio_grouping: takes effect if the elements have "width" and "height" before the
             mapper reads images.
         drop_last: has no effect, since a training's data never end.
-        on_bad_images: called with the images of a batch that cannot be used, maybe none; by
-            default they are an error. In the batch others at random take their place.
+        on_bad_images: called with the images of each batch that cannot be used, maybe none; random
+            other images replace them. By default a bad image is an error.
         options: others of `DataLoader`, see LOADER_OPTIONS.
 
     Returns:
@@ -177,12 +188,13 @@ def build_resumable_loader(
         ) from error
 
 
-def outlines(dataset) -> Iterator[dict]:
+def outlines(dataset: Any) -> Iterator[dict]:
     """
-    The elements of a list or a map-style dataset, as far as they are known without reading images.
+    Yield the elements of a list or a map-style dataset before the mapper reads their images; {} for
+    one that cannot be read.
 
-    An element that has been read already ("image") ends them: the next ones would cost as much. So
-    does one that is no dict. One that cannot be read is empty.
+    Stops at an element that is not a dict, or whose image is read already ("image"): the next ones
+    would cost as much.
     """
     for k in range(len(dataset)):
         try:
@@ -194,7 +206,7 @@ def outlines(dataset) -> Iterator[dict]:
         yield element
 
 
-def _groups(dataset) -> list[int] | None:
+def _groups(dataset: Any) -> list[int] | None:
     """Of each image 1 if it is wider than high, else 0; None if the dataset does not say."""
     groups = [
         int(d["width"] > d["height"]) if "width" in d and "height" in d else -1
@@ -202,13 +214,14 @@ def _groups(dataset) -> list[int] | None:
     ]
     if len(groups) < len(dataset) or -1 in groups:
         logger.warning(
-            "Images are not grouped by aspect ratio, since the training set does not say the "
+            "Images are not grouped by aspect ratio, since the training set does not give the "
             "width and height of all of them before they are read."
         )
         return None
     return groups
 
 
+@dataclass
 class _BatchSampler:
     """
     Batches of codes, each `position in the run * dataset size + index in the dataset`.
@@ -217,24 +230,16 @@ class _BatchSampler:
     Grouping happens here, before images are read, so that skipping a batch costs nothing.
     """
 
-    def __init__(
-        self,
-        sampler: Iterable[int],
-        dataset_size: int,
-        batch_size: int,
-        groups: Sequence[int] | None,
-        first_batch: int,
-    ):
-        self.sampler = sampler
-        self.dataset_size = dataset_size
-        self.batch_size = batch_size
-        self.groups = groups
-        self.first_batch = first_batch
+    sampler: Iterable[int]
+    dataset_size: int
+    batch_size: int
+    groups: Sequence[int] | None
+    first_batch: int
 
     def __iter__(self) -> Iterator[list[int]]:
         return itertools.islice(self._batches(), self.first_batch, None)
 
-    def _batches(self):
+    def _batches(self) -> Iterator[list[int]]:
         waiting: dict[int, list[int]] = defaultdict(list)
         for position, index in enumerate(self.sampler):
             batch = waiting[self.groups[index] if self.groups else 0]
@@ -248,19 +253,19 @@ class _SeededSamples(Dataset):
     """
     Mapped samples by the codes of :class:`_BatchSampler`; a code fixes the augmentation.
 
-    A sample that cannot be read, or that the mapper refuses by returning None, is replaced by
-    another one at random.
+    A random other sample replaces one that cannot be read, or that the mapper refuses by returning
+    None.
     """
 
     MAX_TRIES = 100
 
-    def __init__(self, dataset, mapper: Callable | None, seed: int):
+    def __init__(self, dataset: Any, mapper: Callable | None, seed: int):
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
         self.rank = comm.get_rank()  # worker processes of the loader do not know it
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, code: int) -> Read:
@@ -279,13 +284,12 @@ class _SeededSamples(Dataset):
         raise RuntimeError(f"The mapper refused {self.MAX_TRIES} samples one after another.")
 
 
-def _derived_seed(seed: int, count: int, rank: int | None = None) -> int:
-    rank = comm.get_rank() if rank is None else rank
+def _derived_seed(seed: int, count: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, rank, count]).generate_state(1)[0])
 
 
 @contextmanager
-def _temporary_seed(seed: int):
+def _temporary_seed(seed: int) -> Iterator[None]:
     """Seed the generators that augmentations draw from; leave those of the caller as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -297,3 +301,66 @@ def _temporary_seed(seed: int):
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def build_test_loader(
+    dataset: Any,
+    *,
+    mapper: Callable | None = None,
+    sampler: Any = None,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    collate_fn: Callable | None = None,
+    **options: Any,
+) -> DataLoader:
+    """
+    :func:`build_detection_test_loader` with a batch size, which Detectron2 0.6 does not have.
+
+    The images of a batch are padded to a common size, so a list is sorted to put similar shapes
+    into the same batch. Padding changes results a little near the right and lower border.
+
+    Args:
+        dataset: list of dataset dicts, or a torch Dataset, which keeps its order.
+        mapper, sampler, num_workers, collate_fn: as in Detectron2.
+        batch_size: images per batch and process.
+        options: others of `DataLoader`, see LOADER_OPTIONS.
+
+    Returns:
+        loader of lists of mapped dataset dicts. All processes together read each image once. An
+        image that cannot be read raises a :class:`BadImageError`: without it, AP would be wrong.
+    """
+    if isinstance(dataset, list):
+        if batch_size > 1 and sampler is None:
+            # An unknown size counts as 0
+            dataset = sorted(dataset, key=lambda d: d.get("width", 0) / d.get("height", 1))
+        dataset = DatasetFromList(dataset, copy=False)
+    # No closures, since worker processes may have to be sent them
+    if isinstance(dataset, IterableDataset):
+        samples = MapDataset(dataset, partial(_test_sample_of, mapper))
+    else:
+        sampler = InferenceSampler(len(dataset)) if sampler is None else sampler
+        samples = MapDataset(range(len(dataset)), partial(_test_sample_at, dataset, mapper))
+    return ReadingLoader(
+        samples,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        on_bad_images=refuse,
+        **options,
+    )
+
+
+def _test_sample_of(mapper: Callable | None, element: Any) -> Read | None:
+    return _as_read(element if mapper is None else map_or_tell(mapper, element))
+
+
+def _test_sample_at(dataset: Any, mapper: Callable | None, index: int) -> Read | None:
+    return _as_read(read_or_tell(dataset, index, mapper))
+
+
+def _as_read(sample: Any) -> Read | None:
+    """None is what the mapper refuses; `MapDataset` knows it."""
+    if isinstance(sample, BadImage):
+        return Read(None, [sample])
+    return None if sample is None else Read(sample, [])

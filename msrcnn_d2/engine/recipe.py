@@ -37,8 +37,7 @@ from ..evaluation.coco_evaluator import check_settings
 from ..image_reading import ImageSettings, image_settings, read_with
 from ..modeling import MaskScoringRCNNWithTTA
 from ..utils.errors import UserError
-from .inference_loader import build_test_loader
-from .loaders import LOADER_OPTIONS, build_resumable_loader, outlines
+from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader, outlines
 from .mask_format import fit_mask_format
 
 __all__ = ["Recipe", "TestSet", "build_recipe"]

@@ -13,7 +13,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
-from msrcnn_d2.engine import build_recipe, launch, train
+from msrcnn_d2.engine import build_recipe, train
+from msrcnn_d2.engine.launch import launch
 from msrcnn_d2.engine.loaders import build_resumable_loader
 from msrcnn_d2.utils import distributed
 from msrcnn_d2.utils.errors import UserError, agree_on_user_errors, exit_on_user_error

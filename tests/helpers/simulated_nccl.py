@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from detectron2.utils import comm
 
-from msrcnn_d2.engine import launch
+from msrcnn_d2.engine.launch import launch
 from tests.helpers import simulated_cuda
 from tests.helpers.many_processes import train_and_keep
 from tests.helpers.simulated_cuda import SimulatedCuda, SimulatedTensor
