@@ -11,7 +11,9 @@ the names of the one before.
 import ast
 import configparser
 import contextlib
+import importlib
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -28,6 +30,7 @@ import detectron2.model_zoo
 from detectron2.config import LazyConfig
 from detectron2.engine import DefaultTrainer
 
+import msrcnn_d2
 import msrcnn_d2_cli
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import find_config_file, load_config
@@ -323,3 +326,31 @@ def value_of(cfg, key, default):
             return default
         cfg = cfg[name]
     return cfg
+
+
+def test_roles_in_docstrings_name_what_there_is():
+    """`make docs` resolves those that it shows; here are all, of internal modules as well."""
+    names = [x.name for x in pkgutil.walk_packages(msrcnn_d2.__path__, "msrcnn_d2.")]
+    ours = [importlib.import_module(x) for x in names if ".configs" not in x]
+    parts = "modeling modeling.roi_heads structures engine data evaluation checkpoint config layers"
+    theirs = [importlib.import_module(f"detectron2.{x}") for x in parts.split()]
+    theirs.append(importlib.import_module("detectron2.utils.visualizer"))
+    wrong = []
+    for module in ours:
+        classes = [x for x in vars(module).values() if isinstance(x, type)]
+        text = Path(module.__file__).read_text()
+        for name in re.findall(r":(?:class|func|meth|attr|mod|exc|data):`~?\.?([^`]+)`", text):
+            is_module = any(x == name or x.endswith(f".{name}") for x in names)
+            if not is_module and not any(has(x, name) for x in (*classes, *ours, *theirs)):
+                wrong.append(f"{module.__name__}: {name}")
+    assert not wrong
+
+
+def has(scope, dotted_name):
+    for name in dotted_name.split("."):
+        if name in getattr(scope, "__annotations__", ()):  # a field of a dataclass
+            return True
+        if not hasattr(scope, name):
+            return False
+        scope = getattr(scope, name)
+    return True
