@@ -114,6 +114,8 @@ def resolve(app, env, node, contnode):
 # Pages whose text is a file of the repository, which reads well without Sphinx, too
 REPOSITORY_PAGES = {
     "benchmarks": ROOT / "benchmarks" / "README.md",
+    "changelog": ROOT / "CHANGELOG.md",
+    "contributing": ROOT / "CONTRIBUTING.md",
     "projects/nuclei": ROOT / "projects" / "nuclei" / "README.md",
     "projects/retrofit": ROOT / "projects" / "retrofit" / "README.md",
     "projects/seeds": ROOT / "projects" / "seeds" / "README.md",
