@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import random
+import re
 import signal
 import zipfile
 from pathlib import Path
@@ -196,8 +197,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, base, whole, 
     resumed = Training(base, tmp_path)
     assert resumed.exit_code() == 0
     assert dict(resumed.losses()) == {k: whole[k] for k in range(6, 10)}
-    printed = resumed.printed()
-    assert "model_final.pth' is " in printed and "trying the checkpoint before" in printed
+    for name in ("model_final.pth'", "model_0000009.pth'", "model_0000007.pth'"):
+        assert re.search(rf"WARNING.*{re.escape(name)}", resumed.printed()), name
 
 
 def _flipped(content: bytes) -> bytes:
@@ -217,7 +218,7 @@ def test_checkpoints_that_are_all_damaged_are_not_a_new_start(base, tmp_path):
     resumed = Training(base, tmp_path)
     assert resumed.exit_code() == 2
     printed = resumed.printed()
-    assert "error: No checkpoint in" in printed and "Traceback" not in printed
+    assert printed.count("error: ") == 1 and "Traceback" not in printed
 
 
 def test_a_full_disk_is_one_error_and_harms_no_older_checkpoint(base, whole, tmp_path):

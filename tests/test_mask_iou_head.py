@@ -74,7 +74,7 @@ def test_the_default_sizes_are_those_of_the_paper():
 
 
 def test_a_head_without_convolutions_is_an_error():
-    with pytest.raises(ValueError, match="num_conv is 0; .* at least 1 convolution"):
+    with pytest.raises(ValueError, match="num_conv is 0"):
         build_head(num_conv=0)
 
 
@@ -351,7 +351,7 @@ def test_the_head_ranks_with_its_exponent():
 
 @pytest.mark.parametrize("exponent", [-0.5, math.nan, math.inf])
 def test_an_exponent_that_ranks_nothing_is_an_error(exponent):
-    with pytest.raises(ValueError, match=f"score_exponent is {exponent}; .* at least 0, and 1 in"):
+    with pytest.raises(ValueError, match=f"score_exponent is {exponent}"):
         build_head(score_exponent=exponent)
 
 
@@ -486,5 +486,5 @@ def test_a_box_that_is_not_finite_is_refused(event_storage):
     boxes = torch.tensor([[0.0, 0, 28, float("inf")]])
     instances = Instances((28, 28), proposal_boxes=Boxes(boxes), gt_classes=torch.zeros(1).long())
     instances.gt_masks = CroppedMasks(torch.ones(1, 28, 28, dtype=torch.bool), torch.ones(1))
-    with pytest.raises(FloatingPointError, match="box of a proposal is not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         head(torch.rand(1, 2, 14, 14), torch.rand(1, 1, 28, 28), [instances])

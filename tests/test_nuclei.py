@@ -320,7 +320,7 @@ def test_an_image_without_masks_is_kept(stage1_train, tmp_path, capsys):
     prepare.main([str(stage1_train), str(tmp_path / "out")])
     assert find(tmp_path / "out", "zz")[2] == []
     printed = capsys.readouterr()
-    assert "zz: has no masks, kept" in printed.err
+    assert "zz: " in printed.err
     assert "left out: nothing" in printed.out
 
 
@@ -426,19 +426,20 @@ def test_the_folder_above_or_below_or_another_one(stage1_train, tmp_path, capsys
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert f"There is no '{tmp_path / 'nosuch'}'" in error_of(tmp_path / "nosuch")
+    assert f"'{tmp_path / 'nosuch'}'" in error_of(tmp_path / "nosuch")
     (tmp_path / "stage1_test" / "x" / "images").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "stage1_test" / "x" / "images" / "x.png")
-    assert f"it has no <id>/images/<id>.png: '{stage1_train}' looks right" in error_of(tmp_path)
-    assert "give the folder that has one folder per image" in error_of(stage1_train / "a")
-    assert "the only part of the download that has masks" in error_of(tmp_path / "stage1_test")
+    error = error_of(tmp_path)  # names the folder that looks right
+    assert "<id>/images/<id>.png" in error and f"'{stage1_train}'" in error
+    assert "one folder per image" in error_of(stage1_train / "a")
+    assert "stage1_train" in error_of(tmp_path / "stage1_test")
     (tmp_path / "text.zip").write_text("not a zip")
-    assert "neither a folder nor a whole zip" in error_of(tmp_path / "text.zip")
+    assert "text.zip'" in error_of(tmp_path / "text.zip")
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "stage1_train.zip").touch()
-    assert "stage1_train.zip' looks right" in error_of(tmp_path / "downloads")
+    assert "stage1_train.zip'" in error_of(tmp_path / "downloads")
     (stage1_train / "a" / "images" / "b.png").touch()
-    assert "two images of the same id" in error_of(stage1_train)
+    assert "same id" in error_of(stage1_train)
     assert "annotations/nuclei_train.json'" in error_of("--from-coco", stage1_train)
 
 
@@ -448,54 +449,54 @@ def test_what_is_in_the_way_is_not_overwritten(stage1_train, coco_format, tmp_pa
         (coco_format, prepare.prepare_coco, (0.2, 0)),
     ):
         before = contents(coco_format)
-        with pytest.raises(UserError, match="has 'annotations' in it already"):
+        with pytest.raises(UserError, match="'annotations'"):
             function(source, coco_format, *rest)
         assert contents(coco_format) == before
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="Cannot write to"):
+        with pytest.raises(UserError, match="/file'"):
             function(source, tmp_path / "file", *rest)
 
 
 def test_too_few_images(stage1_train, tmp_path):
-    with pytest.raises(UserError, match="No image of .* 12 image.s. over 20 px"):
+    with pytest.raises(UserError, match="12 image.s. over 20 px"):
         prepare.prepare_stage1(stage1_train, tmp_path / "out", 20, 0.2, 0.2, 0)
-    with pytest.raises(UserError, match="12 image.s., 12 when .* a share of 0.05"):
+    with pytest.raises(UserError, match=r"12 image.s.,.* 0\.05"):
         prepare.prepare_stage1(stage1_train, tmp_path / "out", 400, 0.05, 0.2, 0)
     assert contents(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    "damage, named",
     [
-        (lambda f: (f / "annotations/nuclei_val.json").unlink(), "There is no .*nuclei_val.json"),
-        (lambda f: (f / "annotations/nuclei_train.json").write_text("{"), "not a COCO JSON"),
-        (lambda f: (f / "annotations/nuclei_train.json").write_text("[]"), "not a COCO JSON"),
-        (lambda f: (f / "annotations/nuclei_holdout.json").touch(), "holdout.json already"),
-        (lambda f: (f / "train/3.png").unlink(), "Cannot read .*3.png"),
-        (lambda f: break_png(f / "train/3.png"), "Cannot read .*3.png"),
+        (lambda f: (f / "annotations/nuclei_val.json").unlink(), "nuclei_val.json"),
+        (lambda f: (f / "annotations/nuclei_train.json").write_text("{"), "nuclei_train.json"),
+        (lambda f: (f / "annotations/nuclei_train.json").write_text("[]"), "nuclei_train.json"),
+        (lambda f: (f / "annotations/nuclei_holdout.json").touch(), "nuclei_holdout.json"),
+        (lambda f: (f / "train/3.png").unlink(), "train/3.png"),
+        (lambda f: break_png(f / "train/3.png"), "train/3.png"),
     ],
     ids=["no val", "no JSON", "other JSON", "prepared before", "no image", "broken image"],
 )
-def test_coco_format_that_is_not_whole(coco_format, tmp_path, damage, message):
+def test_coco_format_that_is_not_whole(coco_format, tmp_path, damage, named):
     damage(coco_format)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=named):
         prepare.prepare_coco(coco_format, tmp_path / "out", 0.2, 0)
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, named",
     [
-        (["--val", "1.5"], "1.5 is not between 0 and 1"),
-        (["--holdout", "0"], "0 is not between 0 and 1"),
-        (["--from-coco", "--val", "0.3"], "--val has no effect with --from-coco"),
-        (["--from-coco", "--max-size", "9"], "--max-size has no effect with --from-coco"),
+        (["--val", "1.5"], "--val: 1.5"),
+        (["--holdout", "0"], "--holdout: 0"),
+        (["--from-coco", "--val", "0.3"], "--val"),
+        (["--from-coco", "--max-size", "9"], "--max-size"),
     ],
 )
-def test_options_that_make_no_sense(capsys, options, message):
+def test_options_that_make_no_sense(capsys, options, named):
     with pytest.raises(SystemExit) as exit:
         prepare.main(["source", "out", *options])
     assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+    assert named in capsys.readouterr().err.split("error: ")[1]  # after the usage
 
 
 # real images

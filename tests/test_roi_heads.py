@@ -594,7 +594,7 @@ def test_a_yacs_config_without_masks_is_an_error_that_says_what_to_do():
     cfg = tiny_yacs_config()
     cfg.MODEL.MASK_ON = False
 
-    with pytest.raises(ValueError, match=r"MODEL\.MASK_ON to True.*or use StandardROIHeads"):
+    with pytest.raises(ValueError, match=r"MODEL\.MASK_ON.*StandardROIHeads"):
         build_model(cfg)
 
 
@@ -605,7 +605,7 @@ def test_heads_without_masks_are_an_error_that_says_what_to_do():
     for key in ("mask_in_features", "mask_pooler", "mask_head"):
         del heads[key]
 
-    with pytest.raises(ValueError, match="give mask_in_features, mask_pooler and mask_head"):
+    with pytest.raises(ValueError, match="mask_in_features, mask_pooler and mask_head"):
         instantiate(heads)
 
 
@@ -622,7 +622,7 @@ def test_a_mask_head_without_layers_is_an_error_that_names_it(cascade):
     shape = cfg.model.roi_heads.mask_head.input_shape
     cfg.model.roi_heads.mask_head = {"_target_": ForwardOnly, "input_shape": shape}
 
-    with pytest.raises(ValueError, match=r"mask head with `layers\(\)`.*ForwardOnly"):
+    with pytest.raises(ValueError, match=r"`layers\(\)`.*ForwardOnly"):
         instantiate(cfg.model.roi_heads)
 
 
@@ -630,7 +630,7 @@ def test_heads_without_a_mask_pooler_are_an_error():
     cfg = tiny_mask_scoring_rcnn()
     cfg.model.roi_heads.mask_pooler = None
 
-    with pytest.raises(ValueError, match="needs a mask pooler"):
+    with pytest.raises(ValueError, match="mask.pooler"):
         instantiate(cfg.model.roi_heads)
 
 

@@ -248,7 +248,7 @@ def test_the_names_of_a_run_go_with_its_weights(lazy_config, toy_dataset, tmp_pa
     ):
         with pytest.raises(SystemExit):
             run(*command, *other, *options, *tested)
-        assert "(a, b, c), " in (said := capsys.readouterr().err) and "another order" in said
+        assert "(a, b, c)" in capsys.readouterr().err
 
 
 def test_evaluation_in_batches_and_without_pasting_masks(
@@ -283,12 +283,13 @@ def best_score_of_each_image(output_dir):
 
 
 def test_eval_only_wants_a_checkpoint(lazy_config, toy_dataset, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as left:
         run(
             *["--config-file", lazy_config, *toy_dataset, "--eval-only", "--resume"],
             f"train.output_dir={tmp_path}",
         )
-    assert "no checkpoint to evaluate" in capsys.readouterr().err
+    assert left.value.code == 2
+    assert "no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])
@@ -365,7 +366,7 @@ def test_an_unreadable_checkpoint_is_one_sentence_and_an_exit_code(
             )
         captured = capsys.readouterr()
         assert left.value.code == 2
-        assert "bad.pth' is not a checkpoint" in captured.err
+        assert "bad.pth'" in captured.err and captured.err.count("error: ") == 1
         assert "Traceback" not in captured.err + captured.out
 
 
@@ -448,7 +449,7 @@ def test_a_half_set_launcher_environment_is_refused(lazy_config, monkeypatch, ca
     with pytest.raises(SystemExit):
         run("--config-file", lazy_config)
     error = capsys.readouterr().err
-    assert "but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with" in error
+    assert "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in error
 
 
 @pytest.mark.skipif(
