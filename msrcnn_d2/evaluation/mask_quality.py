@@ -291,10 +291,10 @@ class MaskQuality:
             return table
         closed = self.overall.gap_closed
         return (
-            f"{table}\nPredicted IoU of {agreement.count} matched masks: off by "
-            f"{agreement.mae:.3f} on average, mean error {agreement.bias:+.3f}, calibration error "
+            f"{table}\nPredicted IoU of {agreement.count} matched masks: mean absolute error "
+            f"{agreement.mae:.3f}, mean error {agreement.bias:+.3f}, calibration error "
             f"{agreement.ece:.3f}."
-            + ("" if math.isnan(closed) else f" {100 * closed:.0f} % of the gap closed.")
+            + ("" if math.isnan(closed) else f" Mask scores close {100 * closed:.0f} % of the gap.")
         )
 
     def to_json(self) -> dict[str, Any]:
