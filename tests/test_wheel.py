@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from msrcnn_d2 import model_zoo
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://example.org/someone/msrcnn_d2"  # of a release
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +24,12 @@ def installed(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for folder in ("msrcnn_d2", "msrcnn_d2_cli", "configs"):
         shutil.copytree(ROOT / folder, source / folder)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    env = {**os.environ, "MSRCNN_D2_REPOSITORY": REPOSITORY}
+    command = [sys.executable, "-c", build]
+    subprocess.run(command, cwd=source, env=env, check=True, capture_output=True)
     with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
         wheel.extractall(target)
     return target
@@ -71,6 +75,15 @@ def test_it_has_all_files_and_no_others(installed):
         if path.is_file() and metadata_folder not in path.parents
     }
     assert found == expected
+
+
+def test_its_description_has_no_relative_links(installed):
+    """Pictures and links of README.md lead into the repository when a package index shows it."""
+    text = (next(installed.glob("*.dist-info")) / "METADATA").read_text()
+    assert f"]({REPOSITORY}/raw/HEAD/projects/shapes/ranking.png)" in text
+    assert f"]({REPOSITORY}/blob/HEAD/docs/train.md)" in text
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(targets) > 20 and all(x.startswith("https://") for x in targets)
 
 
 def test_it_has_the_command(installed):
