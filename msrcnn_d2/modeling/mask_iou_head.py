@@ -271,27 +271,23 @@ class MaskIoUHead(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = state_dict.pop(prefix + "score_exponent", None)
-        if saved is not None:
-            self._load_exponent(saved, error_msgs)
+        tensor = state_dict.pop(prefix + "score_exponent", None)
+        if tensor is not None and (tensor.numel() != 1 or not _is_exponent(tensor.item())):
+            error_msgs.append(f"score_exponent is {tensor}, not a finite number of at least 0.")
+        elif tensor is not None:
+            saved = float(tensor)
+            if self._takes_exponent_of_weights:
+                self.score_exponent = saved
+            if not math.isclose(saved, self.score_exponent, rel_tol=1e-6):  # saved as float32
+                logger.info(
+                    "Masks are ranked with the exponent %g of the config, not %g of the weights.",
+                    *(self.score_exponent, saved),
+                )
+            elif saved != 1:
+                logger.info("Masks are ranked by class score x mask IoU ** %g.", saved)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _load_exponent(self, tensor: torch.Tensor, error_msgs: list[str]) -> None:
-        if tensor.numel() != 1 or not _is_exponent(tensor.item()):
-            error_msgs.append(f"score_exponent is {tensor}, not a finite number of at least 0.")
-            return
-        saved = float(tensor)
-        if self._takes_exponent_of_weights:
-            self.score_exponent = saved
-        if not math.isclose(saved, self.score_exponent, rel_tol=1e-6):  # saved as float32
-            logger.info(
-                "Masks are ranked with the exponent %g of the config, not %g of the weights.",
-                *(self.score_exponent, saved),
-            )
-        elif saved != 1:
-            logger.info("Masks are ranked by class score x mask IoU ** %g.", saved)
 
 
 def _is_exponent(value: float) -> bool:

@@ -64,6 +64,9 @@ class MaskScoringVisualizer(Visualizer):
         if scale is None:
             scale = _legible_scale(*np.asarray(img_rgb).shape[:2])
         super().__init__(img_rgb, metadata, scale, instance_mode)
+        # In pixels of the output: the unit of Matplotlib's font sizes; width and height
+        self._point = self.output.dpi / 72
+        self._output_size = np.array([self.output.width, self.output.height]) * self.output.scale
         self._mask_labels: tuple[list[str], Sequence[float]] | None = None
 
     def draw_instance_predictions(
@@ -130,9 +133,9 @@ class MaskScoringVisualizer(Visualizer):
         for text in texts:
             text.set_fontfamily(families)
         self._set_font_size(texts)
-        places = place_labels(boxes * scale, self._sizes(texts), self._output_size()) / scale
+        places = place_labels(boxes * scale, self._sizes(texts), self._output_size) / scale
         for text, box, place in zip(texts, boxes, places):
-            padding = PADDING * text.get_fontsize() * self._point() / scale
+            padding = PADDING * text.get_fontsize() * self._point / scale
             text.set(position=place[:2] + padding, horizontalalignment="left")
             # A thin line from the label to its box, if they do not touch
             start = ((box[:2] + box[2:]) / 2).clip(place[:2], place[2:])
@@ -143,9 +146,8 @@ class MaskScoringVisualizer(Visualizer):
 
     def _set_font_size(self, texts: list[Text]) -> None:
         """One size that suits the picture, or less if labels would cover much or be too wide."""
-        picture = self._output_size()
-        point = self._point()
-        suitable = max(FONT_SIZE, FONT_SHARE * math.sqrt(picture.prod())) / point
+        picture = self._output_size
+        suitable = max(FONT_SIZE, FONT_SHARE * math.sqrt(picture.prod())) / self._point
         for text in texts:
             text.set_fontsize(suitable)
         sizes = self._sizes(texts)
@@ -153,20 +155,12 @@ class MaskScoringVisualizer(Visualizer):
         # 0.95: the size of a text is not quite proportional to that of its font
         widest = suitable * 0.95 * (picture / sizes.max(axis=0)).min()
         for text in texts:
-            text.set_fontsize(min(max(uncovering, CROWDED_FONT_SIZE / point), widest))
+            text.set_fontsize(min(max(uncovering, CROWDED_FONT_SIZE / self._point), widest))
 
     def _sizes(self, texts: list[Text]) -> np.ndarray:
         """Width and height of each Text with its padding, in pixels of the output: (N, 2)."""
-        padding = 2 * PADDING * self._point() * np.array([[t.get_fontsize()] for t in texts])
+        padding = 2 * PADDING * self._point * np.array([[t.get_fontsize()] for t in texts])
         return np.array([t.get_window_extent().size for t in texts]) + padding
-
-    def _point(self) -> float:
-        """The unit of Matplotlib's font sizes, in pixels of the output."""
-        return self.output.dpi / 72
-
-    def _output_size(self) -> np.ndarray:
-        """Width and height of the output in pixels."""
-        return np.array([self.output.width, self.output.height]) * self.output.scale
 
 
 def mask_score_labels(
