@@ -17,7 +17,8 @@ from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.checkpoint.conversion import read_weights
 from msrcnn_d2.class_names import difference, match, obstacle, same
 from msrcnn_d2.engine import check_recipe, register_dataset
-from msrcnn_d2.engine.class_names import check_names_of_weights, use_names
+from msrcnn_d2.engine.evaluate import use_names
+from msrcnn_d2.engine.preflight import check_names_of_weights
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.utils.errors import UserError

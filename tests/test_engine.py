@@ -25,6 +25,7 @@ from msrcnn_d2.engine import (
     find_config_file,
     load_config,
 )
+from msrcnn_d2.engine import configs as configs_module
 from msrcnn_d2.engine import evaluate as evaluate_module
 from msrcnn_d2.engine import recipe as recipe_module
 from msrcnn_d2.engine.configs import register_dataset
@@ -926,3 +927,21 @@ def test_images_of_unknown_size_can_be_batched():
     images = [{"index": k} for k in range(3)]
     batches = list(build_test_loader(images, batch_size=2, collate_fn=tuple))
     assert batches == [({"index": 0}, {"index": 1}), ({"index": 2},)]
+
+
+def test_check_of_classes_and_loader_share_what_is_read_once(monkeypatch):
+    annotations, images = "train.json", "images"
+    times_read = []
+    monkeypatch.setattr(
+        configs_module, "load_coco_json", lambda *args: times_read.append(args) or [{"image_id": 1}]
+    )
+    register_dataset("read_for_two", annotations, images)
+    try:
+        got = [DatasetCatalog.get("read_for_two") for _ in range(4)]
+    finally:
+        DatasetCatalog.remove("read_for_two")
+        MetadataCatalog.remove("read_for_two")
+    assert got == [[{"image_id": 1}]] * 4
+    # The third and the fourth caller read anew: nothing is kept in memory for the whole training
+    assert got[0] is got[1] and got[1] is not got[2] and got[2] is not got[3]
+    assert times_read == [(annotations, images, "read_for_two")] * 3

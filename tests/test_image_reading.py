@@ -19,8 +19,8 @@ from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.dataset_check import check_dataset
 from msrcnn_d2.dataset_check.issues import Level
 from msrcnn_d2.engine import build_recipe, load_config, register_dataset
-from msrcnn_d2.engine.data_check import check_data
 from msrcnn_d2.engine.loaders import build_test_loader
+from msrcnn_d2.engine.preflight import check_data
 from msrcnn_d2.image_reading import (
     ImageSettings,
     NeedsSetting,

@@ -14,10 +14,9 @@ Nothing else in the package needs it: Detectron2's `DefaultTrainer` trains our R
 """
 
 from .configs import device_of, find_config_file, load_config, register_dataset
-from .data_check import check_data
 from .evaluate import evaluate_checkpoint
 from .loop import train
-from .preflight import check_recipe, keep_config_of_training, refuse_other_run
+from .preflight import check_data, check_recipe, keep_config_of_training, refuse_other_run
 from .recipe import Recipe, build_recipe
 
 __all__ = [

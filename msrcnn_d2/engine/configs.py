@@ -25,7 +25,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
 from .. import model_zoo
 from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
@@ -197,6 +197,27 @@ def device_of(cfg: DictConfig | CfgNode) -> str:
     return value_of(cfg, "train.device")
 
 
+class _ReadForTwo:
+    """
+    Dataset dicts. The first caller, who wants to know the classes, and the second, a data loader,
+    share what is read once. After that nothing is kept.
+    """
+
+    def __init__(self, *args: str):
+        self._args = args
+        self._calls = 0
+        self._kept: list[dict] = []
+
+    def __call__(self) -> list[dict]:
+        self._calls += 1
+        if self._calls == 2:
+            kept, self._kept = self._kept, []
+            return kept
+        dataset_dicts = load_coco_json(*self._args)
+        self._kept = dataset_dicts if self._calls == 1 else []
+        return dataset_dicts
+
+
 def register_dataset(name: str, annotations: str, images: str) -> None:
     """
     Register a dataset in COCO's format under `name`, for configs to refer to.
@@ -208,9 +229,10 @@ def register_dataset(name: str, annotations: str, images: str) -> None:
     Raises:
         UserError: another dataset has this name.
     """
-    if name not in DatasetCatalog.list():
-        register_coco_instances(name, {}, annotations, images)
     metadata = MetadataCatalog.get(name)
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, _ReadForTwo(annotations, images, name))
+        metadata.set(json_file=annotations, image_root=images, evaluator_type="coco")
     if (metadata.get("json_file"), metadata.get("image_root")) != (annotations, images):
         raise UserError(f"Another dataset is already called '{name}': choose another name.")
 

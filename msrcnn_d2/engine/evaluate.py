@@ -16,11 +16,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ..checkpoint import MaskScoringCheckpointer
+from ..class_names import difference, same
 from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
@@ -28,7 +34,7 @@ from ..published_models import Published
 from ..report import write_report
 from ..report.figures import reliability_figure
 from ..utils.errors import UserError, agree_on_user_errors
-from .class_names import evaluators_in, use_names
+from .preflight import check_number, names_of_dataset
 from .recipe import Recipe, TestSet
 
 __all__ = [
@@ -213,3 +219,41 @@ def write_report_of(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> 
     title, root = f"Masks on {test_set}", roots[0] if roots else None
     page = write_report(quality, folder, title, root, recipe.images)
     logger.info("Report on the quality of masks: %s", page)
+
+
+def use_names(
+    evaluator: Any, test_set: TestSet, class_names: Sequence[str] | None, recipe: Recipe
+) -> None:
+    """
+    Tell evaluators the names of the model's classes.
+
+    Raises:
+        UserError: the test set has other classes, and the evaluator or the names do not allow to
+            find them by name.
+    """
+    if class_names is None:
+        for dataset in test_set.names:
+            names = names_of_dataset(dataset)
+            if recipe.num_classes is not None and names is not None:
+                check_number(dataset, names, recipe.num_classes)
+        return
+    for one in evaluators_in(evaluator):
+        if isinstance(one, MaskScoringCOCOEvaluator):
+            one.use_class_names(class_names)
+        elif isinstance(one, COCOEvaluator):
+            for dataset in test_set.names:
+                names = names_of_dataset(dataset)
+                if names is None or same(class_names, names):
+                    continue
+                why_not = difference("the model", class_names, f"dataset '{dataset}'", names)
+                raise UserError(
+                    f"{why_not} MaskScoringCOCOEvaluator evaluates by name; {type(one).__name__} "
+                    "does not."
+                )
+
+
+def evaluators_in(evaluator: Any) -> list:
+    """One evaluator, or several."""
+    if isinstance(evaluator, DatasetEvaluators):
+        evaluator = evaluator._evaluators
+    return evaluator if isinstance(evaluator, list) else [evaluator]

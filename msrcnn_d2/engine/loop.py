@@ -18,10 +18,10 @@ from ..checkpoint.compatibility import frozen_class_scores
 from ..utils.distributed import StepAgreement, job_is_ending, watching_forwards
 from ..utils.errors import UserError, agree_on_user_errors
 from .bad_images import BadImages
-from .class_names import check_names_of_weights, names_of_training
 from .evaluate import build_model, evaluate, log_reliability
 from .hooks import EvalHook, MetricsWriter, PeriodicCheckpoints, StopOnSignal
 from .loaders import ResumableBatches, StepSeeds
+from .preflight import check_names_of_weights, names_of_training
 from .recipe import Recipe
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 
