@@ -15,6 +15,7 @@ from detectron2.engine import SimpleTrainer
 
 from msrcnn_d2 import engine
 from tests.helpers import forked, many_processes
+from tests.helpers.command import exit_code
 from tests.helpers.toy import NUM_CLASSES, real_datasets, tiny_yacs_config
 from tests.helpers.toy_training import run, with_python_path, write_dataset, write_lazy_config
 
@@ -61,10 +62,14 @@ def run_forked(function, *args):
         return process.exitcode, log.read_text()
 
 
-def run_alone(*args, launcher=(), env=None):
-    """Run train_net.py in processes of its own."""
+TRAIN_NET = (ROOT / "train_net.py",)
+COMMAND = ("-m", "msrcnn_d2_cli", "train")
+
+
+def run_alone(*args, launcher=(), program=TRAIN_NET, env=None):
+    """Run train_net.py, or the command, in processes of its own."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, ROOT / "train_net.py", *map(str, args)],
+        [sys.executable, "-W", "ignore", *launcher, *program, *map(str, args)],
         cwd=ROOT,
         env={
             **os.environ,
@@ -181,10 +186,10 @@ def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsy
     capsys.readouterr()
 
     # With the config that the run has left, into another folder
-    weights = f"train.init_checkpoint={trained}/model_final.pth"
-    command = ["--config-file", trained / "config.yaml", *toy_dataset, "--eval-only"]
+    command = ["--config-file", trained / "config.yaml", *toy_dataset]
     results.unlink()
-    run(*command, weights, f"train.output_dir={again}")
+    weights = ["--weights", trained / "model_final.pth"]
+    assert exit_code("evaluate", *command, *weights, f"train.output_dir={again}") == 0
     assert "masks by class score" in capsys.readouterr().out
     assert (again / "inference" / "coco_segm_results.json").read_text() == expected
     assert not results.exists()
@@ -194,7 +199,7 @@ def test_eval_only_repeats_the_results(lazy_config, toy_dataset, tmp_path, capsy
     assert "Masks on toy" in page and "The images were not given" not in page
 
     # What --resume finds in the output folder
-    run(*command, "--resume", f"train.output_dir={trained}")
+    run("--eval-only", *command, "--resume", f"train.output_dir={trained}")
     assert results.read_text() == expected
 
 
@@ -414,7 +419,8 @@ def test_two_processes_without_a_gpu(launcher, lazy_config, toy_dataset, tmp_pat
     command = ["--config-file", lazy_config, *toy_dataset]
     options = ["train.max_iter=2", f"train.output_dir={tmp_path}"]
     if launcher == "spawn":
-        ran = run_alone(*command, "--num-gpus", 2, "--dist-url", "auto", *options)
+        spawn = ["--num-gpus", 2, "--dist-url", "auto"]
+        ran = run_alone(*command, *spawn, *options, program=COMMAND)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         ran = run_alone(*command, *options, launcher=torchrun)
