@@ -154,7 +154,13 @@ def without_types(app, what, name, obj, options, lines):
             lines[i + 1] = lines[i + 1].replace(text, f": {text}", 1)
 
 
+def without_objects(app, what, name, obj, options, signature, return_annotation):
+    """`<function ...>` as a default is no Python, in which Sphinx would shorten the types."""
+    return signature and re.sub(r"<.*?>+", "...", signature), return_annotation
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", without_objects)
     app.connect("autodoc-process-docstring", without_types, priority=400)  # before napoleon
     app.connect("missing-reference", resolve)
     app.connect("source-read", read_from_repository)
