@@ -9,8 +9,7 @@ from PIL import Image
 from detectron2.data import DatasetMapper
 
 from msrcnn_d2.engine.bad_images import BadImage, BadImageError, BadImages
-from msrcnn_d2.engine.loaders import build_resumable_loader, build_test_loader
-from msrcnn_d2.engine.mask_format import fit_mask_format
+from msrcnn_d2.engine.loaders import build_resumable_loader, build_test_loader, fit_mask_format
 from msrcnn_d2.utils.distributed import StepAgreement
 from tests.helpers.toy import IMAGE_SIZE
 from tests.helpers.toy_training import NUM_IMAGES, run, write_dataset, write_lazy_config

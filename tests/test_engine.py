@@ -27,6 +27,7 @@ from msrcnn_d2.engine import (
 )
 from msrcnn_d2.engine import configs as configs_module
 from msrcnn_d2.engine import evaluate as evaluate_module
+from msrcnn_d2.engine import loaders as loaders_module
 from msrcnn_d2.engine import recipe as recipe_module
 from msrcnn_d2.engine.configs import register_dataset
 from msrcnn_d2.engine.evaluate import summary_table
@@ -458,7 +459,7 @@ class Images(Dataset):
 
 
 def batches_of_recipe(dataset, first_iter=0, mapper=mapper, seed=3, **arguments):
-    loader = recipe_module._train_loader(
+    loader = loaders_module.build_train_loader(
         dict(dataset=dataset, mapper=mapper, total_batch_size=3, **arguments),
         ImageSettings(),
         seed,
@@ -487,7 +488,7 @@ def test_a_map_style_dataset_is_read_in_the_order_of_a_list(wrap, options):
 def test_the_seed_of_the_loader_is_that_of_the_data():
     assert batches_of_recipe(dicts(), seed=8) != batches_of_recipe(dicts())
     assert load_config(LAZY, ["dataloader.train.seed=3"]).dataloader.train.seed == 3
-    own = recipe_module._train_loader(
+    own = loaders_module.build_train_loader(
         dict(dataset=dicts(), mapper=mapper, total_batch_size=3, seed=3),
         ImageSettings(),
         8,
@@ -542,7 +543,7 @@ def test_images_that_are_read_already_are_not_read_for_their_sizes():
             reads.append(index)
             return mapper({**dicts()[index], "image": None})
 
-    loader = recipe_module._train_loader(
+    loader = loaders_module.build_train_loader(
         dict(dataset=Samples(), mapper=None, total_batch_size=3),
         ImageSettings(),
         0,
@@ -576,7 +577,7 @@ def test_an_element_that_cannot_be_read_is_a_bad_image():
             return super().__getitem__(index)
 
     found = []
-    loader = recipe_module._train_loader(
+    loader = loaders_module.build_train_loader(
         dict(dataset=Broken(), mapper=mapper, total_batch_size=3),
         ImageSettings(),
         0,

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from ..image_reading import ImageSettings, read_with
 from ..utils.errors import UserError
 from .bad_images import (
     DATA_ERRORS,
@@ -44,7 +45,11 @@ __all__ = [
     "StepSeeds",
     "build_resumable_loader",
     "build_test_loader",
+    "build_train_loader",
+    "fit_mask_format",
     "outlines",
+    "reading_by",
+    "warn_of_other_loader",
 ]
 
 logger = logging.getLogger(__name__)
@@ -124,6 +129,92 @@ class ResumableBatches:
         for batch in batches:
             self._current = batch
             yield batch
+
+
+def build_train_loader(
+    arguments: dict[str, Any],
+    images: ImageSettings,
+    seed: int,
+    first_iter: int,
+    on_bad_images: Callable[[list[BadImage]], object],
+) -> Iterable:
+    """
+    The loader for arguments of Detectron2's :func:`build_detection_train_loader`.
+
+    Args:
+        arguments: of Detectron2's loader, and a "seed" for this loader alone.
+        images: how images are read.
+        seed, first_iter, on_bad_images: as in :func:`build_resumable_loader`.
+
+    Returns:
+        a resumable loader; Detectron2's for a stream, which has no element for each index.
+
+    Raises:
+        UserError: an argument is not known.
+    """
+    dataset = arguments["dataset"]
+    own_seed = arguments.pop("seed", None)
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
+        warn_of_other_loader("The training set is a stream, without an element for each index")
+        # Version 0.6 lacks some arguments of later ones
+        accepted = inspect.signature(build_detection_train_loader).parameters
+        left_out = sorted(set(arguments) - set(accepted))
+        if left_out and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            logger.warning("This Detectron2 ignores dataloader.train.%s.", ", ".join(left_out))
+            arguments = {k: v for k, v in arguments.items() if k in accepted}
+        return build_detection_train_loader(**reading_by(images, arguments))
+    if isinstance(dataset, MapDataset) and arguments["mapper"] is None:
+        dataset, arguments["mapper"] = dataset.__getnewargs__()  # what it was made of
+        arguments["dataset"] = dataset
+    known = set(inspect.signature(build_resumable_loader).parameters) | set(LOADER_OPTIONS)
+    known -= {"seed", "first_iter", "on_bad_images", "options"}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise UserError(
+            f"dataloader.train has no argument '{unknown[0]}'; it has "
+            f"{', '.join(sorted(known | {'seed'}))}."
+        )
+    fit_mask_format(arguments["mapper"], outlines(dataset))
+    return build_resumable_loader(
+        seed=seed if own_seed is None else own_seed,
+        first_iter=first_iter,
+        on_bad_images=on_bad_images,
+        **reading_by(images, arguments),
+    )
+
+
+def reading_by(images: ImageSettings, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a loader, whose mapper, if there is one, then reads images by the settings."""
+    if arguments.get("mapper") is None:
+        return arguments
+    return {**arguments, "mapper": read_with(images, arguments["mapper"])}
+
+
+def warn_of_other_loader(reason: str) -> None:
+    """Say what a training loses that is not read by :func:`build_resumable_loader`."""
+    logger.warning(
+        "%s: a run that is resumed gets other images than one that was not interrupted, an image "
+        "that cannot be read ends the training, and masks in run-length encoding need "
+        "instance_mask_format='bitmask' in the mapper.",
+        reason,
+    )
+
+
+def fit_mask_format(mapper: Callable, dataset: Iterable[dict]) -> None:
+    """
+    Set `instance_mask_format` of a `DatasetMapper` to "bitmask" if the mask of an object is RLE,
+    which its default, "polygon", cannot read. Other mappers stay as they are.
+
+    Args:
+        dataset: dataset dicts. Crowds do not count, since training leaves them out.
+    """
+    wrapped: Any = getattr(mapper, "_obj", mapper)  # inside Detectron2's PicklableWrapper
+    if getattr(wrapped, "instance_mask_format", None) != "polygon":
+        return
+    annotations = (a for d in dataset for a in d.get("annotations", ()) if not a.get("iscrowd"))
+    if any(isinstance(a.get("segmentation"), dict) for a in annotations):
+        wrapped.instance_mask_format = "bitmask"
+        logger.info("There are masks in run-length encoding: all are trained on as bitmasks.")
 
 
 def build_resumable_loader(

@@ -2,11 +2,10 @@
 
 import copy
 import functools
-import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
     DatasetCatalog,
-    MapDataset,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -34,11 +31,11 @@ from ..config import target_of
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.average_precision import choose_engine
 from ..evaluation.coco_evaluator import check_settings
-from ..image_reading import ImageSettings, image_settings, read_with
+from ..image_reading import ImageSettings, image_settings
 from ..modeling import MaskScoringRCNNWithTTA
 from ..utils.errors import UserError
-from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader, outlines
-from .mask_format import fit_mask_format
+from .configs import value_of
+from .loaders import build_test_loader, build_train_loader, reading_by, warn_of_other_loader
 
 __all__ = ["Recipe", "TestSet", "build_recipe"]
 
@@ -163,14 +160,31 @@ def build_recipe(cfg: DictConfig | CfgNode) -> Recipe:
     return _from_yacs(cfg) if isinstance(cfg, CfgNode) else _from_lazy(cfg)
 
 
+def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
+    """The attributes of a recipe that both kinds of config say in one key."""
+    names = (
+        *("device", "seed", "output_dir", "init_checkpoint", "max_iter", "eval_period"),
+        *("log_period", "compile", "max_bad_images", "max_nonfinite_steps", "detect_anomaly"),
+        "check_images",
+    )
+    return {
+        **{name: value_of(cfg, f"train.{name}") for name in names},
+        "amp": value_of(cfg, "train.amp.enabled"),
+        "test_amp": value_of(cfg, "train.amp.test"),
+        "max_skipped_steps": value_of(cfg, "train.amp.max_skipped_steps"),
+        "num_classes": value_of(cfg, "model.roi_heads.num_classes"),
+        "total_batch_size": value_of(cfg, "dataloader.train.total_batch_size"),
+        "images": image_settings(cfg),
+    }
+
+
 def _from_lazy(cfg: DictConfig) -> Recipe:
-    train = cfg.train
     if OmegaConf.select(cfg, "train.model_ema.enabled"):
         raise UserError("train.model_ema is not supported: set train.model_ema.enabled=False.")
+    settings = _settings(cfg)
+    images = settings["images"]
 
-    images = image_settings(cfg)
-
-    def build_lazy_optimizer(model):
+    def build_lazy_optimizer(model: nn.Module) -> Any:
         cfg.optimizer.params.model = model
         return instantiate(cfg.optimizer)
 
@@ -181,101 +195,24 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_train_loader=functools.partial(_lazy_train_loader, cfg.dataloader.train, images),
         test_sets=_lazy_test_sets(cfg, images),
         train_names=_names(cfg, "dataloader.train.dataset.names"),
-        num_classes=OmegaConf.select(cfg, "model.roi_heads.num_classes"),
-        total_batch_size=OmegaConf.select(cfg, "dataloader.train.total_batch_size"),
-        device=train.device,
-        seed=train.get("seed", -1),
-        output_dir=train.output_dir,
-        init_checkpoint=train.init_checkpoint,
-        max_iter=train.max_iter,
-        eval_period=train.eval_period,
-        log_period=train.log_period,
-        checkpointer=dict(train.checkpointer),
-        amp=train.amp.enabled,
-        test_amp=train.amp.get("test", False),
-        max_skipped_steps=train.amp.get("max_skipped_steps", 50),
-        compile=train.get("compile", False),
-        ddp=dict(train.ddp),
-        max_bad_images=train.get("max_bad_images", 10),
-        max_nonfinite_steps=train.get("max_nonfinite_steps", 0),
-        detect_anomaly=train.get("detect_anomaly", False),
-        check_images=train.get("check_images", True),
-        images=images,
+        checkpointer=dict(cfg.train.checkpointer),
+        ddp=dict(cfg.train.ddp),
         detections_per_image=_detections_per_image(cfg),
+        **settings,
     )
 
 
 def _lazy_train_loader(
     loader: DictConfig, images: ImageSettings, seed: int, first_iter: int, on_bad_images: Callable
-):
+) -> Iterable:
     if target_of(loader) is not build_detection_train_loader:
-        _warn_of_foreign_loader("dataloader.train is a loader of your own")
-        return target_of(loader)(**_reading(_arguments_of(loader), images))
-    return _train_loader(_arguments_of(loader), images, seed, first_iter, on_bad_images)
+        warn_of_other_loader("dataloader.train is a loader of your own")
+        return target_of(loader)(**reading_by(images, _arguments_of(loader)))
+    return build_train_loader(_arguments_of(loader), images, seed, first_iter, on_bad_images)
 
 
 def _arguments_of(loader: DictConfig) -> dict[str, Any]:
     return {str(k): instantiate(v) for k, v in loader.items() if k != "_target_"}
-
-
-def _reading(arguments: dict[str, Any], images: ImageSettings) -> dict[str, Any]:
-    """Arguments of a loader whose mapper, if there is one, reads images by the settings."""
-    if arguments.get("mapper") is None:
-        return arguments
-    return {**arguments, "mapper": read_with(images, arguments["mapper"])}
-
-
-def _train_loader(
-    arguments: dict[str, Any],
-    images: ImageSettings,
-    seed: int,
-    first_iter: int,
-    on_bad_images: Callable,
-):
-    """Our loader for the arguments of Detectron2's; that one where ours cannot replace it."""
-    dataset = arguments["dataset"]
-    own_seed = arguments.pop("seed", None)
-    if not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
-        _warn_of_foreign_loader("The training set is a stream, without an element for each index")
-        return build_detection_train_loader(**_accepted_by_detectron2(_reading(arguments, images)))
-    if isinstance(dataset, MapDataset) and arguments["mapper"] is None:
-        dataset, arguments["mapper"] = dataset.__getnewargs__()  # what it was made of
-        arguments["dataset"] = dataset
-    known = set(inspect.signature(build_resumable_loader).parameters) | set(LOADER_OPTIONS)
-    known -= {"seed", "first_iter", "on_bad_images", "options"}
-    unknown = sorted(set(arguments) - known)
-    if unknown:
-        raise UserError(
-            f"dataloader.train has an argument '{unknown[0]}' that is not known; those known are "
-            f"{', '.join(sorted(known | {'seed'}))}."
-        )
-    fit_mask_format(arguments["mapper"], outlines(dataset))
-    return build_resumable_loader(
-        seed=seed if own_seed is None else own_seed,
-        first_iter=first_iter,
-        on_bad_images=on_bad_images,
-        **_reading(arguments, images),
-    )
-
-
-def _accepted_by_detectron2(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Without those that version 0.6 does not have."""
-    parameters = inspect.signature(build_detection_train_loader).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return arguments
-    left_out = sorted(set(arguments) - set(parameters))
-    if left_out:
-        logger.warning("This Detectron2 leaves out dataloader.train.%s.", ", ".join(left_out))
-    return {k: v for k, v in arguments.items() if k in parameters}
-
-
-def _warn_of_foreign_loader(reason: str) -> None:
-    logger.warning(
-        "%s: a run that is resumed gets other images than one that was not interrupted, an image "
-        "that cannot be read ends the training, and masks in run-length encoding need "
-        "instance_mask_format='bitmask' in the mapper.",
-        reason,
-    )
 
 
 def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
@@ -305,12 +242,12 @@ def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
                 "but a COCO evaluator takes one: make dataloader.test and dataloader.evaluator "
                 "lists, with a loader and an evaluator for each."
             )
-        build_evaluator = functools.partial(_lazy_evaluators, share, _predicts_keypoints(cfg))
+        predicts_keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
         test_sets.append(
             TestSet(
                 names=names,
                 build_loader=functools.partial(_lazy_test_loader, test, images),
-                build_evaluator=build_evaluator,
+                build_evaluator=functools.partial(_lazy_evaluators, share, predicts_keypoints),
                 batch_size=test.get("batch_size"),
                 number=1 + sum(other.names == names for other in test_sets),
             )
@@ -332,13 +269,13 @@ def _as_list(dataloader: DictConfig, key: str) -> list:
     return nodes
 
 
-def _is_of_coco(evaluator) -> bool:
+def _is_of_coco(evaluator: Any) -> bool:
     target = target_of(evaluator) if isinstance(evaluator, DictConfig) else None
     return isinstance(target, type) and issubclass(target, COCOEvaluator)
 
 
 def _complete(evaluators: list, cfg: DictConfig) -> None:
-    """Tell those of COCO, if the user has not, where to write and how many detections count."""
+    """Set where COCO evaluators write and how many detections count, if the user has not."""
     of_coco = [x for x in evaluators if _is_of_coco(x)]
     limit = _detections_per_image(cfg)
     folders: Counter = Counter()
@@ -365,20 +302,17 @@ def _complete(evaluators: list, cfg: DictConfig) -> None:
         )
 
 
-def _lazy_evaluators(nodes: list, predicts_keypoints: bool):
-    """The evaluator of a loader; several are one of Detectron2's `DatasetEvaluators`."""
-    built = [_lazy_evaluator(node, predicts_keypoints) for node in nodes]
-    return built[0] if len(built) == 1 else DatasetEvaluators(built)
-
-
-def _lazy_evaluator(node, predicts_keypoints: bool):
-    with _one_sentence(EVALUATOR):
-        if _is_of_coco(node):
-            _check_dataset_of_evaluator(node)
-        built = instantiate(node)
-        if isinstance(built, COCOEvaluator):
-            check_settings(built, predicts_keypoints)
-    return built
+def _lazy_evaluators(nodes: list, predicts_keypoints: bool) -> Any:
+    """The evaluator of a loader; Detectron2's `DatasetEvaluators` if it has several."""
+    evaluators = []
+    for node in nodes:
+        with _one_sentence(EVALUATOR):
+            if _is_of_coco(node):
+                _check_dataset_of_evaluator(node)
+            evaluators.append(instantiate(node))
+            if isinstance(evaluators[-1], COCOEvaluator):
+                check_settings(evaluators[-1], predicts_keypoints)
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
 def _check_dataset_of_evaluator(node: DictConfig) -> None:
@@ -398,10 +332,10 @@ def _check_dataset_of_evaluator(node: DictConfig) -> None:
         )
 
 
-def _lazy_test_loader(loader: DictConfig, images: ImageSettings):
+def _lazy_test_loader(loader: DictConfig, images: ImageSettings) -> Iterable:
     with _one_sentence(LOADER):
         build = target_of(loader)
-        arguments = _reading(_arguments_of(loader), images)
+        arguments = reading_by(images, _arguments_of(loader))
         return (build_test_loader if build is build_detection_test_loader else build)(**arguments)
 
 
@@ -416,12 +350,8 @@ def _one_sentence(key: str) -> Iterator[None]:
         raise UserError(f"{key} cannot be built: {kind}{message}.") from error
 
 
-def _predicts_keypoints(cfg: DictConfig) -> bool:
-    return OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
-
-
 def _detections_per_image(cfg: DictConfig) -> int | None:
-    """Of the model; None if the config does not say."""
+    """How many the model gives at most; None for no limit, or if the config does not say."""
     predictor = OmegaConf.select(cfg, "model.roi_heads.box_predictor")
     if isinstance(predictor, ListConfig):  # Cascade: the last stage's counts
         predictor = predictor[-1]
@@ -434,6 +364,7 @@ def _detections_per_image(cfg: DictConfig) -> int | None:
 
 def _from_yacs(cfg: CfgNode) -> Recipe:
     cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
     use_tta = cfg.TEST.AUG.ENABLED
     return Recipe(
         build_model=lambda: build_model(cfg),
@@ -442,40 +373,25 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         build_train_loader=functools.partial(_yacs_train_loader, cfg),
         test_sets=[_yacs_test_set(cfg, name) for name in dict.fromkeys(cfg.DATASETS.TEST)],
         train_names=tuple(cfg.DATASETS.TRAIN),
-        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        device=cfg.MODEL.DEVICE,
-        seed=cfg.SEED,
-        output_dir=cfg.OUTPUT_DIR,
-        init_checkpoint=cfg.MODEL.WEIGHTS,
-        max_iter=cfg.SOLVER.MAX_ITER,
-        eval_period=cfg.TEST.EVAL_PERIOD,
-        log_period=20,  # as in DefaultTrainer; yacs configs have no key for it
         checkpointer={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
-        amp=cfg.SOLVER.AMP.ENABLED,
-        test_amp=cfg.TEST.AMP.ENABLED,
-        max_skipped_steps=cfg.SOLVER.AMP.MAX_SKIPPED_STEPS,
-        compile=cfg.SOLVER.COMPILE,
         ddp={"broadcast_buffers": False},
-        max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
-        max_nonfinite_steps=cfg.SOLVER.MAX_NONFINITE_STEPS,
-        detect_anomaly=cfg.SOLVER.DETECT_ANOMALY,
-        check_images=cfg.DATALOADER.CHECK_IMAGES,
-        images=image_settings(cfg),
-        detections_per_image=_limit_of(cfg),
+        detections_per_image=limit if limit >= 0 else None,
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
         verify_results=lambda results: verify_results(cfg, results),
+        **_settings(cfg),
     )
 
 
-def _yacs_train_loader(cfg: CfgNode, seed: int, first_iter: int, on_bad_images: Callable):
+def _yacs_train_loader(
+    cfg: CfgNode, seed: int, first_iter: int, on_bad_images: Callable
+) -> Iterable:
     arguments = build_detection_train_loader.from_config(cfg)
-    return _train_loader(arguments, image_settings(cfg), seed, first_iter, on_bad_images)
+    return build_train_loader(arguments, image_settings(cfg), seed, first_iter, on_bad_images)
 
 
 def _check_engine(name: str | None) -> str | None:
-    """The engine of an evaluator, or None for the default; a mistake shows before training."""
+    """The engine of an evaluator, or None for the default, checked before training."""
     try:
         return name and choose_engine(name)
     except ValueError as error:
@@ -490,11 +406,11 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     if kind != "coco":
         raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
     engine = _check_engine(cfg.TEST.COCO_ENGINE or None)
-    limit = _limit_of(cfg)
-    # The model's, if it is more than COCO's 100; else the default
-    limit = cfg.TEST.MAX_DETS_PER_IMAGE or (limit if limit and limit > 100 else None)
+    # As many as the model gives, if these are more than COCO's 100
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    limit = cfg.TEST.MAX_DETS_PER_IMAGE or (limit if limit > 100 else None)
 
-    def build_evaluator():
+    def build_evaluator() -> MaskScoringCOCOEvaluator:
         with _one_sentence(EVALUATOR):
             evaluator = MaskScoringCOCOEvaluator(
                 name,
@@ -506,34 +422,27 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
             check_settings(evaluator, predicts_keypoints=cfg.MODEL.KEYPOINT_ON)
         return evaluator
 
+    def build_loader() -> Iterable:
+        with _one_sentence(LOADER):
+            arguments = build_detection_test_loader.from_config(cfg, name)
+            # Versions after 0.6 give a sampler, which would fix the order of the images
+            arguments.update(sampler=None, batch_size=cfg.DATALOADER.TEST_BATCH_SIZE)
+            return build_test_loader(**reading_by(image_settings(cfg), arguments))
+
     return TestSet(
         names=(name,),
-        build_loader=lambda: _yacs_test_loader(cfg, name),
+        build_loader=build_loader,
         build_evaluator=build_evaluator,
         batch_size=cfg.DATALOADER.TEST_BATCH_SIZE,
     )
 
 
-def _limit_of(cfg: CfgNode) -> int | None:
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    return limit if limit >= 0 else None
-
-
-def _yacs_test_loader(cfg: CfgNode, name: str):
-    with _one_sentence(LOADER):
-        arguments = build_detection_test_loader.from_config(cfg, name)
-        # In later versions than 0.6 they have a sampler, which would fix the order of the images
-        arguments.update(sampler=None, batch_size=cfg.DATALOADER.TEST_BATCH_SIZE)
-        return build_test_loader(**_reading(arguments, image_settings(cfg)))
-
-
 def _names(node: DictConfig, key: str, prefix: str = "") -> tuple[str, ...]:
     """
-    Of datasets, as a config has them under a key: none, one or a list.
+    Names of datasets under a key of a config, which may have none, one or a list.
 
     Args:
-        prefix: of the key, where `node` is a part of the config for tests. A list is not empty
-            there; an evaluation does not need training data.
+        prefix: of the key, if `node` is a part of `dataloader`. A list must not be empty there.
     """
     names = OmegaConf.select(node, key)
     if names is None:
