@@ -111,9 +111,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, weights: str, resume: str
 def run(args: argparse.Namespace) -> None:
     """Start the processes that the arguments ask for; each runs :func:`run_process`."""
     from msrcnn_d2.engine import device_of
-    from msrcnn_d2.engine.launch import launch
+    from msrcnn_d2.engine.launch import launch_processes
 
-    launch(
+    launch_processes(
         run_process,
         args.num_gpus,
         num_machines=args.num_machines,

@@ -209,7 +209,7 @@ def gpus(monkeypatch, tmp_path):
         monkeypatch.setattr(launch_module, "_end_process_groups", lambda: None)
         monkeypatch.setattr(dist, "init_process_group", lambda **_: None)
         store.set("device_of_1", f"GPU {other} on host")
-        launch_module.launch(lambda: used.append("ran"), 1)
+        launch_module.launch_processes(lambda: used.append("ran"), 1)
         return used
 
     return start

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,13 @@ from detectron2.utils import comm
 from ..utils.errors import UserError
 from .hooks import stop_signals_handled
 
-__all__ = ["launch"]
+__all__ = ["launch_processes"]
 
 # What torchrun tells each process, besides its RANK
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launch(
+def launch_processes(
     main: Callable,
     num_processes: int,
     num_machines: int = 1,
@@ -32,14 +33,18 @@ def launch(
     args: tuple = (),
 ) -> None:
     """
-    Call `main(*args)` in each process of a job. Detectron2's `launch` in three more places: on
-    CPUs (with gloo), under torchrun (or what else sets its variables, see `LAUNCHER_VARIABLES`),
-    and with the exit code of a process that failed.
+    Call `main(*args)` in each process of a job.
+
+    Unlike Detectron2's `launch` it also works on CPUs (with gloo) and under torchrun or another
+    launcher that sets its variables, and it exits with the exit code of a process that failed.
 
     Args:
-        num_processes: per machine, one for each GPU. Launchers that set RANK decide themselves.
+        num_processes: per machine, one for each GPU. Ignored if a launcher has set RANK.
         num_machines, machine_rank, dist_url: as in Detectron2's `launch`.
         device: "cuda" or "cpu".
+
+    Raises:
+        UserError: a process has no GPU of its own, or variables or an address are missing.
     """
     if "RANK" in os.environ:
         _join(main, device, args)
@@ -49,13 +54,15 @@ def launch(
         _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, args)
 
 
-def _join(main, device, args):
+def _join(main: Callable, device: str, args: tuple) -> None:
+    """Make a job of processes that a launcher has started."""
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
         raise UserError(
             f"RANK is set, as by a launcher of processes, but not {', '.join(missing)}: start with "
             "torchrun, or unset RANK to have --num-gpus start the processes."
         )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     # SLURM's --gpus-per-task=1 and the like show each process its own GPU only
     if not (device.startswith("cuda") and torch.cuda.device_count() == 1):
@@ -63,16 +70,8 @@ def _join(main, device, args):
     store = _store_of_attempt()
     if device.startswith("cuda"):
         _check_that_no_device_is_shared(store)
-    _run(
-        main,
-        args,
-        device=device,
-        store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-    )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    _run(main, args, device, rank, world_size, local_rank, local_size, store=store)
 
 
 def _store_of_attempt() -> dist.Store:
@@ -85,17 +84,28 @@ def _store_of_attempt() -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, args):
+def _spawn(
+    main: Callable,
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    device: str,
+    args: tuple,
+) -> None:
+    """Start the processes of this machine, and wait for them."""
     _check_devices(device, num_processes)
     if dist_url == "auto":
         if num_machines > 1:
             raise UserError("--dist-url auto works on one machine; give tcp://HOST:PORT for more.")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            dist_url = f"tcp://127.0.0.1:{s.getsockname()[1]}"  # a free port
     worker_args = (main, num_processes, num_machines, machine_rank, dist_url, device, args)
     processes = mp.spawn(_spawned, nprocs=num_processes, args=worker_args, join=False)
     received: list[int] = []
 
-    def forward(number, frame):
+    def forward(number: int, frame: Any) -> None:
         received.append(number)
         for process in processes.processes:
             if process.is_alive():
@@ -103,7 +113,7 @@ def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, ar
                 process.terminate()
 
     try:
-        # They save what they have to; this process leaves after them
+        # At a signal the processes save their work and leave, then this one does
         with stop_signals_handled(forward):
             while not processes.join():  # one that fails ends the others
                 pass
@@ -112,12 +122,26 @@ def _spawn(main, num_processes, num_machines, machine_rank, dist_url, device, ar
             raise UserError(
                 f"A process was ended by {error.signal_name}; if nobody ended it, memory ran out."
             ) from error
-        # The process has said why, or has only done as it was told
-        told = received and error.exit_code in (-signal.SIGTERM, 128 + signal.SIGTERM)
-        sys.exit(128 + received[0] if told else error.exit_code)
+        # The process has said why, unless the signal forwarded to it has ended it
+        stopped = received and error.exit_code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        sys.exit(128 + received[0] if stopped else error.exit_code)
 
 
-def _check_devices(device, local_size):
+def _spawned(
+    local_rank: int,
+    main: Callable,
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    device: str,
+    args: tuple,
+) -> None:
+    rank, world_size = machine_rank * num_processes + local_rank, num_machines * num_processes
+    _run(main, args, device, rank, world_size, local_rank, num_processes, init_method=dist_url)
+
+
+def _check_devices(device: str, local_size: int) -> None:
     if device.startswith("cuda") and local_size > torch.cuda.device_count():
         raise UserError(
             f"{local_size} processes were asked for on a machine that shows "
@@ -126,7 +150,7 @@ def _check_devices(device, local_size):
 
 
 def _check_that_no_device_is_shared(store: dist.Store) -> None:
-    """NCCL would wait, or fail with words of its own. All processes raise together."""
+    """NCCL would wait, or fail with an error that says less. All processes raise together."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store.set(f"device_of_{rank}", f"{_device_name()} on {socket.gethostname()}")
     if rank == 0:
@@ -144,46 +168,32 @@ def _check_that_no_device_is_shared(store: dist.Store) -> None:
 
 
 def _device_name() -> str:
-    """What tells a GPU from the machine's others, whichever of them this process sees."""
+    """A name that no other GPU of the machine has, whichever of them this process sees."""
     index = _device_index(int(os.environ["LOCAL_RANK"]))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if "MIG-" in visible:  # parts of one GPU
         return f"GPU {visible.split(',')[index]}"
-    # PyTorch tells it from 2.4 on
+    # PyTorch has it from 2.4 on
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     return f"GPU {uuid or (visible.split(',')[index] if visible else index)}"
 
 
 def _device_index(local_rank: int) -> int:
-    """Of the GPUs that this process sees: the only one, or the one with the process's number."""
+    """Of the process's GPU among those it sees: the only one, or the one with its number."""
     return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
-def _spawned(local_rank, main, num_processes, num_machines, machine_rank, dist_url, device, args):
-    _run(
-        main,
-        args,
-        device=device,
-        init_method=dist_url,
-        rank=machine_rank * num_processes + local_rank,
-        world_size=num_machines * num_processes,
-        local_rank=local_rank,
-        local_size=num_processes,
-    )
-
-
 def _run(
-    main,
-    args,
-    *,
-    device,
-    rank,
-    world_size,
-    local_rank,
-    local_size,
-    init_method=None,
-    store=None,
-):
+    main: Callable,
+    args: tuple,
+    device: str,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    local_size: int,
+    **rendezvous: Any,
+) -> None:
+    """Run `main` in this process of a job; `rendezvous` is for `init_process_group`."""
     use_cuda = device.startswith("cuda")
     if use_cuda:
         torch.cuda.set_device(_device_index(local_rank))
@@ -191,11 +201,10 @@ def _run(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group(
         backend="nccl" if use_cuda else "gloo",
-        init_method=init_method,
-        store=store,
         rank=rank,
         world_size=world_size,
         timeout=DEFAULT_TIMEOUT,
+        **rendezvous,
     )
     _create_local_process_group(local_size)
     comm.synchronize()
@@ -225,9 +234,3 @@ def _create_local_process_group(local_size: int) -> None:
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -52,7 +52,7 @@ def _run(function, args, log, environment):
         os.dup2(out.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # launch() spawns its processes, which import everything again; forked ones need not
+    # launch_processes() spawns its processes, which import everything again; forked ones need not
     torch.multiprocessing.spawn = functools.partial(
         torch.multiprocessing.start_processes, start_method="fork"
     )

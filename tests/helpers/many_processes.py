@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from msrcnn_d2.engine import build_recipe, train
-from msrcnn_d2.engine.launch import launch
+from msrcnn_d2.engine.launch import launch_processes
 from msrcnn_d2.engine.loaders import build_resumable_loader
 from msrcnn_d2.utils import distributed
 from msrcnn_d2.utils.errors import UserError, agree_on_user_errors, exit_on_user_error
@@ -176,7 +176,7 @@ def train_and_keep(options: list[str], output_dir: Path) -> dict:
 
 def run_both(folder: Path, options: list[str]) -> None:
     """Two processes, which keep what they have computed in `folder`."""
-    launch(_keep, 2, device="cpu", args=(folder, options))
+    launch_processes(_keep, 2, device="cpu", args=(folder, options))
 
 
 def _keep(folder, options):
@@ -191,7 +191,7 @@ def _keep(folder, options):
 def fail(failing: list[int]) -> None:
     """Two processes, of which some fail with a mistake of the user."""
     with exit_on_user_error():
-        launch(_fail, 2, device="cpu", args=(failing,))
+        launch_processes(_fail, 2, device="cpu", args=(failing,))
 
 
 def _fail(failing):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from detectron2.utils import comm
 
-from msrcnn_d2.engine.launch import launch
+from msrcnn_d2.engine.launch import launch_processes
 from tests.helpers import simulated_cuda
 from tests.helpers.many_processes import train_and_keep
 from tests.helpers.simulated_cuda import SimulatedCuda, SimulatedTensor
@@ -206,7 +206,7 @@ def run_rank(folder: Path, options: list[str]) -> None:
             simulated_cuda.DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             stack.enter_context(SimulatedCuda().running())
             nccl = stack.enter_context(SimulatedNCCL().running())
-        launch(_keep, NUM_GPUS, args=(nccl, folder, options))
+        launch_processes(_keep, NUM_GPUS, args=(nccl, folder, options))
 
 
 def _keep(nccl, folder, options):
