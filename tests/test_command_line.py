@@ -1,6 +1,9 @@
 """Values on the command line and in config files: what is taken, and what is refused."""
 
+import json
 import math
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -238,3 +241,40 @@ def test_ddp_is_given_the_device_of_the_process(monkeypatch):
     recipe = SimpleNamespace(device="cuda", ddp={"broadcast_buffers": False})
     expected = {"broadcast_buffers": False, "device_ids": [0]}
     assert loop_module._distributed(None, recipe) == expected
+
+
+# How often annotations are read
+
+
+def test_annotations_are_parsed_once_by_each_of_their_readers(tmp_path, monkeypatch):
+    """The dataset check, Detectron2's loader and, for a test set, the evaluator."""
+    folders = {name: tmp_path / name for name in ("parsed_train", "parsed_val")}
+    options = []
+    for name, folder in folders.items():
+        folder.mkdir()
+        options += write_dataset(folder, name)
+    parsed = Counter()
+    load = json.load
+
+    def counting(file, *args, **kwargs):
+        parsed[Path(getattr(file, "name", "")).parent.name] += 1
+        return load(file, *args, **kwargs)
+
+    monkeypatch.setattr(json, "load", counting)
+    output = tmp_path / "output"
+    command = ["--config-file", write_lazy_config(tmp_path / "lazy.yaml"), *options]
+    names = [
+        "dataloader.train.dataset.names=parsed_train",
+        "dataloader.test.dataset.names=parsed_val",
+        "dataloader.evaluator.dataset_name=parsed_val",
+    ]
+    run(*command, *names, f"train.output_dir={output}", "train.max_iter=1")
+    assert {name: parsed[name] for name in folders} == {"parsed_train": 2, "parsed_val": 3}
+
+    for name in folders:  # an evaluation is a program of its own
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    parsed.clear()
+    weights = f"train.init_checkpoint={output}/model_final.pth"
+    run("--eval-only", *command, *names, f"train.output_dir={output}", weights)
+    assert {name: parsed[name] for name in folders} == {"parsed_train": 0, "parsed_val": 3}
