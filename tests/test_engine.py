@@ -933,11 +933,18 @@ def test_images_of_unknown_size_can_be_batched():
 def test_check_of_classes_and_loader_share_what_is_read_once(monkeypatch):
     annotations, images = "train.json", "images"
     times_read = []
-    monkeypatch.setattr(
-        configs_module, "load_coco_json", lambda *args: times_read.append(args) or [{"image_id": 1}]
-    )
+
+    def load(*args):
+        times_read.append(args)
+        if len(times_read) == 1:
+            raise OSError
+        return [{"image_id": 1}]
+
+    monkeypatch.setattr(configs_module, "load_coco_json", load)
     register_dataset("read_for_two", annotations, images)
     try:
+        with pytest.raises(OSError):
+            DatasetCatalog.get("read_for_two")
         got = [DatasetCatalog.get("read_for_two") for _ in range(4)]
     finally:
         DatasetCatalog.remove("read_for_two")
@@ -945,4 +952,4 @@ def test_check_of_classes_and_loader_share_what_is_read_once(monkeypatch):
     assert got == [[{"image_id": 1}]] * 4
     # The third and the fourth caller read anew: nothing is kept in memory for the whole training
     assert got[0] is got[1] and got[1] is not got[2] and got[2] is not got[3]
-    assert times_read == [(annotations, images, "read_for_two")] * 3
+    assert times_read == [(annotations, images, "read_for_two")] * 4  # once in vain

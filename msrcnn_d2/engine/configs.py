@@ -205,16 +205,16 @@ class _ReadForTwo:
 
     def __init__(self, *args: str):
         self._args = args
-        self._calls = 0
-        self._kept: list[dict] = []
+        self._is_first = True
+        self._kept: list[dict] | None = None
 
     def __call__(self) -> list[dict]:
-        self._calls += 1
-        if self._calls == 2:
-            kept, self._kept = self._kept, []
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
             return kept
         dataset_dicts = load_coco_json(*self._args)
-        self._kept = dataset_dicts if self._calls == 1 else []
+        if self._is_first:
+            self._is_first, self._kept = False, dataset_dicts
         return dataset_dicts
 
 
