@@ -90,7 +90,9 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         from msrcnn_d2.utils.errors import exit_on_user_error
 
         with exit_on_user_error():
-            return command.run(args) or 0
+            code = command.run(args) or 0
+            sys.stdout.flush()  # now, while an error can be handled
+            return code
     except UsageError as error:
         parser.fail(str(error))
     except ModuleNotFoundError as error:
@@ -99,6 +101,9 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         parser.fail(str(error))  # msrcnn_d2 says how to install it
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
 
 
 def build_parser(name: str, prog: str | None = None) -> Parser:
@@ -132,9 +137,12 @@ def _parser_of_commands(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         usage=f"{prog} COMMAND ...",
-        description="Mask Scoring R-CNN for Detectron2: masks ranked by how good they are.",
-        epilog="\n".join(
-            ["commands:", *lines, "", f"{prog} COMMAND --help explains a command, with examples."]
+        description="\n".join(
+            [
+                "Mask Scoring R-CNN for Detectron2: masks ranked by how good they are.",
+                *("", "commands:", *lines, ""),
+                f"{prog} COMMAND --help explains a command, with examples.",
+            ]
         ),
     )
     parser.add_argument("--version", action="store_true", help="print the version")

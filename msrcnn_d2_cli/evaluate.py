@@ -19,7 +19,7 @@ EXAMPLES = """
   the published weights of a config (`msrcnn-d2 zoo` lists them):
     {prog} --config-file COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py \\
       --weights ms_rcnn_R_50_FPN_1x
-  the last checkpoint of a run, with the config that the run has left:
+  the last checkpoint of a run, with the config that the run saved:
     {prog} --config-file output/config.yaml --resume
   your own data, in COCO's format:
     {prog} --config-file ... --weights model.pth \\

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -260,3 +261,17 @@ def test_zoo_as_markdown_and_of_models_without_weights(capsys):
     assert "none are published" in capsys.readouterr().out
     assert exit_code("zoo", "ms_rcnn_R50_FPN_1x") == 2
     assert "ms_rcnn_R_50_FPN_1x" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(
+        [sys.executable, "-m", "msrcnn_d2_cli", "zoo"],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert ran.returncode == 128 + signal.SIGPIPE and "Traceback" not in ran.stderr
