@@ -1,5 +1,6 @@
 """train_net.py as users run it: both kinds of config, resuming, many processes, real images."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from detectron2.engine import SimpleTrainer
 
 from msrcnn_d2 import engine
+from msrcnn_d2.engine import hooks
 from tests.helpers import forked, many_processes
 from tests.helpers.command import exit_code
 from tests.helpers.toy import NUM_CLASSES, real_datasets, tiny_yacs_config
@@ -285,6 +287,20 @@ def best_score_of_each_image(output_dir):
     for result in results:
         scores[result["image_id"]] = max(result["score"], scores.get(result["image_id"], 0))
     return scores
+
+
+def test_a_disk_that_is_full_of_metrics_ends_the_run_in_one_sentence(
+    lazy_config, toy_dataset, tmp_path, monkeypatch, capsys
+):
+    def full(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hooks.MetricsWriter, "after_step", full)
+    output = f"train.output_dir={tmp_path / 'output'}"
+    assert exit_code("train", "--config-file", lazy_config, *toy_dataset, output) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 1 and str(tmp_path / "output") in captured.err
+    assert "Traceback" not in captured.err + captured.out
 
 
 def test_eval_only_wants_a_checkpoint(lazy_config, toy_dataset, tmp_path, capsys):
