@@ -36,7 +36,7 @@ def obstacle(first: str, names: Sequence[str], second: str, others: Sequence[str
 
 
 def difference(first: str, names: Sequence[str], second: str, others: Sequence[str]) -> str:
-    """Like :func:`obstacle`, where the names and their order have to be the same."""
+    """Like :func:`obstacle`, for a use that needs the same names in the same order."""
     if list(names) == list(others):
         return ""
     why = _why_not_by_name(names, others) or "the names have to be the same"

@@ -75,8 +75,8 @@ MAX_PIXELS = 2**32  # of an image; pycocotools counts with 32 bits
 MAX_AREA = 1e5**2  # the end of COCO's range of all sizes
 # pycocotools keeps ids of annotations as floating-point numbers, which are exact up to here
 MAX_ANNOTATION_ID = 2**53
-# A character has six bits, one of which says that the number continues, so no number ends with it:
-# pycocotools would read on beyond the text. Seven characters hold any count of 32 bits.
+# A character has six bits. One of them says that the number continues, so the last character must
+# not have it: pycocotools would read beyond the text. Seven characters hold any count of 32 bits.
 COMPRESSED_COUNTS = re.compile("([P-o]{0,6}[0-O])+")
 # What East Asian systems wrote before UTF-8, and Python's names for it
 OLD_ENCODINGS = {"GBK": "gbk", "Big5": "big5", "Shift JIS": "cp932", "EUC-KR": "cp949"}
@@ -257,7 +257,7 @@ def has_byte_order_mark(path: str) -> bool:
 
 
 def _other_encoding(path: str) -> str:
-    """The encodings other than UTF-8 in which the file is JSON; empty if there is none."""
+    """The encodings other than UTF-8 in which the file is valid JSON, or an empty text."""
 
     def is_json_in(codec: str) -> bool:
         try:

@@ -1,9 +1,9 @@
 """
 Fit how much the predicted IoU counts in the ranking of masks: class score x mask IoU ** exponent.
 
-In the paper the exponent is 1; with 0 only the class score counts. Which one is best depends on how
-well the MaskIoU head of a model has learned. The mask AP of its predictions under each exponent
-tells, without any training. The command is `msrcnn-d2 fit-exponent`.
+In the paper the exponent is 1; with 0 only the class score counts. The best one depends on how well
+the MaskIoU head has learned. The mask AP of the model's predictions under each exponent shows it,
+without any training. The command is `msrcnn-d2 fit-exponent`.
 
 Never fit on the images that you report results of: their AP would be too good. Hold out a part of
 the training images, as a dataset that you neither train on nor report.
@@ -59,7 +59,7 @@ def fit_exponent(
         coco_gt: the ground truth of images that you neither train on nor report results of.
         results: detections of a mask-scoring model in COCO's result format, with "score" (the
             class score), "pred_mask_iou" and "segmentation" (compressed RLE).
-        exponents: to try, besides 0 and 1.
+        exponents: what to try in addition to 0 and 1.
         max_dets: how many detections of each image and class count, those with the best scores.
         engine: "faster-coco-eval", "pycocotools", or None for the first one that is installed.
         progress: whether to show a bar.

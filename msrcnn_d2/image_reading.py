@@ -39,7 +39,7 @@ IMAGE_KEYS: dict[str, tuple[str, Any]] = {
     "apply_exif": ("INPUT.APPLY_EXIF", True),
     "max_pixels": ("INPUT.MAX_IMAGE_PIXELS", None),
 }
-# By the orientation in EXIF, what turns an image as it is stored into what the camera saw
+# EXIF orientation -> what turns the stored image into what the camera saw
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -404,8 +404,8 @@ def read_with(settings: ImageSettings, mapper: Callable | None) -> Callable | No
     """
     Make a mapper read images by the settings.
 
-    A mapper that is not derived from Detectron2's stays as it is unless there are settings, since
-    it may read images in a way of its own.
+    Without settings, a mapper that is not derived from Detectron2's stays as it is: it may read
+    images in its own way.
     """
     if mapper is None or isinstance(mapper, _ReadingMapper):
         return mapper

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "msrcnn-d2") -> int:
         prog: name of the program in help texts.
 
     Returns:
-        the exit code. What the user has to mend ends in `SystemExit` with code 2.
+        the exit code. A mistake of the user raises `SystemExit` with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
@@ -161,7 +161,7 @@ def _version() -> str:
 
 
 def _complete(prog: str) -> None:
-    """Tell the shell what may come next."""
+    """Print what may come next, for the completion of the shell."""
     import argparse
 
     try:

@@ -1,8 +1,8 @@
 """
 Convert a checkpoint of another framework to Detectron2's names, once.
 
-The output, if it is a ".pth" file, then loads wherever Detectron2 loads checkpoints. (Programs that
-use msrcnn_d2 load the input as it is.) What else the input holds, such as the optimizer's state, is
+A ".pth" output then loads wherever Detectron2 loads checkpoints. (Programs that use msrcnn_d2 can
+load the input without conversion.) Other contents of the input, such as the optimizer's state, are
 left out.
 """
 

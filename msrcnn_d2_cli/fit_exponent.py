@@ -1,8 +1,8 @@
 """
 Fit how much the predicted IoU counts in the ranking of masks: class score x mask IoU ** exponent.
 
-In the paper the exponent is 1; with 0 only the class score counts. Which one is best depends on how
-well the MaskIoU head of a model has learned. Predictions tell it, without any training.
+In the paper the exponent is 1; with 0 only the class score counts. The best one depends on how well
+the MaskIoU head has learned. The model's predictions show it, without any training.
 
 Never fit on the images that you report results of: their AP would be too good. Hold out a part of
 the training images, as a dataset that you neither train on nor report; see the examples.
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="G",
         type=float,
         nargs="+",
-        help="exponents to try besides 0 and 1 (default: 13 from 0 to 16)",
+        help="exponents to try in addition to 0 and 1 (default: 13 from 0 to 16)",
     )
     parser.add_argument(
         "--max-dets",
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def weights_to_change(checkpoint: str, output: str) -> "Weights":
-    """Read before the fit, so that a mistake is told at once."""
+    """Read the weights before the fit, so that a mistake shows at once."""
     from msrcnn_d2.checkpoint.compatibility import MASK_IOU_HEAD
     from msrcnn_d2.checkpoint.conversion import SCORE_EXPONENT, check_finite, read_weights
     from msrcnn_d2.checkpoint.fetching import find_file

@@ -30,8 +30,8 @@ class UsageError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """
-    A parser that takes options anywhere among the other arguments, tells mistakes in one sentence,
-    and takes no abbreviated options, which could mean something else in a later version.
+    A parser that accepts options anywhere among the other arguments and reports a mistake in one
+    sentence. It accepts no abbreviated options: they could mean something else in a later version.
     """
 
     def __init__(self, **kwargs: object):

@@ -79,7 +79,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             path: a file; a URL with "https://" or "detectron2://"; or the name of a config of this
                 package or of Detectron2, for the weights that were published for it. Empty to
                 leave the model as it is.
-            checkpointables: names of those to load besides the model, all by default.
+            checkpointables: names of what to load in addition to the model; all by default.
             strict: whether the file has to provide all parameters, as an evaluation needs. If
                 not, parameters that the file lacks start fresh, unless they are frozen.
             finite: whether NaN and infinity are refused.

@@ -107,8 +107,8 @@ def misfit(fit: Fit, needed: Collection[str] | None = None) -> str:
     """
     Args:
         needed: names of the parameters that have to come from the file. A training needs the
-            frozen ones only. None for an evaluation, which needs all, and in which the file must
-            not have others besides.
+            frozen ones only. None for an evaluation, which needs all of them and allows no
+            others.
 
     Returns:
         why a model cannot be used with these weights; or "".

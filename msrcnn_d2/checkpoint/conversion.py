@@ -112,7 +112,7 @@ def read_weights(file: str) -> Weights:
 
 
 def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any], str]":
-    """The parameters, what the file has besides, and a note on averages of them."""
+    """The parameters, the other contents of the file, and a note on averaged weights."""
     values: Any = contents
     extras: dict[str, Any] = {}
     note, author = "", None

@@ -92,8 +92,8 @@ def _check_orientations(entries: Entries, files: dict[int, ImageFile], report: R
     """
     Find annotations that treat the orientation in EXIF in another way than images are read.
 
-    Annotations are of images either as they are stored or as EXIF turns them. The majority of the
-    images whose size tells decides for all, since a file is made in one of the two ways.
+    Annotations describe images either as stored or as EXIF turns them. One file does it in one of
+    the two ways, so the majority of the images whose size shows the way decides for all.
 
     Args:
         files: those that can be read, by the place of the image.

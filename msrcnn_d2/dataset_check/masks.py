@@ -262,7 +262,7 @@ def _read_boxes(boxes: list) -> np.ndarray:
 
 
 def _iou(box: np.ndarray, other: np.ndarray) -> float:
-    """Of two boxes, the second of which has an area."""
+    """IoU of two boxes. The second one has an area."""
     common = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     intersection = np.prod(np.maximum(common, 0))
     areas = np.prod(box[2:] - box[:2]) + np.prod(other[2:] - other[:2])

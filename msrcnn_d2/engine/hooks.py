@@ -79,7 +79,7 @@ class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's evaluates after a failed last iteration, too, and waits for lost processes."""
+    """Detectron2's also evaluates after a failed last iteration, and waits for lost processes."""
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:  # counted on after the last iteration only
@@ -210,8 +210,8 @@ def _is_listening() -> Any:
 
 def outlive_stop_signals() -> Callable[[int], None]:
     """
-    What a `DataLoader` calls in its worker processes. Ctrl-C and `scancel` reach them, too, and a
-    worker that dies would make the step fail. So they ignore signals and end with their loader.
+    The `worker_init_fn` of a `DataLoader`. Ctrl-C and `scancel` also reach its workers, and the
+    death of a worker makes the step fail. So workers ignore signals and end with their loader.
     """
     return functools.partial(_ignore_while_listening, _is_listening())
 

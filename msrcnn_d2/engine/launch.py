@@ -19,7 +19,7 @@ from .hooks import stop_signals_handled
 
 __all__ = ["launch_processes"]
 
-# What torchrun tells each process, besides its RANK
+# The variables that torchrun sets for each process, beside RANK
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -109,7 +109,7 @@ def _spawn(
         received.append(number)
         for process in processes.processes:
             if process.is_alive():
-                # Not SIGINT, which Ctrl-C sends them besides: a second one ends them at once
+                # Not SIGINT: Ctrl-C has sent it to them, and a second one ends them at once
                 process.terminate()
 
     try:

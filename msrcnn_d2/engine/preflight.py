@@ -46,7 +46,7 @@ ADVICE = "Give the categories of all annotation files the same names and the sam
 NUM_SHOWN = 2  # examples of each kind
 # Errors that do not matter for training
 ONLY_IN_EVALUATION = ("area", "polygon-points")
-# Errors that a change of the config mends; their messages say which
+# Errors that a change of the config fixes. Their messages say which change
 BY_SETTINGS = ("image-orientation", "image-pixels", "image-deep", "image-deep-color")
 # A few wrong boxes are noise. If there are more, all were written in another format
 MOST_WRONG_BOXES = 0.01
@@ -262,7 +262,7 @@ def _refuse(
     metadata = MetadataCatalog.get(name)
     paths = shlex.join([metadata.json_file, metadata.get("image_root") or "IMAGES"])
     advice = (
-        f"`msrcnn-d2 check-data {paths}` shows all of them, and with --fix OUT.json mends or "
+        f"`msrcnn-d2 check-data {paths}` shows all of them, and with --fix OUT.json fixes or "
         "leaves out what it can"
     )
     if errors:

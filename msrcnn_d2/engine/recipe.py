@@ -54,11 +54,11 @@ EVALUATOR = "dataloader.evaluator (yaml: TEST)"
 class TestSet:
     """
     Attributes:
-        names: of the datasets, none if the config does not say.
-        build_loader, build_evaluator: called anew for each evaluation. They raise a UserError for
+        names: names of the datasets; empty if the config does not say.
+        build_loader, build_evaluator: called for each evaluation. They raise a UserError for
             wrong arguments.
         batch_size: images per batch and process; None if the config does not say. For checks only.
-        number: tells test sets of the same names apart.
+        number: distinguishes test sets with the same names.
     """
 
     names: tuple[str, ...]
@@ -83,7 +83,7 @@ class TestSet:
 
 
 def _given_once(built: Any, build: Callable[[], Any]) -> Callable[[], Any]:
-    """Gives what is built, then builds anew."""
+    """A function that first returns what has been built already, and then builds."""
     waiting = [built]
     return lambda: waiting.pop() if waiting else build()
 

@@ -224,8 +224,8 @@ def _nonfinite_gradients(model: nn.Module) -> list[str]:
 def adapt_forward(model: nn.Module, autocast_on_cpu: bool = False) -> None:
     """
     Give a model in training a NaN loss where Detectron2 raises an error about predictions that are
-    not finite. Of many processes only one would have that error, while the others wait for its
-    gradients; a loss reaches all of them.
+    not finite. That error would end one process while the others wait for its gradients. A loss
+    reaches all of them.
 
     Args:
         autocast_on_cpu: whether the model also trains in bfloat16. Its evaluation is left at full

@@ -133,9 +133,9 @@ class Overlaps:
 
         Within each image and class the detections choose in the order of their scores, the best
         first; equal scores keep the order of the results. Each detection takes the free object
-        with the largest IoU, if that is at least the threshold, and the later one of two with the
-        same IoU. If there is none, it falls to a crowd that it overlaps enough. A crowd takes any
-        number of detections.
+        with the largest IoU, if that is at least the threshold; of two objects with the same IoU
+        it takes the later one. Without such an object it is matched with a crowd that it overlaps
+        enough. A crowd can be matched any number of times.
 
         Args:
             scores: N numbers that decide which detection chooses first.

@@ -12,7 +12,7 @@ NUM_BINS = 10
 def pearson(first: np.ndarray, second: np.ndarray) -> float:
     """
     Pearson's correlation coefficient, in [-1, 1]: how well a straight line describes the relation
-    of two variables. NaN for fewer than two values, and where one of the two does not vary.
+    of two variables. NaN for fewer than two values, or if one of the variables is constant.
     """
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")

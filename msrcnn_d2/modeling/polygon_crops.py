@@ -91,8 +91,8 @@ def polygon_areas(masks: PolygonMasks, image_size: tuple[int, int]) -> torch.Ten
     once, and with the even-odd rule for polygons that cross themselves, as in pycocotools.
 
     Polygons are clipped to the image, and their areas are added. That is exact, except for the few
-    objects whose parts overlap or cross. These are found by rasterising each object at a resolution
-    of its own; where the two results disagree, the rasterised area is used.
+    objects whose parts overlap or cross. To find them, each object is rasterised at its own
+    resolution; where the two results disagree, the rasterised area is used.
 
     Args:
         masks: N objects; those that augmentation removed have no polygon.

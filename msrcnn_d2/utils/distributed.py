@@ -47,8 +47,8 @@ class StepAgreement:
             question: called in each process by :meth:`settle`.
 
         Returns:
-            function that tells whether any process has answered with yes in this step. A single
-            process is asked again, so that it need not wait for the next step.
+            function that says whether any process has answered yes in this step. A single process
+            is asked again, so that it does not wait for the next step.
         """
         index = len(self._questions)
         self._questions.append(question)
@@ -69,13 +69,13 @@ class StepAgreement:
 
 class _ForwardWatch:
     """
-    For a forward pass that fails in one process of a job while the others wait for it in a
+    Handles a forward pass that fails in one process of a job while the others wait for it in a
     collective, such as that of a synchronised batch norm.
 
-    If this process went on, the others would wait for ever, or meet it in a different collective.
-    So it waits until all others have left their forward pass. If they do not, it ends the job with
-    one sentence. No exception reaches a process in a collective, so each process has a thread that
-    tells the others how far it is, and that ends it.
+    If the failed process continued, the others would wait forever, or meet it in a different
+    collective. So it waits until all others have finished their forward pass. If they do not, it
+    ends the job with one sentence. An exception cannot reach a process in a collective, so each
+    process has a thread that shares its progress and ends it if necessary.
 
     Attributes:
         num_done: forward passes of this process that have ended. All processes have the same
