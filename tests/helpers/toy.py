@@ -264,7 +264,7 @@ def write_images(folder, objects=OBJECTS, image_size=IMAGE_SIZE) -> None:
 
 def real_datasets() -> Path | None:
     """The folder of coco/, if there is one."""
-    beside = Path(__file__).resolve().parents[2] / "shared/data/datasets"
+    beside = Path(__file__).resolve().parents[3] / "shared/data/datasets"
     for folder in map(Path, filter(None, [os.environ.get("DETECTRON2_DATASETS"), beside])):
         if (folder / "coco/annotations/instances_val2017.json").is_file():
             return folder.resolve()
