@@ -1,4 +1,4 @@
-"""Whether the class names of datasets and of weights agree, and a message where they do not."""
+"""Whether the class names of datasets and of weights agree, and a message if they do not."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ __all__ = ["difference", "match", "obstacle", "same"]
 
 def same(names: Sequence[str], others: Sequence[str]) -> bool:
     """
-    Whether the names and their order are the same. Capitals, blanks, hyphens and underscores count
-    only where they tell classes apart, as with letters "a" and "A".
+    Whether the names and their order are the same. Case, blanks, hyphens and underscores matter
+    only if they tell classes apart, as with letters "a" and "A".
     """
     plain = [*map(_plain, names)]
     if len(set(plain)) < len(plain):

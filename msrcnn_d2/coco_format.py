@@ -3,7 +3,7 @@ Read files in COCO's format: annotations and predictions.
 
 The rules for what such a file may contain are stated here once. :func:`check_entries` and
 :func:`check_masks` report each entry that breaks one, which is how a dataset is checked;
-:func:`read_annotations` and :func:`read_results` raise an error at the first.
+:func:`read_annotations` and :func:`read_results` raise an error at the first one.
 """
 
 import codecs
@@ -92,7 +92,7 @@ def read_results(path: str) -> list[dict]:
 
     Returns:
         At least one detection, each with "image_id", "category_id", a finite "score" and a
-        "segmentation", which is compressed RLE, or polygons as before. Other keys stay.
+        "segmentation", which is compressed RLE, or polygons as in the file. Other keys stay.
 
     Raises:
         UserError: the file cannot be read, or an entry breaks a rule.
@@ -232,7 +232,7 @@ def read_json(path: str, advice: str) -> Any:
     if os.path.isdir(path):
         raise UserError(f"'{path}' is a folder: {advice}.")
     is_collecting = gc.isenabled()
-    gc.disable()  # it would look for cycles in lists of numbers: three quarters of the time
+    gc.disable()  # it would spend three quarters of the time on lists of numbers
     try:
         with open(path, encoding="utf-8-sig") as f:
             return json.load(f)
@@ -278,8 +278,8 @@ def _other_encoding(path: str) -> str:
     except UnicodeDecodeError:
         pass
     fitting = [name for name, codec in OLD_ENCODINGS.items() if is_json_in(codec)]
-    # Any bytes are Windows-1252, so it is named only where nothing else fits, or where no word is
-    # long enough to tell
+    # Any bytes are Windows-1252, so it is named only if nothing else fits, or if no word is long
+    # enough to tell
     is_short = max(map(len, re.findall(rb"[\x80-\xff]+", data))) < 3
     if (is_short or not fitting) and is_json_in("cp1252"):
         fitting.append("Windows-1252")
@@ -320,7 +320,7 @@ def check_entries(contents: dict, report: Report) -> Entries:
     Check ids, references, sizes, areas and crowds.
 
     Args:
-        contents: of a file, with lists of "images", "categories" and "annotations".
+        contents: contents of a file, with lists of "images", "categories" and "annotations".
         report: called for each problem.
     """
     image_index = _index_ids(contents, "images", "image", report)
@@ -445,7 +445,7 @@ def check_masks(masks: list, sizes: np.ndarray | None, report: Report) -> Iterat
     Check the form of masks.
 
     Args:
-        masks: (M), whatever stands in "segmentation"; None if there is nothing.
+        masks: (M), the values of "segmentation"; None if there is none.
         sizes: (M, 2), height and width of the image of each, NaN where they are not known.
         report: called for each problem, with the list "annotations" and the place in `masks`.
 
@@ -525,7 +525,7 @@ def _flatten(masks: list[list]) -> tuple[np.ndarray, np.ndarray]:
 def _plain_polygons(
     owners: list[int], masks: list[list], report: Report
 ) -> tuple[list[int], list[list]]:
-    """Report masks that are not lists of polygons; the others, with NaN for what is no number."""
+    """Report masks that are not lists of polygons; return the others, with NaN for non-numbers."""
     kept, cleaned = [], []
     for k, mask in zip(owners, masks):
         message = f"the segmentation is {shown(mask)}"
@@ -563,7 +563,7 @@ def is_rle(mask: dict) -> bool:
         return False
     if isinstance(counts, str) and COMPRESSED_COUNTS.fullmatch(counts):
         counts = _decoded(counts)
-    # If they do not add up, pycocotools compares masks for ever, or reads memory of others
+    # If they do not add up, pycocotools compares masks forever, or reads beyond their memory
     return are_counts(counts) and sum(counts) == math.prod(size)
 
 
@@ -575,7 +575,7 @@ def _decoded(counts: str) -> list[int]:
     shifts = 5 * (np.arange(len(codes)) - starts.repeat(ends - starts + 1))
     values = np.add.reduceat((codes & 31) << shifts, starts)
     values -= (codes[ends] & 16) << (shifts[ends] + 1)  # the sign
-    # From the fourth on they are differences to the last but one
+    # From the fourth on, each is the difference to the value two places before it
     values[1::2], values[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
     return values.tolist()
 
@@ -600,7 +600,7 @@ def sides_of(entry: dict) -> tuple[int, int] | None:
 
 
 def is_id(value: Any) -> bool:
-    """Whether an entry can have the id: text, or a finite number."""
+    """Whether a value can be an id: text, or a finite number."""
     return isinstance(value, str) or (_is_finite(value) and type(value) is not bool)
 
 
@@ -610,7 +610,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def indices_of(chosen: np.ndarray) -> list[int]:
-    """Where an array is true, as Python's integers."""
+    """The indices where an array is true, as Python's integers."""
     return np.flatnonzero(chosen).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Whether the parameters of a file fit a model, and a message where they do not."""
+"""Whether the parameters of a file fit a model, and a message if they do not."""
 
 import re
 from collections.abc import Collection
@@ -38,8 +38,8 @@ class Fit:
         shapes: {name: (shape in the file, shape in the model)} where they differ.
         types: {name: (type in the file, type in the model)} where one is of integers and the
             other of floating-point numbers: loading would convert them as if they meant the same.
-        score_exponent: the file's, if it has one and the model takes it. It is a setting that a
-            file may lack, and not counted.
+        score_exponent: the exponent in the file, if it has one and the model takes it. It is a
+            setting that a file may lack, so it is not counted.
     """
 
     total: int
@@ -52,7 +52,7 @@ class Fit:
 
     @property
     def num_classes(self) -> tuple[int, int] | None:
-        """In the file and in the model, if they differ."""
+        """The numbers of classes in the file and in the model, if they differ."""
         for name, (given, expected) in self.shapes.items():
             if CLASS_BIAS.fullmatch(name):
                 return given[0] - 1, expected[0] - 1  # one row is the background's
@@ -121,7 +121,7 @@ def misfit(fit: Fit, needed: Collection[str] | None = None) -> str:
             f"'{name}' is of type {types[0]} in the file and {types[1]} in the model, as in a "
             "quantised model. Give the weights as floating-point numbers."
         )
-    # Where nothing else fits, other shapes say why
+    # If nothing else fits, the shapes that differ say why
     if any(not fit.given or needed is None or name in needed for name in fit.shapes):
         return _shapes_differ(fit)
     exponent = fit.score_exponent

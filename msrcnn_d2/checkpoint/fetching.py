@@ -40,8 +40,8 @@ def find_file(path: str) -> str:
         ~/.torch/iopath_cache.
 
     Raises:
-        UserError: there is no such file, it cannot be downloaded, or the download has another
-            checksum than its name says.
+        UserError: there is no such file, it cannot be downloaded, or the checksum of the download
+            is not the one in its name.
     """
     if os.path.isfile(path):
         return path
@@ -66,8 +66,9 @@ def find_file(path: str) -> str:
 
 def path_in_cache(url: str) -> str:
     """
-    Where a download is kept: Detectron2's files where Detectron2 keeps them, others in a folder of
-    their server. Each query has a folder of its own. ".." in a URL does not lead out of the cache.
+    The path of a download: Detectron2's files are where Detectron2 keeps them, others in a folder
+    named after their server. Each query has a folder of its own. ".." in a URL does not lead out of
+    the cache.
     """
     theirs, given = urlparse(Detectron2Handler.S3_DETECTRON2_PREFIX), urlparse(url)
     path = given.path if posixpath.basename(given.path) else given.path + "/download"
@@ -121,7 +122,7 @@ def _download(url: str, path: str) -> None:
     incomplete = f"{path}.incomplete"
     digest = DIGEST.search(path)
     timeout = socket.getdefaulttimeout()
-    # Without a timeout, a firewall that swallows packets looks like a server that is slow
+    # Without a timeout, a firewall that drops packets looks like a slow server
     socket.setdefaulttimeout(CONNECTION_TIMEOUT)
     try:
         torch.hub.download_url_to_file(url, incomplete, digest[1] if digest else None)

@@ -20,7 +20,7 @@ __all__ = ["RefusedError", "SafeUnpickler", "load_torch"]
 
 
 class RefusedError(Exception):
-    """A pickle asks for something that is not data. The message is the name of that."""
+    """A pickle asks for something that is not data. The message names it."""
 
 
 class _Ignored:
@@ -54,7 +54,7 @@ RUN_FUNCTIONS = {"builtins.getattr", "getattr"}
 
 
 class _Function:
-    """A function that a pickle may call. A plain function's attributes it could also set."""
+    """Wraps a function that a pickle may call, because it could set attributes of the function."""
 
     def __init__(self, function: Callable):
         self._function = function
@@ -82,7 +82,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An array that a file fills once. To fill a real one again frees memory that is in use."""
+    """An array that a file fills once. Filling a real one twice frees memory that is in use."""
 
     def __new__(cls, *args: Any) -> "_Array":
         raise RefusedError("numpy.ndarray in a way in which NumPy does not save arrays")
@@ -155,7 +155,7 @@ NUMPY = {
 
 def load_torch(path: str) -> Any:
     """
-    What a file of PyTorch contains.
+    The contents of a file of PyTorch.
 
     Raises:
         RefusedError: it contains something that is not data.

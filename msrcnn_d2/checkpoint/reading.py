@@ -41,7 +41,7 @@ def read_file(path: str) -> Any:
     """
     Args:
         path: of a file that PyTorch, Detectron2 (.pkl) or safetensors wrote. Its content decides
-            which of them, not its name.
+            which format it has, not its name.
 
     Returns:
         what was saved: usually a dict with tensors or NumPy arrays somewhere in it.
@@ -140,7 +140,7 @@ def _what_instead(head: bytes) -> tuple[str, str]:
 
 
 def reason(error: Exception) -> str:
-    """The first sentence of an error's message. Some have a page, and advise to run any code."""
+    """The first sentence of an error's message. Some fill a page, and advise running any code."""
     unnamed = "it ends too early" if isinstance(error, EOFError) else type(error).__name__
     text = re.sub(r"^\[enforce fail at .*?\][ .]*", "", str(error).strip())  # PyTorch's source line
     message = text.splitlines() or [unnamed]

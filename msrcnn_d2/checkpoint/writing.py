@@ -17,7 +17,7 @@ __all__ = ["WRITERS", "check_target", "why_not_written", "write_weights"]
 
 WRITERS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, list[str]], IO[bytes]], object]] = {
     ".pth": lambda state_dict, names, f: torch.save({"model": state_dict, **names}, f),
-    # Not `save_file`, whose files only their owner may read. Beside tensors there can only be text
+    # Not `save_file`, whose files only their owner may read. Metadata can only be text
     ".safetensors": lambda state_dict, names, f: f.write(
         save(state_dict, {k: json.dumps(v) for k, v in names.items()} or None)
     ),
@@ -27,8 +27,8 @@ WRITERS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, list[str]], IO[b
 def check_target(target: str, source: str) -> None:
     """
     Raises:
-        UserError: `target`, the path of a file to write, has none of the suffixes in `WRITERS`, is
-            in no folder, or is the file `source`.
+        UserError: `target`, the path of a file to write, has none of the suffixes in `WRITERS`, its
+            folder does not exist, or it is the file `source`.
     """
     if os.path.splitext(target)[1] not in WRITERS:
         raise UserError(f"'{target}' has to end with one of {', '.join(WRITERS)}.")
@@ -50,7 +50,7 @@ def write_weights(
         target: path of the file, see :func:`check_target`; its suffix decides on the format.
         half: whether to write floating-point numbers as float16. Parameters with numbers that are
             too large for it, as variances of batch norm can be, keep their type.
-        class_names: to keep with the weights.
+        class_names: names to keep with the weights.
 
     Raises:
         UserError: the file cannot be written; what was there before is still there.

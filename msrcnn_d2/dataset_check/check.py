@@ -27,9 +27,9 @@ __all__ = ["Dataset", "check_dataset", "find_issues", "read_dataset"]
 class Dataset:
     """
     Attributes:
-        contents: of the JSON file, with lists of "images", "annotations" and "categories", which
-            may have anything in them.
-        files: what the image files are, by name; None if they were left out.
+        contents: contents of the JSON file, with lists of "images", "annotations" and "categories",
+            which may contain anything.
+        files: what was found in the image files, by name; None if they were left out.
         has_mark: whether the file starts with a byte order mark.
         has_annotations: whether the file has a list of annotations, empty or not.
     """

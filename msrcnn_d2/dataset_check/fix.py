@@ -2,8 +2,8 @@
 Write a copy of a dataset in which what a check has found is fixed or left out.
 
 Only what has one right answer is fixed: a box and an area follow from the mask, the ids of
-annotations refer to nothing, and a mask in another form can be rewritten. What has none is left
-out, unless that would cost a whole category or all objects. Then it stays as it is.
+annotations refer to nothing, and a mask in another form can be rewritten. Entries without one are
+left out, unless that would remove a whole category or all objects. Then they stay as they are.
 """
 
 import json
@@ -71,7 +71,7 @@ class Fixed:
         return "\n".join(lines)
 
     def as_data(self) -> dict:
-        """What JSON can hold."""
+        """The changes as plain data, for JSON."""
         changes = [
             {"fix": x.fix.value, "detail": x.detail, **asdict(x.finding)} for x in self.changes
         ]
@@ -91,7 +91,7 @@ def fix_dataset(
     Check a dataset and write a fixed copy of its annotations.
 
     Args:
-        out: where the copy is written; for the others see :func:`check_dataset`.
+        out: where to write the copy; for the other arguments see :func:`check_dataset`.
 
     Raises:
         UserError: the dataset cannot be read, or none of its images is in the folder.
@@ -112,8 +112,8 @@ def fix_issues(dataset: Dataset) -> Fixed:
     """
     Fix a dataset in place.
 
-    It takes rounds, since a fix may show another problem: without a polygon that was far away, the
-    box does not match the mask.
+    It works in rounds, because a fix may reveal another problem: without a polygon that was far
+    away, the box may no longer match the mask.
     """
     found = find_issues(dataset)
     fixed = Fixed(found, left=found)
@@ -202,7 +202,7 @@ class _Round:
                 by_id[image["id"]].append(k)
         for id_, places in by_id.items():
             if any(images[k] != images[places[0]] for k in places):
-                # Which of them the annotations are of is not known
+                # It is not known which of them the annotations describe
                 for k in set(places) - dropped:
                     name = images[k].get("file_name")
                     finding = Finding(
@@ -226,7 +226,7 @@ class _Round:
             self._drop(finding, Fix.DROP_WITH_IMAGE)
 
     def _drop_polygons(self) -> None:
-        """Leave out polygons, and annotations without any other."""
+        """Leave out wrong polygons, and annotations that have no others."""
         by_annotation = defaultdict(list)
         for finding, _ in self._kept(Fix.DROP_POLYGON):
             by_annotation[finding.index].append(finding)

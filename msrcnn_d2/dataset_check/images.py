@@ -1,4 +1,4 @@
-"""Check the images of a dataset: whether their files are there and whole, their size and depth."""
+"""Check the images of a dataset: whether files are there and whole, and their size and depth."""
 
 import os
 import warnings
@@ -35,10 +35,10 @@ class ImageFile:
     """
     Attributes:
         size: height and width in pixels, as the image is read; None if it cannot be read.
-        kind: of the finding, if something is wrong with the file; see `KINDS`.
-        message: of the finding.
+        kind: kind of the finding, if something is wrong with the file; see `KINDS`.
+        message: message of the finding.
         orientation: from EXIF; 1 if there is none.
-        is_turned: whether the image is read as the orientation says, or as it is stored.
+        is_turned: whether the image is turned as the orientation says, or read as it is stored.
         other_size: height and width if it were read the other way.
     """
 
@@ -57,7 +57,7 @@ def check_images(
     Check file names and image files, and whether images have annotations.
 
     Args:
-        images: of the file.
+        images: the images of the file.
         files: from :func:`look_at_images`; None to leave them out.
     """
     names: set[str] = set()
@@ -92,8 +92,8 @@ def _check_orientations(entries: Entries, files: dict[int, ImageFile], report: R
     """
     Find annotations that treat the orientation in EXIF in another way than images are read.
 
-    Annotations describe images either as stored or as EXIF turns them. One file does it in one of
-    the two ways, so the majority of the images whose size shows the way decides for all.
+    Annotations describe images either as stored or as EXIF turns them. A file does it in one way
+    for all images, so the majority of the images whose size shows the way decides.
 
     Args:
         files: those that can be read, by the place of the image.
@@ -151,7 +151,7 @@ def look_at_images(
 
     Args:
         folder: the folder of the images.
-        names: of their files in it.
+        names: names of their files in it.
         quick: whether to read only the headers, and of JPEG and PNG the ends, which show whether a
             file is whole. A file that does not end as it should is decoded.
         num_workers: threads; by default as many as there are cores. Pillow decodes in parallel.

@@ -67,7 +67,7 @@ FILE, IMAGE, CATEGORY, ANNOTATION = "", "images", "categories", "annotations"
 _UNUSABLE = "Detectron2 stops at the image; `msrcnn-d2 train` leaves out a few such images."
 
 # fmt: off
-# In the order in which they are shown. A comment says why where the effect does not.
+# They are shown in this order. A comment says why if the effect does not.
 _TABLE = (
     # Errors
     Kind("no-images", ERROR, FILE, Fix.NOTHING, "there are no images", "Training fails."),
@@ -136,19 +136,19 @@ _TABLE = (
     # Detectron2 compares with 0, so that null and "0" are crowds in training, and COCO takes int()
     Kind("iscrowd", ERROR, ANNOTATION, Fix.DROP, "iscrowd is neither 0 nor 1",
          "Training leaves out the object as a crowd; the evaluation fails or ignores it."),
-    # A negative area, and a larger one than COCO's largest size, is in no range of sizes
+    # A negative area, or one above COCO's largest size, is in no range of sizes
     Kind("area", ERROR, ANNOTATION, Fix.SET_AREA,
          "the area is missing, or is not a number from 0 to 10 billion pixels",
          "The evaluation fails, or does not count the object."),
     Kind("keypoints", ERROR, ANNOTATION, Fix.REMOVE_KEYPOINTS,
          "the keypoints are not a list of numbers", "Detectron2 fails."),
-    # PyTorch takes no number that is too large for its types, though the box is cut off later
+    # PyTorch refuses numbers that are too large for its types, though the box is cut off later
     Kind("box", ERROR, ANNOTATION, Fix.SET_BOX,
          "the box is not four numbers within a million pixels", "Training fails."),
     Kind("box-elsewhere", ERROR, ANNOTATION, Fix.SET_BOX,
          "the box and the box of the mask have an IoU below 0.5",
          "The model learns a wrong box, and a mask that is cut off."),
-    # Where some objects of an image have a mask, Detectron2's mapper fails with a KeyError; where
+    # If only some objects of an image have a mask, Detectron2's mapper fails with a KeyError; if
     # none has one, there are no "gt_masks"
     Kind("mask-missing", ERROR, ANNOTATION, Fix.DROP, "there is no mask",
          "Training of masks and their evaluation fail."),
@@ -343,7 +343,7 @@ class Findings:
         return ", ".join(plural(len(self.of(level)), level.value) for level in Level)
 
     def as_data(self) -> dict:
-        """What JSON can hold."""
+        """The findings as plain data, for JSON."""
         return {
             "num_images": self.num_images,
             "num_annotations": self.num_annotations,

@@ -1,8 +1,8 @@
 """
 Check the masks, areas and boxes of a dataset.
 
-COCO has 860,000 annotations with 40 million coordinates, so what is done for each of them is done
-on arrays, and a Python loop sees only those with a problem.
+COCO has 860,000 annotations with 40 million coordinates, so all of them are processed in arrays,
+and a Python loop sees only those with a problem.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def mask_format_of(entries: Entries) -> str:
 
 
 def _said_normalised(masks: list, boxes: list) -> str:
-    """Which coordinates are all at most 1; empty if none are."""
+    """A text that says which coordinates are all at most 1; empty if none are."""
 
     def numbers_in(shape: list) -> Iterator[float]:
         for x in shape:
@@ -81,7 +81,7 @@ def _said_normalised(masks: list, boxes: list) -> str:
     found = []
     for noun, shapes in (("polygon", masks), ("box", boxes)):
         lists = [x for x in shapes if isinstance(x, list) and x]
-        # In pixels the first shapes end it
+        # If they are in pixels, the first shapes end the search
         if all(abs(x) <= 1 for shape in lists for x in numbers_in(shape)):
             count = sum(any(True for _ in numbers_in(shape)) for shape in lists)
             found += [plural(count, noun, "boxes" if noun == "box" else None)] if count else []
@@ -95,7 +95,7 @@ def _measure(
     Check masks and measure those that have nothing wrong.
 
     Args:
-        masks: (A), what stands in "segmentation".
+        masks: (A), the values of "segmentation".
         sizes: (A, 2), height and width of their images, NaN if not known.
 
     Returns:
@@ -112,7 +112,7 @@ def _measure(
 
     for polygons in check_masks(masks, sizes, report_wrong):
         _measure_polygons(polygons, sizes, extents, areas, report, report_wrong)
-    is_known = np.isfinite(sizes).all(axis=1)  # else RLE may be beyond pycocotools' numbers
+    is_known = np.isfinite(sizes).all(axis=1)  # otherwise RLE may be too large for pycocotools
     for k, mask in enumerate(masks):
         if isinstance(mask, dict) and k not in spoiled and is_known[k]:
             rle = compressed(mask)
@@ -171,8 +171,8 @@ def _extents(polygons: Polygons) -> np.ndarray:
 def _areas(polygons: Polygons) -> tuple[np.ndarray, np.ndarray]:
     """
     Two areas of each polygon, (P) in pixels, by the triangles between its first point and its
-    sides. In the first, triangles that run the other way count as negative. In the second all count
-    as positive, so that it is not 0 for what crosses itself, such as a bow tie.
+    sides. In the first, triangles that run the other way count as negative. In the second, all
+    count as positive, so that it is not 0 for a polygon that crosses itself, such as a bow tie.
     """
     lengths = polygons.lengths // 2
     starts = lengths.cumsum() - lengths
@@ -203,7 +203,7 @@ def _check_areas(entries: Entries, areas: np.ndarray, report: AnnotationReport) 
     Compare areas with those of the masks.
 
     COCO's areas are the sums of the polygons' areas, in which parts that overlap count twice; other
-    tools count pixels. Only an area that is neither is wrong.
+    tools count pixels. Only an area that matches neither is wrong.
     """
 
     def differ(given: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -43,11 +43,11 @@ class Evaluation:
 def choose_engine(engine: str | None = None) -> str:
     """
     Args:
-        engine: one of ENGINES, or None for faster-coco-eval where it can be imported and
-            pycocotools elsewhere.
+        engine: one of ENGINES, or None for faster-coco-eval if it can be imported, and pycocotools
+            otherwise.
 
     Raises:
-        ValueError: for any other name, and for faster-coco-eval where it cannot be imported.
+        ValueError: for any other name, and for faster-coco-eval if it cannot be imported.
     """
     if engine is not None and engine not in ENGINES:
         raise ValueError(f"There is no engine '{engine}'; choose one of {', '.join(ENGINES)}.")
@@ -70,15 +70,15 @@ class AveragePrecision:
     Average precision of detections under one or more rankings.
 
     Matching and accumulation are those of pycocotools, the official implementation, or of
-    faster-coco-eval, which is several times as fast. Both get the same IoUs, which pycocotools has
-    computed once. Both give the same numbers, also where scores are equal: within an image and
-    class the detections then keep the order of the results; across images they are in the order
-    of the image ids.
+    faster-coco-eval, which is several times as fast. Both get the same IoUs, which pycocotools
+    computes once. Both give the same numbers, even if scores are equal. Detections with equal
+    scores keep the order of the results within an image and class; across images, they are in the
+    order of the image ids.
 
     Attributes:
         overlaps: the IoUs.
         max_dets: as passed in, ascending.
-        image_ids, category_ids: of the images and the classes that count, ascending.
+        image_ids, category_ids: ids of the images and the classes that count, ascending.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class AveragePrecision:
             task: "bbox" or "segm". As in COCO the size of an object, for AP by size, is the area of
                 its "bbox" or of its mask.
             engine: see :func:`choose_engine`.
-            max_dets: the numbers of detections of each image and class at which recall is
-                measured; AP counts the largest number of them.
+            max_dets: limits on the number of detections of each image and class. Recall is measured
+                at each limit, and AP at the largest.
             img_ids: images to evaluate, by default all.
 
         Raises:
@@ -123,9 +123,9 @@ class AveragePrecision:
         self.max_dets = sorted(max_dets)
         self.image_ids = sorted(set(coco_gt.getImgIds() if img_ids is None else img_ids))
         self.category_ids = sorted(coco_gt.getCatIds())
-        # The libraries see neither shapes nor ids, but indices in the order of the ids: they put
-        # ids into arrays, where large ones become equal by rounding, and take an object with the
-        # id 0 for missed
+        # The libraries see neither shapes nor ids, but indices in the order of the ids. They put
+        # ids into arrays, where rounding makes large ones equal, and they count an object with the
+        # id 0 as missed
         images = {id_: k for k, id_ in enumerate(self.image_ids)}
         classes = {id_: k for k, id_ in enumerate(self.category_ids)}
         self._places: dict[tuple[int, int], Place] = {}
@@ -151,7 +151,7 @@ class AveragePrecision:
         found = self._indexed([{**d, "score": values[d["id"] - 1]} for d in self._detections])
 
         def ranked_ious(image: int, class_: int) -> np.ndarray | list:
-            """IoUs (detections that count, the best ones first, x objects)."""
+            """IoUs of the detections that count, the best ones first, with all objects."""
             place = self._places.get((image, class_))
             if place is None or not place.ious.size:
                 return []
@@ -159,7 +159,7 @@ class AveragePrecision:
             return place.ious[ranked[: self.max_dets[-1]]]
 
         with contextlib.redirect_stdout(io.StringIO()):
-            # Of type "bbox", since for masks it would ask for shapes
+            # Of type "bbox", because masks would need shapes
             evaluation = self._eval_class(self._truth, found, "bbox")
             evaluation.params.maxDets = list(self.max_dets)
             evaluation.computeIoU = ranked_ious
@@ -188,7 +188,7 @@ def coco_numbers(
     precision: np.ndarray, recall: np.ndarray, max_dets: Sequence[int]
 ) -> dict[str, float]:
     """
-    The numbers of `COCOeval.summarize`, also for other limits than (1, 10, 100).
+    The numbers of `COCOeval.summarize`, but for any limits, not only (1, 10, 100).
 
     Args:
         precision: by IoU threshold (0.50, 0.55, ..., 0.95), recall, class, size (all, small,
@@ -210,6 +210,6 @@ def coco_numbers(
 
 
 def mean_of_defined(values: np.ndarray) -> float:
-    """The mean, without the -1 that stands where there are no objects; NaN if all are -1."""
+    """The mean without values of -1, which stand for no objects; NaN if all are -1."""
     defined = values[values > -1]
     return float(defined.mean()) if len(defined) else float("nan")

@@ -41,7 +41,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     :class:`COCOEvaluator` that ranks boxes by "scores" and masks by "mask_scores".
 
     Its results are "bbox", "segm" and two more, so that every evaluation shows what mask scoring
-    brings: "segm_by_class_score", the AP of the same masks ranked by "scores", and "mask_quality",
+    gains: "segm_by_class_score", the AP of the same masks ranked by "scores", and "mask_quality",
     what the scores say about the masks (:meth:`MaskQuality.headline`). For a model without mask
     scores the results are those of `COCOEvaluator` and "mask_quality".
 
@@ -50,7 +50,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     scores. The entries of "coco_instances_results.json" have both, as "score" and "mask_score", and
     "pred_mask_iou".
 
-    Where more than 100 detections of an image count, "AP" and the other numbers without a limit in
+    If more than 100 detections of an image count, "AP" and the other numbers without a limit in
     their names count all of them. "AP@100", "AP50@100" and "AP75@100" are comparable with published
     results.
 
@@ -75,16 +75,17 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 AP of keypoints always uses pycocotools.
             use_fast_impl: as in Detectron2, False asks for the official implementation, here
                 engine="pycocotools".
-            max_dets_per_image: how many detections of each image and class count, those with the
-                best scores; by default 100, with a warning where there are more. As in Detectron2,
+            max_dets_per_image: how many detections, those with the best scores, count for each
+                image and class. By default 100, with a warning if there are more. As in Detectron2,
                 at least 10 count.
-            class_names: of the model, if the dataset may have others: see `use_class_names`.
-            mask_quality: whether to measure it. After an evaluation of masks the attribute
-                `mask_quality` of the main process holds all of it; otherwise it is None.
+            class_names: names of the model's classes, if the dataset may have others; see
+                `use_class_names`.
+            mask_quality: whether to measure the quality of masks. After an evaluation of masks, the
+                attribute `mask_quality` of the main process holds all of it; otherwise it is None.
 
         Raises:
             ValueError: the engine is unknown, not installed or contradicts `use_fast_impl`; or
-                `max_dets_per_image` is not a whole number from 1 on.
+                `max_dets_per_image` is not a positive whole number.
             UserError: from :meth:`use_class_names`.
         """
         if max_dets_per_image is not None:
@@ -96,7 +97,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 f"engine='{engine}' contradicts use_fast_impl={use_fast_impl}: give only `engine`."
             )
         self._engine = choose_engine(engine)
-        # Detectron2's own fast implementation is not used: it is not part of every build
+        # Detectron2's own fast implementation is not used, because not every build has it
         super().__init__(
             *args, use_fast_impl=False, max_dets_per_image=max_dets_per_image, **kwargs
         )
@@ -115,10 +116,10 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         does not have are left out; objects of classes that the model does not know are missed.
 
         Args:
-            class_names: of the model, in the order of its classes.
+            class_names: names of the model's classes, in their order.
 
         Raises:
-            UserError: the names are the same in another order, or none is the same.
+            UserError: the names are the same in another order, or have none in common.
         """
         own = self._metadata.get("thing_classes")
         if own is None:  # Detectron2 has not loaded the dataset yet, and would take these names
@@ -292,15 +293,15 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
 
 def check_settings(evaluator: COCOEvaluator, predicts_keypoints: bool) -> None:
     """
-    Refuse arguments with which an evaluation would fail only after all images were predicted.
+    Refuse arguments that would make an evaluation fail only after all images were predicted.
 
     Args:
-        evaluator: of Detectron2, or one that is derived from it.
-        predicts_keypoints: whether the model does.
+        evaluator: Detectron2's evaluator, or one that is derived from it.
+        predicts_keypoints: whether the model predicts keypoints.
 
     Raises:
         ValueError: `max_dets_per_image`, `tasks` or `kpt_oks_sigmas` has the wrong form, or the
-            annotations have another number of keypoints than there are sigmas.
+            number of keypoints in the annotations is not the number of sigmas.
     """
     _check_limit(evaluator._max_dets_per_image[-1])
     tasks = evaluator._tasks

@@ -82,13 +82,13 @@ def _neighbours(
     Find the cells of a mask between which the pixels of the image lie, along one axis.
 
     Args:
-        start, end: of the box, in pixels.
-        size: of the image, in pixels.
-        num_cells: of the mask, without the zeros around it.
+        start, end: borders of the box, in pixels.
+        size: length of the image, in pixels.
+        num_cells: number of cells of the mask, without the zeros around it.
 
     Returns:
-        the first pixel that the box may touch; and for each pixel from there to the last one the
-        index in the padded mask of the cell at or before it, and the share of the next cell in a
+        the first pixel that the box may touch. For each pixel from there to the last one: the
+        index, in the padded mask, of the cell at or before it, and the weight of the next cell in a
         linear interpolation between the centres of the two.
     """
     first, last = max(int(np.floor(start)) - 1, 0), min(int(np.ceil(end)) + 1, size)
@@ -96,7 +96,7 @@ def _neighbours(
     pixels = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
     grid = (pixels - start) / (end - start) * 2 - 1
     position = ((grid + 1) * num_cells - 1) / 2
-    # Up to -1 and from M on there are only zeros. NaN, if the box has no size, becomes -1.
+    # Cells up to -1 and from M on are 0. NaN, if the box has no size, becomes -1.
     position = np.fmin(np.fmax(position, -1), num_cells)
     cell = np.floor(position)
     return first, cell.astype(np.intp) + 1, position - cell
@@ -107,8 +107,8 @@ def _run_ends(inside: np.ndarray, height: int, top: int = 0, left: int = 0) -> n
     Find where the runs of a mask begin and end. COCO counts pixels down the columns of the image.
 
     Args:
-        inside: rows x columns, bool, of a part of the image that contains the whole mask.
-        height: of the image.
+        inside: bool, rows x columns: a part of the image that contains the whole mask.
+        height: height of the image.
         top, left: the first row and column of the part in the image.
 
     Returns:

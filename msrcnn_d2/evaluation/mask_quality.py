@@ -20,7 +20,7 @@ __all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_m
 
 # How the masks of a model can be ranked; "true_iou" gives the ceiling
 RANKINGS = ("class_score", "mask_score", "true_iou")
-# The scores, and where results have them; those of a plain Mask R-CNN have only the first
+# The scores, and their keys in results; those of a plain Mask R-CNN have only the first
 KEYS = {"class_score": "score", "predicted_iou": "pred_mask_iou", "mask_score": "mask_score"}
 TITLES = {
     "class_score": "class score",
@@ -100,17 +100,17 @@ class MaskQuality:
     may exist, since duplicates of good masks come early in this one.
 
     Attributes:
-        average_precision: what ranked the masks, and can evaluate further rankings of them.
+        average_precision: ranked the masks, and can evaluate further rankings of them.
         coco_gt, results, max_dets: the detections, and how many of each image and class count.
         evaluations: {ranking: COCO's evaluation}; no "mask_score" for a model without mask scores.
-        scores: {score: N values}, of those that the model has.
+        scores: {score: N values}, for the scores that the model has.
         true_ious: N, the largest IoU with an object.
-        matches: at the thresholds of COCO.
+        matches: the matches at COCO's thresholds.
         counted: N, whether a detection is in the statistics.
-        classes: names in the order of the category ids.
+        classes: names of the classes, in the order of the category ids.
         class_indices: N, the index of each detection's class among them.
-        num_images: how many are evaluated.
-        num_objects: of each class, without crowds.
+        num_images: number of images that are evaluated.
+        num_objects: number of objects of each class, without crowds.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class MaskQuality:
         Args:
             average_precision: of the masks of N detections, which have a "score", and
                 "pred_mask_iou" and "mask_score" if the model scores masks.
-            evaluations: {ranking: evaluation} where the masks have been ranked so already.
+            evaluations: {ranking: evaluation}, for rankings that have been evaluated already.
         """
         self.average_precision = average_precision
         overlaps, self.max_dets = average_precision.overlaps, average_precision.max_dets[-1]
@@ -200,7 +200,7 @@ class MaskQuality:
     def precision_recall(self) -> dict[str, dict[str, list[float]]]:
         """
         For each IoU threshold and ranking, the precision at recall 0, 0.01, ..., 1, averaged over
-        the classes that have objects. As COCO interpolates it, it is the best precision at this
+        the classes that have objects. As COCO interpolates, this is the best precision at the given
         recall or a higher one.
         """
         curves = {}
@@ -226,9 +226,9 @@ class MaskQuality:
     def _part(self, place: tuple, chosen: np.ndarray, threshold: int | None = None) -> Part:
         """
         Args:
-            place: of the precisions that belong to it, by threshold, recall, class and size.
-            chosen: N, whether a detection belongs to it.
-            threshold: the index of its IoU threshold; None if it has all of them.
+            place: index of the part's precisions, by threshold, recall, class and size.
+            chosen: N, whether a detection belongs to the part.
+            threshold: index of the part's IoU threshold; None if it has all of them.
         """
         ap = {
             name: 100 * mean_of_defined(self.evaluations[name].eval["precision"][..., -1][place])
@@ -356,7 +356,7 @@ def mask_ap(
     engine: str | None = None,
 ) -> dict[str, float]:
     """
-    Mask AP that a ranking gives to masks.
+    Mask AP of a ranking of masks.
 
     Args:
         coco_gt: the ground truth.

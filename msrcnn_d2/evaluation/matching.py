@@ -62,7 +62,7 @@ class Overlaps:
 
     Attributes:
         coco_gt, results, task: what was passed in.
-        places: {(image id, category id): place}, wherever there is a detection or an object.
+        places: {(image id, category id): place}, where there is a detection or an object.
     """
 
     def __init__(self, coco_gt: COCO, results: Sequence[dict], task: str = "segm"):
@@ -176,7 +176,7 @@ def true_mask_ious(coco_gt: COCO, results: Sequence[dict]) -> list[float]:
 
 
 def _match_place(place: Place, ranked: np.ndarray, limits: np.ndarray, matches: Matches) -> None:
-    """Enter into `matches` what the detections of a place choose, in the order of `ranked`."""
+    """Write to `matches` what the detections of a place choose, in the order of `ranked`."""
     # Crowds come last, so that they are considered only where no object is free
     columns = np.argsort(place.is_crowd, kind="stable")
     all_ious, is_crowd = place.ious[:, columns], place.is_crowd[columns].tolist()

@@ -83,5 +83,5 @@ def expected_calibration_error(bins: list[Bin]) -> float:
 
 
 def mean(values: np.ndarray) -> float:
-    """NaN without values."""
+    """The mean; NaN without values."""
     return float(values.mean()) if len(values) else float("nan")

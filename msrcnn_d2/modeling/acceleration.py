@@ -13,7 +13,7 @@ __all__ = ["channels_last_on_cpu", "compile_dense_parts", "use_channels_last_on_
 
 def use_channels_last_on_cpu(model: nn.Module) -> bool:
     """
-    Bring the weights of a model into channels-last order if it is on a CPU.
+    Convert the weights of a model to channels-last order if it is on a CPU.
 
     Convolutions then take and return channels-last tensors, which oneDNN does not have to reorder.
     Use it for inference only: gradients are slower in that order.
@@ -29,7 +29,7 @@ def use_channels_last_on_cpu(model: nn.Module) -> bool:
 
 @contextmanager
 def channels_last_on_cpu(model: nn.Module) -> Iterator[None]:
-    """:func:`use_channels_last_on_cpu` within the block; the usual order after it."""
+    """Call :func:`use_channels_last_on_cpu`, and restore the usual order after the block."""
     on_cpu = use_channels_last_on_cpu(model)
     try:
         yield
@@ -44,15 +44,15 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
     and the heads over regions. They are compiled when they are first called.
 
     The code between them, which selects boxes and masks, depends on data and is not compiled. Names
-    in the state dict stay.
+    in the state dict do not change.
 
     Images of another size do not cause another compilation. The heads over regions are compiled
-    once for any number of regions from two on, once for one region and once for none. On a CPU,
-    mask head and mask IoU head are also compiled separately for fewer than 16 regions, for which
-    PyTorch's convolutions may use another library. So a part is compiled at most four times.
+    once for two or more regions, once for one region and once for none. On a CPU, mask head and
+    mask IoU head are also compiled separately for fewer than 16 regions, for which PyTorch's
+    convolutions may use another library. So a part is compiled at most four times.
 
     Args:
-        backend: of `torch.compile`.
+        backend: the backend of `torch.compile`.
     """
     for path in ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head"):
         for part in _parts(model, path):

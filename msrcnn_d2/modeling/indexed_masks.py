@@ -13,8 +13,8 @@ from .polygon_crops import crop_polygons, polygon_areas
 __all__ = ["BITMASKS_AT_A_TIME", "IndexedMasks", "count_pixels", "with_indexed_masks"]
 
 # Number of bitmasks that are cropped at a time. Each is copied to 4 bytes per pixel of the image,
-# and an image can have hundreds of objects. On a CPU there are few, because glibc keeps memory for
-# the next copy only up to 32 MB: images of 1024 x 1024 pixels take 1.6 times as long with twice as
+# and an image can have hundreds of objects. On a CPU the number is small, because glibc keeps only
+# up to 32 MB for the next copy: images of 1024 x 1024 pixels take 1.6 times as long with twice as
 # many.
 BITMASKS_AT_A_TIME = 4
 BITMASKS_AT_A_TIME_ON_GPU = 64
@@ -49,7 +49,7 @@ class IndexedMasks:
         return len(self.indices)
 
     def __getitem__(self, item: Any) -> "IndexedMasks":
-        """What `item` selects, as in Detectron2's masks: an int is a slice of length one."""
+        """Select as Detectron2's masks do: an int selects a slice of length one."""
         if isinstance(item, torch.Tensor):  # perhaps on a GPU, where polygons never are
             item = item.to(self.indices.device)
         return IndexedMasks(self.masks, self.indices[item].reshape(-1))
@@ -98,7 +98,7 @@ class IndexedMasks:
 def _crop_bitmasks(
     masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, mask_size: int
 ) -> torch.Tensor:
-    """The steps of `BitMasks.crop_and_resize`, where several boxes can crop the same mask."""
+    """Like `BitMasks.crop_and_resize`, but several boxes can crop the same mask."""
     boxes = boxes.to(masks.device)
     if masks.is_cuda:
         return _crop_all_boxes(masks, indices, boxes, mask_size)
@@ -115,9 +115,9 @@ def _crop_all_boxes(
     masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, mask_size: int
 ) -> torch.Tensor:
     """
-    The same without a synchronisation with the GPU, which selecting the boxes of a group of masks
-    would need. Each group crops all boxes, and only the crops of its own masks are kept. Few images
-    have more than one group.
+    The same without a synchronisation with the GPU. Selecting the boxes of a group of masks would
+    need one. So each group crops all boxes, and only the crops of its own masks are kept. Few
+    images have more than one group.
     """
     crops = torch.zeros(len(boxes), mask_size, mask_size, dtype=torch.bool, device=masks.device)
     for start in range(0, len(masks), BITMASKS_AT_A_TIME_ON_GPU):

@@ -1,4 +1,4 @@
-"""Detections in pixels of the given image, with masks as they were predicted in their boxes."""
+"""Scale detections to the given image, but leave masks as they were predicted in their boxes."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ class UnpastedMasks(nn.Module):
     A model in inference whose "pred_masks" are :class:`ROIMasks`: probabilities of shape
     (N, S, S), S x S cells to a box, instead of a bitmap of the whole image for each object.
 
-    All other outputs are those of the model; hooks of the model itself are not called. This is for
+    All other outputs are those of the model; hooks of the model itself are not called. Use it with
     evaluators that accept such masks, as ours does. Pasting masks only to encode them again would
     cost more than the rest of the evaluator.
     """
@@ -61,7 +61,7 @@ def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
     Args:
         results: detections in the image that the model saw, with "pred_masks" of shape
             (N, 1, S, S) if it predicts masks.
-        height, width: of the output image, in pixels.
+        height, width: size of the output image, in pixels.
 
     Returns:
         the detections whose box in that image is not empty, with "pred_masks" as
@@ -70,8 +70,8 @@ def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
     fields = dict(results.get_fields())
     # Copies, since Detectron2 scales them in place
     geometry = {k: fields.pop(k).clone() for k in _RESCALED if k in fields}
-    # One synchronisation finds the boxes that are left. Given all fields, Detectron2 would need one
-    # for each
+    # This finds the boxes that are left with one synchronisation. If Detectron2 got all fields, it
+    # would need one for each of them
     kept = torch.arange(len(results), device=results.pred_boxes.device)
     rescaled = detector_postprocess(
         Instances(results.image_size, **geometry, kept=kept), height, width

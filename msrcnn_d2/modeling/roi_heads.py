@@ -28,11 +28,11 @@ class DetectedBoxes(Boxes):
     Boxes whose `nonempty()` returns an int64 Tensor of indices instead of a bool Tensor. Both
     select the same boxes.
 
-    Detectron2's `detector_postprocess` selects with it. With a bool Tensor, each field waits for
-    the GPU to count what is selected, and our models have two more fields; with indices, all fields
-    wait once. This is a type of boxes because postprocessing only gets fields from the ROI heads,
-    and only calls the boxes. Indexing, `to` and `clone` return plain :class:`Boxes`, so users only
-    see this type in results that are not postprocessed.
+    Detectron2's `detector_postprocess` uses it to select boxes. With a bool Tensor, each field
+    waits for the GPU to count what is selected, and our models have two more fields; with indices,
+    all fields wait once. This is a type of boxes because postprocessing gets nothing but fields
+    from the ROI heads, and calls methods of the boxes only. Indexing, `to` and `clone` return plain
+    :class:`Boxes`, so users only see this type in results that are not postprocessed.
     """
 
     def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
@@ -134,7 +134,7 @@ class MaskScoringROIHeads(StandardROIHeads):
         """
         Returns:
             the region features (N, C, H, W), and float32 logits (N, 1, S, S) of the masks of
-            `classes` (N,). For Detectron2's loss and inference, they look class-agnostic.
+            `classes` (N,). To Detectron2's loss and inference, they look class-agnostic.
         """
         mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
         mask_logits = self.mask_head.layers(mask_features)

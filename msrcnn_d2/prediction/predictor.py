@@ -68,12 +68,12 @@ class MaskScoringPredictor:
                 `MODEL.WEIGHTS` is anything that :meth:`MaskScoringCheckpointer.load` takes.
             rank_by: "mask_score", or "score" for the class score, the only one of a plain Mask
                 R-CNN.
-            score_threshold: instances whose score, of the kind that `rank_by` names, is lower are
-                left out. The config's own threshold on the class score also applies.
+            score_threshold: instances with a lower score are left out. `rank_by` chooses the score.
+                The config's own threshold on the class score also applies.
             device: such as "cpu" or "cuda"; by default the config's, or the CPU if there is no
                 GPU.
-            class_names: by default those in the weights' file; if it has none, those of the
-                config's first test dataset.
+            class_names: names of the classes. By default, those in the weights' file, or if it has
+                none, those of the config's first test dataset.
 
         Raises:
             UserError: the weights do not fit the whole model, the model does not score its masks,

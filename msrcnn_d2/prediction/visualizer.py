@@ -30,7 +30,7 @@ __all__ = ["MaskScoringVisualizer", "mask_score_labels", "place_labels"]
 # All in pixels of the output
 MIN_SIDE = 400  # smaller images (square root of the area) are enlarged by default
 MIN_WIDTH = 320  # narrower images too: a label of about 45 characters needs this room
-MAX_SIDE = 8192  # no image is enlarged to more; Matplotlib's limit is 65536
+MAX_SIDE = 8192  # no image is enlarged beyond this; Matplotlib's limit is 65536
 FONT_SIZE = 11.0  # minimum for a few labels
 CROWDED_FONT_SIZE = 9.0  # minimum for many labels, unless one is too wide for the picture
 
@@ -74,8 +74,8 @@ class MaskScoringVisualizer(Visualizer):
     ) -> VisImage:
         """
         Args:
-            predictions: Instances of one image on any device, which are not modified. In addition
-                to the fields that :class:`Visualizer` draws, "pred_mask_ious" and "mask_scores".
+            predictions: Instances of one image on any device, which are not modified. Besides the
+                fields that :class:`Visualizer` draws, it uses "pred_mask_ious" and "mask_scores".
         """
         predictions = predictions.to("cpu")
         if predictions.has("pred_mask_ious"):
@@ -145,7 +145,7 @@ class MaskScoringVisualizer(Visualizer):
                 self.output.ax.lines[-1].set_linewidth(text.get_fontsize() / 10)
 
     def _set_font_size(self, texts: list[Text]) -> None:
-        """One size that suits the picture, or less if labels would cover much or be too wide."""
+        """Set a size that suits the picture, or less if labels would cover much or be too wide."""
         picture = self._output_size
         suitable = max(FONT_SIZE, FONT_SHARE * math.sqrt(picture.prod())) / self._point
         for text in texts:

@@ -1,4 +1,4 @@
-"""The figures of the report, which are readable on a phone."""
+"""Draw the figures of the report, which are readable on a phone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 SIZE = (4.6, 4.0)  # inches; the report shows about a hundred pixels an inch
 FONT_SIZE = 11
-NUM_POINTS = 5000  # of a scatter plot, a random sample where there are more
-NUM_CLASSES = 80  # with a bar; of more classes those whose AP changes most
+NUM_POINTS = 5000  # in a scatter plot; a random sample if there are more
+NUM_CLASSES = 80  # with a bar; if there are more, those whose AP changes most
 PR_THRESHOLDS = ("0.50", "0.75", "0.90")
 
 
@@ -31,8 +31,8 @@ PR_THRESHOLDS = ("0.50", "0.75", "0.90")
 class Chart:
     """
     Attributes:
-        name: of its file, without ".png".
-        section: of the page.
+        name: name of the file, without ".png".
+        section: the section of the page that shows it.
         alt: a sentence for readers who cannot see the figure.
         figure: the drawing.
     """
@@ -170,7 +170,7 @@ def ap_by_class(quality: MaskQuality) -> Chart:
         )
     ceilings = [parts[name].ap["true_iou"] for name in names]
     axes.plot(ceilings, range(len(names)), "k|", markersize=15, label="ceiling")
-    # Names are text, also with a dollar sign
+    # Names are plain text, even with a dollar sign
     labels, families = drawable(n if len(n) <= 16 else n[:15] + "…" for n in names)
     axes.set_yticks(range(len(names)), labels, parse_math=False, fontfamily=families)
     axes.set_ylim(-0.6, max(len(names), 2) - 0.4)

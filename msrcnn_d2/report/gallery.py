@@ -20,7 +20,7 @@ __all__ = ["Move", "draw_move", "largest_moves"]
 logger = logging.getLogger(__name__)
 
 MARGIN = 0.35  # around mask and object, as a share of their longer side
-MIN_SIDE = 24  # of what is shown, in pixels
+MIN_SIDE = 24  # smallest side of what is shown, in pixels
 MASK_COLOR = (0.0, 0.45, 0.70)
 GRAY = 110  # where there is no image
 
@@ -28,10 +28,10 @@ GRAY = 110  # where there is no image
 @dataclass
 class Move:
     """
-    A detection and its rank among the detections of its class, 1 being the best.
+    A detection and its rank among the detections of its class. The best rank is 1.
 
     Attributes:
-        index: of the detection among the results.
+        index: index of the detection among the results.
         before, after: its rank by class score and by mask score.
         num_ranked: number of detections of its class.
         num_objects: number of objects of its class.
@@ -59,7 +59,7 @@ def largest_moves(quality: MaskQuality, count: int) -> tuple[list[Move], list[Mo
     in each of the two lists.
 
     Args:
-        count: how many of each; there may be fewer.
+        count: largest number of each; there may be fewer.
     """
     moves = []
     for k, num_objects in enumerate(quality.num_objects):
@@ -135,7 +135,7 @@ def draw_move(
 
 
 def object_mask(quality: MaskQuality, index: int) -> np.ndarray | None:
-    """The H x W mask of the object of its class that a detection overlaps most, None without."""
+    """The H x W mask of the object of its class that a detection overlaps most, or None."""
     annotation = quality.average_precision.overlaps.nearest_object(index)
     return None if annotation is None else quality.coco_gt.annToMask(annotation).astype(bool)
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no other, the figures as PNG and the numbers as JSON."""
+"""Write the report: one self-contained HTML file, the figures as PNG, the numbers as JSON."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ __all__ = ["write_report"]
 
 PIXELS_PER_INCH = 150
 THUMBNAIL_PIXELS_PER_INCH = 110
-NUM_MOVES = 8  # of detections that are shown, upwards and downwards each
+NUM_MOVES = 8  # detections that moved up, and as many that moved down
 
 
 def write_report(
@@ -36,12 +36,12 @@ def write_report(
     """
     Write a report on what :class:`MaskQuality` has measured.
 
-    The folder then has "report.html", which contains its figures and opens from disk without a
-    network, each of its figures (not the gallery) as PNG, and "report.json": the title and what
+    This writes "report.html", which contains its figures and opens without a network; a PNG of each
+    figure, but not of the gallery; and "report.json" with the title and what
     :meth:`MaskQuality.to_json` returns.
 
     Args:
-        folder: where to write, created if need be.
+        folder: where to write; it is created if it does not exist.
         title: what was evaluated, shown at the top.
         image_root: the folder of the images, for the gallery; without it masks are shown alone.
         settings: how images are read, such as the scale of 16-bit images.
@@ -135,7 +135,7 @@ def _template() -> Template:
 
 
 def _number(value: float, digits: int = 2, sign: str = "") -> str:
-    """With a minus instead of a hyphen, and a dash for NaN."""
+    """The number with a minus instead of a hyphen, or a dash for NaN."""
     if math.isnan(value):
         return "–"
     # There is no negative zero

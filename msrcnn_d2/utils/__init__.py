@@ -1,1 +1,1 @@
-"""What several rooms need: errors, files, text of messages, fonts, distributed training."""
+"""What several packages share: errors, files, messages, fonts, distributed training."""

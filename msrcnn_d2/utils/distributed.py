@@ -1,4 +1,4 @@
-"""What one process of a job knows and all have to act on."""
+"""Let all processes of a job act on what only one of them knows."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ POLL_SECONDS = 0.5
 # one of a compiled model takes minutes
 PATIENCE_SECONDS = 300.0
 EXIT_SECONDS = 10.0  # for all processes to read why the job ends
-EXIT_CODE = 2  # as of a UserError
+EXIT_CODE = 2  # the same as for a UserError
 
 
 class StepAgreement:
@@ -121,7 +121,7 @@ class _ForwardWatch:
             os._exit(EXIT_CODE)
 
     def wait_for_others(self, message: str) -> None:
-        """Return when all processes have done this forward pass; else end the job."""
+        """Return when all processes have finished this forward pass, or else end the job."""
         self.num_done += 1
         deadline = time.monotonic() + PATIENCE_SECONDS
         for rank in range(comm.get_world_size()):
@@ -137,7 +137,7 @@ _watch: _ForwardWatch | None = None
 
 @contextmanager
 def watching_forwards() -> Iterator[None]:
-    """Around a training; all processes enter it together."""
+    """Use this around a training; all processes have to enter it together."""
     global _watch
     if comm.get_world_size() == 1:
         yield
@@ -155,17 +155,17 @@ def watching_forwards() -> Iterator[None]:
 
 
 def forward_is_done() -> None:
-    """To be called after each forward pass that has not failed."""
+    """Call this after each forward pass that has not failed."""
     if _watch is not None:
         _watch.num_done += 1
 
 
 def wait_for_other_forwards(message: str) -> None:
     """
-    To be called where a forward pass has failed, before it is left.
+    Call this if a forward pass has failed, before leaving it.
 
     Args:
-        message: one sentence on what has failed, for the case that the job has to end.
+        message: one sentence on what has failed, in case the job has to end.
     """
     if _watch is not None:
         _watch.wait_for_others(message)

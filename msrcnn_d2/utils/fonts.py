@@ -43,7 +43,7 @@ def drawable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def left_to_right(name: str) -> str:
-    """The name, with marks that keep an Arabic one, say, from reversing the numbers beside it."""
+    """The name with marks, so that an Arabic name, say, does not reverse numbers beside it."""
     if any(unicodedata.bidirectional(c) in ("R", "AL") for c in name):
         return f"{LEFT_TO_RIGHT_MARK}{name}{LEFT_TO_RIGHT_MARK}"
     return name
@@ -57,7 +57,7 @@ def _visible(text: str) -> set[str]:
 
 @functools.lru_cache(maxsize=16)
 def _fallbacks(wanted: str) -> list[tuple[str, set[str]]]:
-    """Font families and the characters that each adds, beginning with the largest addition."""
+    """Font families and the characters that each adds; the first one adds most."""
     lacking = set(wanted)
     found = [(family, lacking & _characters_of(path)) for family, path in _installed()]
     chosen = []

@@ -9,7 +9,7 @@ __all__ = ["listed", "plural", "shown"]
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
-    """A count with its noun, such as "1,200 images"; `nouns` is for those that do not add an s."""
+    """A count with its noun, such as "1,200 images"; `nouns` is an irregular plural."""
     return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
