@@ -1,0 +1,324 @@
+"""Which score is high enough: precision above every threshold, and where to accept or to drop."""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..utils.errors import UserError
+from .matching import IOU_THRESHOLDS, Overlaps
+
+__all__ = [
+    "Group",
+    "OperatingPoint",
+    "ThresholdCurve",
+    "accept_thresholds",
+    "parse_operating_point",
+    "precision_interval",
+    "right_detections",
+]
+
+MIN_COUNT = 20  # detections from which a precision is estimated; one of 20 is 5 %
+NUM_RESAMPLES = 1000
+CONFIDENCE = 0.95
+UNREACHED = 2.0  # a threshold above every probability: nothing is accepted
+
+
+@dataclass
+class Group:
+    """
+    The detections whose score lies in an interval.
+
+    Attributes:
+        count: number of detections.
+        right: how many of them are right. Each has found another object.
+        of_detections: `count` as a share of all detections, NaN if there are none.
+        of_objects: `right` as a share of all objects, NaN if there are none.
+        precision: right / count, NaN for an empty group.
+        interval: the 95 % confidence interval of the precision, see :func:`precision_interval`.
+    """
+
+    count: int
+    right: int
+    of_detections: float
+    of_objects: float
+    precision: float
+    interval: tuple[float, float]
+
+
+@dataclass
+class OperatingPoint:
+    """
+    Two thresholds on a score, and what they do with detections.
+
+    Attributes:
+        wanted: the precision that was asked for.
+        accept: detections with this score or a higher one are accepted. None if no threshold
+            reaches the wanted precision; then nothing is accepted.
+        drop: detections with a lower score are dropped. None if nothing is dropped.
+        accepted, between, dropped: the three groups of detections.
+        highest: the highest precision that a threshold reaches, NaN if there are too few
+            detections to tell.
+        highest_at: this threshold, NaN without one.
+    """
+
+    wanted: float
+    accept: float | None
+    drop: float | None
+    accepted: Group
+    between: Group
+    dropped: Group
+    highest: float
+    highest_at: float
+
+
+class ThresholdCurve:
+    """
+    Precision and the share of objects found above each threshold on a score.
+
+    Attributes:
+        thresholds: T, ascending.
+        counts: T, number of detections with at least that score.
+        right: T, how many of these are right.
+        precision: T, right / counts, NaN where there are no detections.
+        found: T, right as a share of the objects, NaN if there are none.
+        num_objects: number of objects.
+    """
+
+    def __init__(
+        self,
+        scores: np.ndarray,
+        right: np.ndarray,
+        images: np.ndarray,
+        num_objects: int,
+        thresholds: np.ndarray | None = None,
+    ):
+        """
+        Args:
+            scores: N finite numbers.
+            right: N bools, whether each detection is right, see :func:`right_detections`.
+            images: N ids, the image of each detection. Images without detections do not matter.
+            num_objects: number of objects in all images.
+            thresholds: T, ascending; by default every score that occurs.
+        """
+        self._scores, self._right = np.asarray(scores), np.asarray(right, dtype=bool)
+        self._images = np.unique(images, return_inverse=True)[1].reshape(-1)
+        self.num_objects = num_objects
+        self.thresholds = np.unique(scores) if thresholds is None else np.asarray(thresholds)
+        order = np.argsort(self._scores, kind="stable")
+        below = np.searchsorted(self._scores[order], self.thresholds)  # also their number
+        right_below = np.concatenate([[0], np.cumsum(self._right[order])])
+        self.counts = len(order) - below
+        self.right = right_below[-1] - right_below[below]
+        self.precision = _ratio(self.right, self.counts)
+        self.found = _ratio(self.right, np.full(len(below), num_objects))
+
+    @cached_property
+    def intervals(self) -> np.ndarray:
+        """
+        T x 2, the 95 % confidence interval of each precision, see :func:`precision_interval`. It
+        takes memory for images x T numbers.
+        """
+        bins = np.searchsorted(self.thresholds, self._scores, side="right")
+        shape = self._images.max(initial=-1) + 1, len(self.thresholds) + 1
+        cells = self._images * shape[1] + bins
+
+        def at_or_above(cells: np.ndarray) -> np.ndarray:
+            in_bins = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+            return in_bins[:, ::-1].cumsum(axis=1)[:, -2::-1]
+
+        return precision_interval(at_or_above(cells[self._right]), at_or_above(cells))
+
+    def operating_point(self, precision: float = 0.95) -> OperatingPoint:
+        """
+        Choose where to accept detections, where to drop them, and what a person should look at.
+
+        Only thresholds in :attr:`thresholds` are considered. *Accept* is the smallest one such that
+        at least `precision` of the detections at or above it are right. *Drop* is the largest one
+        such that at most 1 - `precision` of the detections below it are right. A threshold counts
+        only with 20 or more detections on that side, since fewer do not tell. If drop would be
+        above accept, it is set to accept, and nothing is left to look at.
+
+        Both thresholds are chosen and measured on the same detections. The precision on new images
+        tends to be a little lower; the interval shows how much is left to chance.
+
+        Args:
+            precision: between 0 and 1.
+        """
+        enough = self.counts >= MIN_COUNT
+        reached = np.flatnonzero(enough & (self.precision >= precision))
+        accept = self.thresholds[reached[0]].item() if len(reached) else None
+
+        num_below = len(self._scores) - self.counts
+        right_below = int(self._right.sum()) - self.right
+        # As many must be wrong as would have to be right: no rounding of 1 - precision
+        wrong_below = _ratio(num_below - right_below, num_below)
+        may_go = np.flatnonzero((num_below >= MIN_COUNT) & (wrong_below >= precision))
+        drop = self.thresholds[may_go[-1]].item() if len(may_go) else None
+        if accept is not None and drop is not None:
+            drop = min(accept, drop)
+
+        is_accepted = np.zeros(len(self._scores), dtype=bool)
+        is_dropped = is_accepted.copy()
+        if accept is not None:
+            is_accepted = self._scores >= accept
+        if drop is not None:
+            is_dropped = self._scores < drop
+        best = int(np.argmax(np.where(enough, self.precision, -1))) if enough.any() else None
+        return OperatingPoint(
+            wanted=precision,
+            accept=accept,
+            drop=drop,
+            accepted=self._group(is_accepted),
+            between=self._group(~is_accepted & ~is_dropped),
+            dropped=self._group(is_dropped),
+            highest=float("nan") if best is None else float(self.precision[best]),
+            highest_at=float("nan") if best is None else float(self.thresholds[best]),
+        )
+
+    def _group(self, chosen: np.ndarray) -> Group:
+        num_images = self._images.max(initial=-1) + 1
+        counts = np.bincount(self._images[chosen], minlength=num_images)
+        right = np.bincount(self._images[chosen & self._right], minlength=num_images)
+        low, high = precision_interval(right, counts).tolist()
+        of_detections, of_objects, precision = _ratio(
+            np.array([counts.sum(), right.sum(), right.sum()]),
+            np.array([len(chosen), self.num_objects, counts.sum()]),
+        ).tolist()
+        return Group(
+            count=int(counts.sum()),
+            right=int(right.sum()),
+            of_detections=of_detections,
+            of_objects=of_objects,
+            precision=precision,
+            interval=(low, high),
+        )
+
+
+def precision_interval(right: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """
+    Confidence intervals of precisions, 95 %, by resampling images (the percentile bootstrap of
+    Efron, 1979, with 1,000 resamples of a fixed seed). Images are drawn rather than detections,
+    because detections of one image are not independent.
+
+    Where all detections are right, or none, resampling says nothing. The interval then ends at the
+    exact bound of Clopper and Pearson (1934) that counts each image as one trial.
+
+    Args:
+        right: I x ..., number of right detections in each image.
+        counts: I x ..., number of detections in each image.
+
+    Returns:
+        ... x 2, lower and upper end; NaN where there are no detections.
+    """
+    num_images, shape = len(counts), counts.shape[1:]
+    flat = num_images, math.prod(shape)
+    right, counts = right.reshape(flat), counts.reshape(flat)
+    total_right, total = right.sum(axis=0), counts.sum(axis=0)
+    intervals = np.full((flat[1], 2), np.nan)
+    tail = (1 - CONFIDENCE) / 2
+    for all_are, column in ((total_right == total, 0), (total_right == 0, 1)):
+        chosen = all_are & (total > 0)
+        bound = tail ** (1 / np.maximum((counts > 0).sum(axis=0)[chosen], 1))
+        intervals[chosen, column] = bound if column == 0 else 1 - bound
+        intervals[chosen, 1 - column] = 1 - column
+    mixed = (total_right > 0) & (total_right < total)
+    if mixed.any():
+        drawn = np.random.default_rng(0).integers(num_images, size=(NUM_RESAMPLES, num_images))
+        drawn += num_images * np.arange(NUM_RESAMPLES)[:, None]  # a row of counts for each resample
+        drawn = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        drawn = drawn.astype(np.float32)
+        resampled = _ratio(
+            drawn @ right[:, mixed].astype(np.float32), drawn @ counts[:, mixed].astype(np.float32)
+        )
+        # A resample may have no detection above a high threshold
+        intervals[mixed] = np.nanquantile(resampled, [tail, 1 - tail], axis=0).T
+    return intervals.reshape(*shape, 2)
+
+
+def right_detections(
+    overlaps: Overlaps, scores: np.ndarray, max_dets: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which detections are right at each of COCO's IoU thresholds, and which of them count.
+
+    A detection is right if COCO's matching gives it an object, where detections choose in the order
+    of `scores`: see :meth:`Overlaps.match`. Duplicates are wrong. Detections that are matched with
+    a crowd, or that are beyond the limit, do not count.
+
+    Args:
+        scores: N, those that a threshold is applied to.
+        max_dets: how many detections of each image and class count.
+
+    Returns:
+        two bool arrays 10 x N, "right" and "counted", for IoU 0.50, 0.55, ..., 0.95.
+    """
+    matches = overlaps.match(scores, max_dets=max_dets)
+    return ~np.isnan(matches.ious), ~matches.ignored & ~matches.beyond
+
+
+def accept_thresholds(
+    probs: np.ndarray, right: np.ndarray, counted: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    The thresholds from which detections can be accepted, for every precision that may be wanted.
+
+    Args:
+        probs: N x 10, P(the detection is right at an IoU of t), t = 0.50, 0.55, ..., 0.95.
+        right: N x 10 bools, whether it is.
+        counted: N x 10 bools, whether a detection counts at that IoU; by default all do.
+
+    Returns:
+        10 x 99, float32: for each IoU and for a precision of 1, 2, ..., 99 percent, the threshold
+        that :meth:`ThresholdCurve.operating_point` accepts from; 2 where there is none.
+    """
+    probs = np.asarray(probs, dtype=np.float32)
+    table = np.full((probs.shape[1], 99), UNREACHED, dtype=np.float32)
+    wanted = np.arange(1, 100) / 100
+    for row, column, is_right, counts in zip(
+        table,
+        probs.T,
+        np.asarray(right, dtype=bool).T,
+        np.ones(probs.T.shape, dtype=bool) if counted is None else np.asarray(counted).T,
+    ):
+        order = np.argsort(-column[counts], kind="stable")
+        ranked = column[counts][order]
+        precision = np.cumsum(is_right[counts][order]) / np.arange(1, len(ranked) + 1)
+        # Of equal probabilities all are accepted, or none
+        usable = np.append(ranked[1:] != ranked[:-1], True) if len(ranked) else np.zeros(0, bool)
+        usable[: MIN_COUNT - 1] = False
+        ranked, precision = ranked[usable], precision[usable]
+        # The best that a rank or a later one reaches falls with the rank
+        best_from_here = np.maximum.accumulate(precision[::-1])
+        steps = np.searchsorted(best_from_here, wanted)
+        reached = steps < len(ranked)
+        row[reached] = ranked[::-1][steps[reached]]
+    return table
+
+
+def parse_operating_point(text: str) -> tuple[float, float]:
+    """
+    Args:
+        text: such as "p95@75" for a precision of 95 percent at an IoU of 0.75.
+
+    Returns:
+        precision and IoU, here (0.95, 0.75).
+
+    Raises:
+        UserError: the text means something else.
+    """
+    parts = re.fullmatch(r"p(\d{1,2})@(\d{2})", text)
+    ious = [round(100 * t) for t in IOU_THRESHOLDS]
+    if not parts or int(parts[1]) < 1 or int(parts[2]) not in ious:
+        raise UserError(
+            f"'{text}' is not an operating point: write p, a precision in percent from 1 to 99, @ "
+            "and an IoU of 50, 55, ... or 95, such as p95@75 for 95 percent at IoU 0.75."
+        )
+    return int(parts[1]) / 100, int(parts[2]) / 100
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
