@@ -14,7 +14,7 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
       + mask_iou_targets |                 -> true IoU of each foreground proposal's mask
       + MaskIoUHead.layers                 -> predicted IoU for each class
       + mask_iou_loss | mask_iou_inference -> loss_mask_iou | pred_mask_ious,
-                                              mask_scores = scores x pred_mask_ious ** exponent
+                                              mask_scores = scores x pred_mask_ious
       + MaskScoringCOCOEvaluator           -> box AP by scores, mask AP by mask_scores,
                                               MaskQuality: what the scores say about the masks
       + write_report                       -> a page that shows it

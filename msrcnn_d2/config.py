@@ -57,6 +57,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     The keys of the head take effect if `MODEL.ROI_HEADS.NAME` is "MaskScoringROIHeads" or
     "CascadeMaskScoringROIHeads". Their defaults are the paper's.
     """
+    if "ROI_MASK_IOU_HEAD" not in cfg.MODEL:
+        # Configs that version 0.1 saved have it. yacs warns that it is ignored
+        cfg.register_deprecated_key("MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT")
     cfg.MODEL.ROI_MASK_IOU_HEAD = CfgNode()
     cfg.MODEL.ROI_MASK_IOU_HEAD.NAME = "MaskIoUHead"
     # Number and channels of the 3x3 convolutions; the last one has stride 2
@@ -67,9 +70,6 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.FC_DIM = 1024
     # Multiplier of loss_mask_iou, which is half a mean squared error
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
-    # Masks are ranked by class score x mask IoU ** exponent. None uses the exponent of the weights,
-    # the paper's 1.0 unless another one was fitted to them
-    cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = None
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Number of unreadable images that training may leave out; 0 stops at the first

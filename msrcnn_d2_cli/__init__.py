@@ -37,7 +37,6 @@ COMMANDS = {
     "convert": "convert a checkpoint of another framework to Detectron2's names",
     "report": "write a report about mask scores from predictions in COCO's format",
     "zoo": "list the models that come with msrcnn-d2, and where their weights are",
-    "fit-exponent": "fit how much the predicted IoU counts in the mask score",
 }
 
 

@@ -49,7 +49,7 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     Raises:
         UserError: the source cannot be had, read or converted, or the target cannot be written.
     """
-    from msrcnn_d2.checkpoint.conversion import check_finite, read_weights
+    from msrcnn_d2.checkpoint.conversion import SCORE_EXPONENT, check_finite, read_weights
     from msrcnn_d2.checkpoint.fetching import find_file
     from msrcnn_d2.checkpoint.writing import check_target, write_weights
     from msrcnn_d2.utils.errors import UserError
@@ -64,6 +64,7 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
             f"'{source}' ({weights.source}) has no names of its own to convert: they are matched "
             "to a model's when it is loaded, by Detectron2 as well as by this package."
         )
+    exponent = weights.state_dict.pop(SCORE_EXPONENT, None)
     check_finite(weights.state_dict, source)
     unknown = [n for n in weights.state_dict if not n.startswith(DETECTOR)]
     if len(unknown) == len(weights.state_dict):
@@ -75,15 +76,17 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     write_weights(weights.state_dict, target, half, weights.class_names)
     if unknown:
         print(f"Note: names that are not a Mask R-CNN's stay as they are: {listed(unknown)}.")
+    if exponent is not None:
+        print("Note: the score exponent is left out: masks are ranked by class score x IoU.")
     if weights.note:
         print(f"Note: {weights.note}")
     return f"{source} ({weights.source}): {_summary(weights)} -> {target}"
 
 
 def _summary(weights: "Weights") -> str:
-    from msrcnn_d2.checkpoint.conversion import CLASS_SCORE, COUNTER, SCORE_EXPONENT
+    from msrcnn_d2.checkpoint.conversion import CLASS_SCORE, COUNTER
 
-    names = [n for n in weights.state_dict if n != SCORE_EXPONENT and not n.endswith(COUNTER)]
+    names = [n for n in weights.state_dict if not n.endswith(COUNTER)]
     text = f"{len(names)} parameters"
     scores = weights.state_dict.get(CLASS_SCORE + "bias")
     return text if scores is None else f"{text}, {len(scores) - 1} classes"

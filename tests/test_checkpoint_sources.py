@@ -31,7 +31,6 @@ from tests.helpers.weights import (
     assert_has,
     error_of,
     load,
-    parameters,
     pickled,
     renamed,
     resnet_name,
@@ -425,7 +424,7 @@ def test_caffe2_backbone(wrapped, slim, tmp_path):
     assert "(Caffe2)" in loaded and "fresh, in whole or in part: backbone.fpn_lateral2" in loaded
     assert "backbone.bottom_up" not in loaded  # the folded mean and variance are not missed
     assert lines[-1] == "Not used, since the model has none: fc1000.bias, fc1000.weight"
-    for name, value in parameters(slim).items():
+    for name, value in slim.state_dict().items():
         if name in ours:
             assert torch.equal(value, ours[name]), name
         elif name.startswith(BODY):  # folded: a mean of 0 and a variance of 1

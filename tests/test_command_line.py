@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from msrcnn_d2 import model_zoo
+from msrcnn_d2 import add_msrcnn_config, model_zoo
 from msrcnn_d2.engine import launch as launch_module
 from msrcnn_d2.engine import load_config
 from msrcnn_d2.engine import loop as loop_module
@@ -21,7 +22,8 @@ from msrcnn_d2.engine.preflight import _check_paths
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
-LAZY = model_zoo.get_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.py")
+NAME = "COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x"
+LAZY = model_zoo.get_config_file(NAME + ".py")
 YACS = LAZY.replace(".py", ".yaml")
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
@@ -106,6 +108,50 @@ def test_the_same_values_are_refused_in_a_file(tmp_path):
     path.write_text(f"_BASE_: {YACS}\nSOLVER:\n  IMS_PER_BATCH: 0\n")
     with pytest.raises(UserError, match="IMS_PER_BATCH"):
         load_config(str(path))
+
+
+SCORING = f"""
+from detectron2.config import LazyConfig
+cfg = LazyConfig.load({LAZY!r})
+model, dataloader, train = cfg.model, cfg.dataloader, cfg.train
+optimizer, lr_multiplier = cfg.optimizer, cfg.lr_multiplier
+model.roi_heads.mask_iou_head.score_exponent = """
+SAVED = f"_BASE_: {YACS}\nMODEL:\n  ROI_MASK_IOU_HEAD:\n    SCORE_EXPONENT: "
+
+
+@pytest.mark.parametrize(
+    "suffix, text, values",
+    [("py", SCORING, ["None", "1", "1.0", "4.0"]), ("yaml", SAVED, ["null", "1", "1.0", "4.0"])],
+)
+def test_the_exponent_of_older_configs_may_only_be_1(suffix, text, values, tmp_path):
+    path = tmp_path / f"config.{suffix}"
+    *without_effect, other = values
+    for value in without_effect:
+        path.write_text(text + value)
+        cfg = load_config(str(path))
+        if suffix == "py":
+            assert cfg.model == load_config(LAZY).model
+        else:
+            assert cfg == load_config(YACS)
+    path.write_text(text + other)
+    with pytest.raises(UserError, match="score_exponent is 4.0"):
+        load_config(str(path))
+
+
+def test_programs_of_users_read_yaml_configs_with_an_exponent(tmp_path):
+    (tmp_path / "config.yaml").write_text(SAVED + "null")
+    cfg = get_cfg()
+    add_msrcnn_config(cfg)
+    add_msrcnn_config(cfg)  # twice does no harm
+    cfg.merge_from_file(str(tmp_path / "config.yaml"))
+    assert cfg == model_zoo.get_config(NAME + ".yaml")
+
+
+def test_the_exponent_is_no_option():
+    with pytest.raises(UserError, match="MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT"):
+        load_config(YACS, ["MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT", "2.0"])
+    with pytest.raises(UserError, match="score_exponent"):
+        load_config(LAZY, ["model.roi_heads.mask_iou_head.score_exponent=2.0"])
 
 
 def test_each_setting_names_keys_that_exist():

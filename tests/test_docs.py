@@ -292,7 +292,6 @@ VALUES = {
     "dataloader.images.max_pixels": "1000",
     "dataloader.evaluator.engine": "pycocotools",
     "dataloader.evaluator.max_dets_per_image": "200",
-    "model.roi_heads.mask_iou_head.score_exponent": "2.0",
 }
 
 

@@ -26,7 +26,6 @@ from msrcnn_d2.evaluation import (
     true_mask_ious,
 )
 from msrcnn_d2.evaluation.average_precision import ENGINES
-from msrcnn_d2.fit_exponent import fit_exponent
 from msrcnn_d2.report import write_report
 from tests.helpers.toy import write_coco_json
 
@@ -571,7 +570,6 @@ def test_whatever_ranks_masks_computes_each_iou_once(case, compared, engine):
     for function in (
         lambda: measure_mask_quality(truth, results, engine).to_json(),
         lambda: mask_ap(truth, results, [r["mask_score"] for r in results], engine=engine),
-        lambda: fit_exponent(truth, results, (0.5, 2), engine=engine),
         lambda: true_mask_ious(truth, results),
     ):
         compared.clear()

@@ -17,7 +17,7 @@ LAYERS = [
     ["published_models", "class_names", "image_reading", "coco_format"],
     ["modeling", "checkpoint"],
     ["evaluation", "dataset_check"],
-    ["config", "fit_exponent"],
+    ["config"],
     ["model_zoo", "prediction", "report"],
     ["engine"],
     ["msrcnn_d2"],  # __init__.py

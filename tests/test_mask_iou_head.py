@@ -1,5 +1,3 @@
-import copy
-import logging
 import math
 
 import pytest
@@ -18,7 +16,7 @@ from msrcnn_d2.modeling import (
     mask_iou_inference,
     mask_iou_loss,
 )
-from msrcnn_d2.modeling.mask_iou_head import MAX_QUADRATIC_ERROR, set_mask_scores
+from msrcnn_d2.modeling.mask_iou_head import MAX_QUADRATIC_ERROR
 from msrcnn_d2.modeling.mask_iou_target import CroppedMasks
 
 NUM_CLASSES = 3
@@ -307,128 +305,6 @@ def test_in_evaluation_the_head_returns_the_instances_with_scores():
     assert [x.mask_scores.item() for x in images] == pytest.approx([0.3, 0.2])
 
 
-# ---- the exponent of the mask scores
-
-
-@pytest.mark.parametrize(
-    "exponent, expected",
-    [
-        (0.0, [0.5, 0.5, 0.5, 0.5]),  # 0 ** 0 is 1: the class score alone
-        (0.5, [0.0, 0.25, 0.5, 0.5]),
-        (1.0, [0.0, 0.125, 0.5, 0.5]),
-        (2, [0.0, 0.03125, 0.5, 0.5]),
-    ],
-)
-def test_mask_scores_with_an_exponent(exponent, expected):
-    ious = torch.tensor([[-0.5], [0.25], [1.0], [1.25]])
-    image = predictions([0] * 4, [0.5] * 4)
-
-    mask_iou_inference(ious, [image], exponent)
-
-    assert image.mask_scores.tolist() == expected
-    assert image.pred_mask_ious.tolist() == [0.0, 0.25, 1.0, 1.0]  # does not depend on it
-    assert image.scores.tolist() == [0.5] * 4
-
-
-def test_the_papers_exponent_is_the_product_itself():
-    image = predictions([0] * 1000)
-    image.scores, ious = torch.rand(1000), torch.rand(1000)
-
-    set_mask_scores(image, ious)
-
-    assert torch.equal(image.mask_scores, image.scores * ious)
-
-
-def test_the_head_ranks_with_its_exponent():
-    head = constant_head([0.5, 0.5, 0.5], score_exponent=3).eval()
-    image = predictions([1], [0.5])
-
-    head(torch.randn(1, 8, 14, 14), torch.rand(1, 1, 28, 28), [image])
-
-    assert image.mask_scores.item() == 0.0625  # 0.5 * 0.5 ** 3
-    assert type(head.score_exponent) is float
-
-
-@pytest.mark.parametrize("exponent", [-0.5, math.nan, math.inf])
-def test_an_exponent_that_ranks_nothing_is_an_error(exponent):
-    with pytest.raises(ValueError, match=f"score_exponent is {exponent}"):
-        build_head(score_exponent=exponent)
-
-
-def state_with(exponent):
-    return {**build_head().state_dict(), "score_exponent": torch.tensor(exponent)}
-
-
-def test_the_exponent_is_saved_with_the_weights():
-    saved = build_head(score_exponent=2.5).state_dict()["score_exponent"]
-
-    assert saved.item() == 2.5 and saved.shape == () and saved.dtype == torch.float32
-    head = build_head()
-    head.load_state_dict(state_with(2.5), strict=True)
-    assert head.score_exponent == 2.5
-    assert torch.equal(head.state_dict()["score_exponent"], saved)
-
-
-def test_of_two_checkpoints_the_last_one_counts():
-    head = build_head()
-    for exponent in (4.0, 2.0, 1.0):
-        head.load_state_dict(state_with(exponent))
-        assert head.score_exponent == exponent
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_weights_without_an_exponent_leave_it_alone(strict):
-    older = build_head().state_dict()
-    del older["score_exponent"]
-    for head in (build_head(score_exponent=3.0), build_head()):
-        before = head.score_exponent
-        keys = head.load_state_dict(older, strict=strict)
-        assert not keys.missing_keys and not keys.unexpected_keys
-        assert head.score_exponent == before
-
-
-@pytest.mark.parametrize("exponent", [3.0, 1.0])  # the paper's as well
-def test_an_exponent_of_the_config_wins_over_that_of_the_weights(exponent, caplog):
-    caplog.set_level(logging.INFO)
-    head = build_head(score_exponent=exponent)
-
-    head.load_state_dict(state_with(exponent))
-    assert "not" not in caplog.text
-    head.load_state_dict(state_with(4.0))
-
-    assert head.score_exponent == exponent
-    assert f"with the exponent {exponent:g} of the config, not 4 of the weights" in caplog.text
-
-
-def test_an_exponent_that_float32_rounds_is_no_other(caplog):
-    caplog.set_level(logging.INFO)
-    head = build_head(score_exponent=0.3)
-
-    head.load_state_dict(head.state_dict())
-
-    assert head.score_exponent == 0.3 and "not" not in caplog.text
-
-
-@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, [1.0, 2.0]])
-def test_a_wrong_exponent_of_weights_is_refused(wrong):
-    head = build_head(score_exponent=1.0)
-
-    with pytest.raises(RuntimeError, match="not a finite number of at least 0"):
-        head.load_state_dict(state_with(wrong), strict=False)
-    assert head.score_exponent == 1.0
-
-
-def test_copies_and_half_precision_keep_the_exponent():
-    head = build_head()
-    head.load_state_dict(state_with(0.3))
-
-    twin = copy.deepcopy(head).half()
-    twin.load_state_dict(state_with(7.0))
-
-    assert twin.score_exponent == 7.0 and head.score_exponent == pytest.approx(0.3)
-    assert twin.state_dict()["score_exponent"].dtype == torch.float32
-
-
 # ---- registry
 
 
@@ -437,7 +313,6 @@ def test_a_head_is_built_from_yacs_keys():
     add_msrcnn_config(cfg)
     keys = cfg.MODEL.ROI_MASK_IOU_HEAD
     keys.NUM_CONV, keys.CONV_DIM, keys.NUM_FC, keys.FC_DIM, keys.LOSS_WEIGHT = 2, 5, 3, 11, 0.25
-    keys.SCORE_EXPONENT = 4.0
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 7
 
     head = build_mask_iou_head(cfg, ShapeSpec(channels=4, height=14, width=14))
@@ -446,7 +321,6 @@ def test_a_head_is_built_from_yacs_keys():
     assert [(c.in_channels, c.out_channels) for c in convolutions(head)] == [(5, 5), (5, 5)]
     assert [x.out_features for x in linears(head)] == [11, 11, 11, 7]
     assert head.loss_weight == 0.25
-    assert head.score_exponent == 4.0
 
 
 def test_the_default_keys_are_the_default_arguments():
@@ -459,7 +333,6 @@ def test_the_default_keys_are_the_default_arguments():
 
     assert str(from_keys) == str(from_arguments)
     assert from_keys.loss_weight == from_arguments.loss_weight
-    assert from_keys.score_exponent == from_arguments.score_exponent == 1.0
 
 
 @ROI_MASK_IOU_HEAD_REGISTRY.register()

@@ -1,5 +1,4 @@
 import copy
-from functools import partial
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -25,7 +24,6 @@ from msrcnn_d2.modeling import (
     CascadeMaskScoringROIHeads,
     MaskScoringRCNNWithTTA,
     MaskScoringROIHeads,
-    mask_iou_inference,
 )
 from msrcnn_d2.modeling.roi_heads import DetectedBoxes
 from tests.helpers.toy import (
@@ -505,34 +503,6 @@ def test_tta_averages_the_mask_ious_of_the_augmented_images(tta_config):
     )
     assert torch.equal(merged.mask_scores, merged.scores * merged.pred_mask_ious)
     assert merged.pred_masks.shape == (len(merged), *IMAGE_SIZE)
-
-
-@torch.no_grad()
-def test_tta_ranks_with_the_exponent_of_the_model(tta_config):
-    model = scoring_model()
-    model.roi_heads.mask_iou_head.score_exponent = 3.0
-
-    merged = MaskScoringRCNNWithTTA(tta_config, model)([tta_input()])[0]["instances"]
-
-    assert len(merged) > 0
-    assert torch.equal(merged.mask_scores, merged.scores * merged.pred_mask_ious**3)
-    assert not torch.equal(merged.mask_scores, merged.scores * merged.pred_mask_ious)
-
-
-@torch.no_grad()
-def test_tta_of_a_head_without_an_exponent_ranks_by_the_product(tta_config):
-    model = scoring_model()
-    del model.roi_heads.mask_iou_head.score_exponent
-    model.roi_heads.mask_iou_head.forward = partial(_score_by_product, model)
-
-    merged = MaskScoringRCNNWithTTA(tta_config, model)([tta_input()])[0]["instances"]
-
-    assert torch.equal(merged.mask_scores, merged.scores * merged.pred_mask_ious)
-
-
-def _score_by_product(model, mask_features, mask_probs, instances):
-    mask_iou_inference(model.roi_heads.mask_iou_head.layers(mask_features, mask_probs), instances)
-    return instances
 
 
 @torch.no_grad()

@@ -38,8 +38,6 @@ class Fit:
         shapes: {name: (shape in the file, shape in the model)} where they differ.
         types: {name: (type in the file, type in the model)} where one is of integers and the
             other of floating-point numbers: loading would convert them as if they meant the same.
-        score_exponent: the exponent in the file, if it has one and the model takes it. It is a
-            setting that a file may lack, so it is not counted.
     """
 
     total: int
@@ -48,7 +46,6 @@ class Fit:
     unexpected: list[str]
     shapes: dict[str, tuple[tuple, tuple]]
     types: dict[str, tuple[torch.dtype, torch.dtype]]
-    score_exponent: torch.Tensor | None
 
     @property
     def num_classes(self) -> tuple[int, int] | None:
@@ -62,8 +59,6 @@ class Fit:
 def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
     given = {k: v for k, v in state_dict.items() if not k.endswith(COUNTER)}
-    takes_exponent = expected.pop(SCORE_EXPONENT, None) is not None
-    score_exponent = given.pop(SCORE_EXPONENT, None) if takes_exponent else None
     both = {k: (given[k], v) for k, v in expected.items() if k in given}
     return Fit(
         total=len(expected),
@@ -78,7 +73,6 @@ def compare(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Fit:
             for k, (a, b) in both.items()
             if a.is_floating_point() != b.is_floating_point()
         },
-        score_exponent=score_exponent,
     )
 
 
@@ -124,13 +118,11 @@ def misfit(fit: Fit, needed: Collection[str] | None = None) -> str:
     # If nothing else fits, the shapes that differ say why
     if any(not fit.given or needed is None or name in needed for name in fit.shapes):
         return _shapes_differ(fit)
-    exponent = fit.score_exponent
-    if exponent is not None and not (exponent.ndim == 0 and 0 <= exponent < float("inf")):
-        shape = tuple(exponent.shape)
+    if SCORE_EXPONENT in fit.unexpected and any(k.startswith(MASK_IOU_HEAD) for k in fit.given):
         return (
-            f"'{SCORE_EXPONENT}' is {f'of shape {shape}' if shape else f'{exponent.item():g}'}, "
-            "not a finite number of at least 0. `msrcnn-d2 fit-exponent --exponent 1` writes a "
-            "copy with the paper's exponent."
+            f"'{SCORE_EXPONENT}' is not 1, and masks are ranked by class score x predicted IoU, "
+            "which is no longer raised to an exponent. `msrcnn-d2 convert` writes a copy without "
+            "the exponent and with the same weights."
         )
     missing = [name for name in fit.missing if needed is None or name in needed]
     if missing:

@@ -49,7 +49,7 @@ INNER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 NUM_AVERAGED = "n_averaged"
 # A counter that only batch norm in training would use, and only with momentum=None
 COUNTER = "num_batches_tracked"
-# A setting that MaskIoUHead keeps with its weights; only files of this package have it
+# Files of version 0.1 have it: masks were ranked by class score x predicted IoU ** exponent
 SCORE_EXPONENT = "roi_heads.mask_iou_head.score_exponent"
 CLASS_NAMES = "class_names"  # the key in files of this package
 CLASS_BIAS = re.compile(r"roi_heads\.box_predictor(\.\d+)?\.cls_score\.bias")
@@ -95,7 +95,7 @@ def read_weights(file: str) -> Weights:
         file: path of a file, as in :func:`read_file`.
 
     Returns:
-        the weights in it.
+        the weights in it, with `SCORE_EXPONENT` only if that is not 1.
 
     Raises:
         UserError: the file cannot be read, or has no weights.
@@ -107,6 +107,9 @@ def read_weights(file: str) -> Weights:
     found, note_on_prefixes = _without_prefixes(found, file)
     weights = _renamed(found, extras)
     weights.class_names = _class_names(extras, weights.state_dict)
+    exponent = weights.state_dict.get(SCORE_EXPONENT)
+    if exponent is not None and torch.allclose(exponent.float(), torch.ones(()), 1e-6, 0):
+        del weights.state_dict[SCORE_EXPONENT]  # as masks are ranked now
     weights.note = " ".join(filter(None, (weights.note, note or note_on_prefixes)))
     return weights
 
@@ -317,7 +320,7 @@ def check_finite(state_dict: Mapping[str, torch.Tensor], file: str) -> None:
     Raises:
         UserError: a parameter has a value that is NaN or infinite; the message names it.
     """
-    numbers = {k: v for k, v in state_dict.items() if v.is_floating_point() and k != SCORE_EXPONENT}
+    numbers = {k: v for k, v in state_dict.items() if v.is_floating_point()}
     wrong = [name for name, value in numbers.items() if not value.float().isfinite().all()]
     if not wrong:
         return

@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from ..utils.errors import UserError
 from ..utils.files import write_whole
-from .conversion import CLASS_NAMES, SCORE_EXPONENT
+from .conversion import CLASS_NAMES
 from .reading import reason
 
 __all__ = ["WRITERS", "check_target", "why_not_written", "write_weights"]
@@ -57,7 +57,7 @@ def write_weights(
     """
     contents = {}
     for name, value in state_dict.items():
-        if half and value.is_floating_point() and name != SCORE_EXPONENT:  # a setting: one number
+        if half and value.is_floating_point():
             halved = value.half()
             value = halved if torch.equal(halved.isfinite(), value.isfinite()) else value
         # A copy, as safetensors refuses tensors that share memory

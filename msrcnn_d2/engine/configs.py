@@ -293,6 +293,7 @@ def load_config(
         cfg = LazyConfig.load(path) if is_lazy else _read_yacs(path)
     if is_lazy and "train" not in cfg:
         raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
+    _drop_exponent(cfg)
     if retrofitted:
         try:
             cfg = retrofit(cfg)
@@ -435,8 +436,25 @@ def _arguments(target: Callable) -> tuple[list[str], bool]:
 def _read_yacs(path: str) -> CfgNode:
     cfg = get_cfg()
     add_msrcnn_config(cfg)
+    # Files that version 0.1 saved have it: see _drop_exponent
+    cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = None
     cfg.merge_from_file(path)
     return cfg
+
+
+def _drop_exponent(cfg: DictConfig | CfgNode) -> None:
+    """Remove the exponent of the predicted IoU, which version 0.1 had, if it changes nothing."""
+    if isinstance(cfg, CfgNode):
+        exponent = cfg.MODEL.ROI_MASK_IOU_HEAD.pop("SCORE_EXPONENT")
+    else:
+        head = OmegaConf.select(cfg, "model.roi_heads.mask_iou_head") or {}
+        exponent = head.pop("score_exponent", None)
+    if exponent not in (None, 1):
+        raise UserError(
+            f"The mask IoU head's score_exponent is {exponent}, and masks are ranked by class "
+            "score x predicted IoU, which is no longer raised to an exponent: remove it from the "
+            "config."
+        )
 
 
 def _override_yacs(cfg: CfgNode, overrides: Sequence[str], path: str) -> None:
@@ -447,7 +465,9 @@ def _override_yacs(cfg: CfgNode, overrides: Sequence[str], path: str) -> None:
     try:
         for key, text in zip(pairs[::2], pairs[1::2]):
             current = _find(cfg, key)
-            value = value_of_text(key, text, None if current is ABSENT else current)
+            if current is ABSENT:  # yacs would ignore one that existed in the past
+                raise KeyError(f"Non-existent key: {key}")
+            value = value_of_text(key, text, current)
             # yacs reads any text as a literal of Python, also '3' and '1e5' where it is a path
             cfg.merge_from_list([key, text if value is AS_IT_IS else repr(value)])
         cfg.merge_from_list(pairs[len(pairs) // 2 * 2 :])  # a key without a value, if any

@@ -234,7 +234,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         if task != "segm":
             return ranked
         if "mask_score" in scores:
-            logger.info("Masks ranked by mask score, class score x predicted mask IoU ** exponent:")
+            logger.info("Masks ranked by mask score, class score x predicted mask IoU:")
             evaluations["mask_score"] = ranking.evaluate(scores["mask_score"])
             by_mask_score = self._results_of(evaluations["mask_score"], task)
             ranked = {"segm": by_mask_score, "segm_by_class_score": ranked["segm"]}

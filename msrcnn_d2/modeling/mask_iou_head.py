@@ -1,11 +1,9 @@
 """
 The MaskIoU head: predicts how well each mask fits its object.
 
-Masks are ranked by class score x mask IoU ** exponent. In the paper the exponent is 1. Another one
-ranks better for some models (see :mod:`msrcnn_d2.fit_exponent`), and is saved with the weights.
+Masks are ranked by class score x predicted IoU.
 """
 
-import logging
 import math
 from typing import Any
 
@@ -30,8 +28,6 @@ __all__ = [
     "mask_iou_loss",
     "set_mask_scores",
 ]
-
-logger = logging.getLogger(__name__)
 
 ROI_MASK_IOU_HEAD_REGISTRY = Registry("ROI_MASK_IOU_HEAD")
 ROI_MASK_IOU_HEAD_REGISTRY.__doc__ = """
@@ -67,9 +63,7 @@ def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
-def mask_iou_inference(
-    pred_mask_ious: torch.Tensor, pred_instances: list[Instances], score_exponent: float = 1.0
-) -> None:
+def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instances]) -> None:
     """
     Rank the masks: add "pred_mask_ious" and "mask_scores" to the predicted instances.
 
@@ -78,36 +72,28 @@ def mask_iou_inference(
             N counts the masks of all images, K the foreground classes.
         pred_instances: one Instances per image, with "pred_classes"; each gets the IoU of its
             class. "mask_scores" are added if there are "scores": boxes given by the user have none.
-        score_exponent: see :func:`set_mask_scores`.
     """
     classes = cat([x.pred_classes for x in pred_instances])
     ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
     for instances, ious_per_image in zip(
         pred_instances, ious.split([len(x) for x in pred_instances])
     ):
-        set_mask_scores(instances, ious_per_image, score_exponent)
+        set_mask_scores(instances, ious_per_image)
 
 
-def set_mask_scores(
-    instances: Instances, mask_ious: torch.Tensor, score_exponent: float = 1.0
-) -> None:
+def set_mask_scores(instances: Instances, mask_ious: torch.Tensor) -> None:
     """
-    The rescoring step: mask score = class score x mask IoU ** exponent (Sec. 3.1, where the
-    exponent is 1). It does not change "scores".
+    The rescoring step: mask score = class score x mask IoU (Sec. 3.1). It does not change "scores".
 
     Args:
         instances: predicted instances of one image, gets "pred_mask_ious" and, if it has "scores",
             "mask_scores".
         mask_ious: Tensor of shape (N,), the predicted IoU of each mask. It is clamped to [0, 1],
             because a regression can leave that interval.
-        score_exponent: at least 0. The larger it is, the more the IoU decides; with 0 the mask
-            score is the class score. "pred_mask_ious" does not depend on it.
     """
     ious = instances.pred_mask_ious = mask_ious.clamp(min=0, max=1)
     if instances.has("scores"):
-        # For the paper's product no power is computed: that would take longer and be less exact
-        factors = ious if score_exponent == 1 else ious**score_exponent
-        instances.mask_scores = instances.scores * factors
+        instances.mask_scores = instances.scores * ious
 
 
 @ROI_MASK_IOU_HEAD_REGISTRY.register()
@@ -115,11 +101,6 @@ class MaskIoUHead(nn.Module):
     """
     The head of Mask Scoring R-CNN (Huang et al., CVPR 2019, Fig. 3): 3x3 convolutions, the last
     with stride 2, and fully connected layers over the mask head's region features and its mask.
-
-    Attributes:
-        score_exponent: masks are ranked by class score x mask IoU ** `score_exponent`. It is saved
-            with the weights. Loading weights sets it, unless the constructor was given a value or
-            the weights have none, as older ones.
     """
 
     @configurable
@@ -133,7 +114,6 @@ class MaskIoUHead(nn.Module):
         fc_dim: int = 1024,
         num_fc: int = 2,
         loss_weight: float = 1.0,
-        score_exponent: float | None = None,
     ):
         """
         Args:
@@ -146,20 +126,11 @@ class MaskIoUHead(nn.Module):
             fc_dim: width of each fully connected layer.
             num_fc: number of fully connected layers before the predictor.
             loss_weight: multiplier of the loss.
-            score_exponent: finite, at least 0; see the attribute. By default that of the weights,
-                which is the paper's 1 unless another one was fitted to them.
         """
         super().__init__()
         if num_conv < 1:
             raise ValueError(f"num_conv is {num_conv}; the MaskIoU head has at least 1 convolution")
-        if score_exponent is not None and not _is_exponent(score_exponent):
-            raise ValueError(
-                f"score_exponent is {score_exponent}; it is a finite number, at least 0, and 1 in "
-                "the paper"
-            )
         self.loss_weight = loss_weight
-        self.score_exponent = 1.0 if score_exponent is None else float(score_exponent)
-        self._takes_exponent_of_weights = score_exponent is None
 
         channels = input_shape.channels + 1
         self.convs = nn.Sequential()
@@ -195,7 +166,6 @@ class MaskIoUHead(nn.Module):
             "fc_dim": head.FC_DIM,
             "num_fc": head.NUM_FC,
             "loss_weight": head.LOSS_WEIGHT,
-            "score_exponent": head.SCORE_EXPONENT,
         }
 
     def layers(self, mask_features: torch.Tensor, mask_probs: torch.Tensor) -> torch.Tensor:
@@ -232,7 +202,7 @@ class MaskIoUHead(nn.Module):
         pred_mask_ious = self.layers(mask_features, mask_probs)
         if self.training:
             return {"loss_mask_iou": self._loss(pred_mask_ious, mask_probs, instances)}
-        mask_iou_inference(pred_mask_ious, instances, self.score_exponent)
+        mask_iou_inference(pred_mask_ious, instances)
         return instances
 
     def _loss(
@@ -251,47 +221,6 @@ class MaskIoUHead(nn.Module):
         pred_mask_ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
         _log_mask_ious(pred_mask_ious.detach(), targets)
         return mask_iou_loss(pred_mask_ious, targets) * self.loss_weight
-
-    # The exponent is a number and not a buffer, since inference would fetch that from the GPU and
-    # `half()` would round it
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "score_exponent"] = torch.tensor(
-            self.score_exponent, dtype=torch.float32, device=self.predictor.weight.device
-        )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        tensor = state_dict.pop(prefix + "score_exponent", None)
-        if tensor is not None and (tensor.numel() != 1 or not _is_exponent(tensor.item())):
-            error_msgs.append(f"score_exponent is {tensor}, not a finite number of at least 0.")
-        elif tensor is not None:
-            saved = float(tensor)
-            if self._takes_exponent_of_weights:
-                self.score_exponent = saved
-            if not math.isclose(saved, self.score_exponent, rel_tol=1e-6):  # saved as float32
-                logger.info(
-                    "Masks are ranked with the exponent %g of the config, not %g of the weights.",
-                    *(self.score_exponent, saved),
-                )
-            elif saved != 1:
-                logger.info("Masks are ranked by class score x mask IoU ** %g.", saved)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def _is_exponent(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
 
 
 def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
     :class:`GeneralizedRCNNWithTTA` for models with :class:`MaskScoringROIHeads`.
 
     The "pred_mask_ious" of the merged detections are means over the augmented images, like their
-    masks. The exponent of the mask scores is that of the model's MaskIoU head.
+    masks.
     """
 
     def _rescale_detected_boxes(
@@ -30,7 +30,5 @@ class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
     def _reduce_pred_masks(self, outputs: list[Instances], tfms: Any) -> torch.Tensor:
         if all(x.has("pred_mask_ious") for x in outputs):  # not those of a plain Mask R-CNN
             mask_ious = torch.stack([x.pred_mask_ious for x in outputs]).mean(dim=0)
-            head = getattr(getattr(self.model, "roi_heads", None), "mask_iou_head", None)
-            exponent = getattr(head, "score_exponent", 1.0)  # users' own heads may have none
-            set_mask_scores(self._merged_instances, mask_ious, exponent)
+            set_mask_scores(self._merged_instances, mask_ious)
         return super()._reduce_pred_masks(outputs, tfms)

@@ -123,7 +123,7 @@ class MaskScoringPredictor:
             for each image a dict with "instances", the best first. They have "scores",
             "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the given
             image, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
-            "pred_mask_ious" ** exponent, see :class:`MaskIoUHead`.
+            "pred_mask_ious".
 
         Raises:
             UserError: a file is missing or not an image.

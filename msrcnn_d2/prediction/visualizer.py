@@ -43,8 +43,8 @@ MAX_SHIFT = 8  # how far a label moves up or down to where there is room, in hei
 class MaskScoringVisualizer(Visualizer):
     """
     :class:`Visualizer` with labels such as "person 0.93 x IoU 0.81 = 0.75": class score x
-    predicted IoU = mask score. If the mask scores are not these products, for example with another
-    exponent of the IoU, labels are like "person 0.93, IoU 0.81 → 0.40".
+    predicted IoU = mask score. If the mask scores are not these products, as those of a MaskIoU
+    head of your own may be, labels are like "person 0.93, IoU 0.81 → 0.40".
 
     Labels are legible on small and large images and stay inside the picture. They do not cover each
     other where there is room; those of the best masks are placed first and lie on top. Predictions

@@ -7,7 +7,7 @@ Turns microscopy images of nuclei into three parts, in COCO format, to train and
 What it writes::
 
     OUT/annotations/nuclei_train.json      to train on
-    OUT/annotations/nuclei_holdout.json    to fit the score exponent to, so never to train on
+    OUT/annotations/nuclei_holdout.json    held out, so never to train on
     OUT/annotations/nuclei_val.json        to evaluate on
     OUT/train/*.png                        images of train and of holdout, RGB
     OUT/val/*.png                          images of val, RGB

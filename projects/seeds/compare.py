@@ -1,6 +1,6 @@
 """
 Trains Mask R-CNN and Mask Scoring R-CNN with several seeds and compares them, since one run of each
-says little: tables with mean and standard deviation, what the paper claims, and the score exponent.
+says little: tables with mean and standard deviation, and what the paper claims.
 
     compare.py nuclei --data NUCLEI   data from projects/nuclei/prepare.py; two hours on two cores
     compare.py shapes                 draws its data; models of the demo

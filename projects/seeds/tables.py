@@ -1,7 +1,6 @@
 """What several seeds of Mask R-CNN and Mask Scoring R-CNN say together, as tables."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -12,8 +11,6 @@ from tabulate import tabulate
 
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
-from msrcnn_d2.evaluation.mask_quality import scores_of
-from msrcnn_d2.fit_exponent import fit_exponent
 
 __all__ = ["Run", "tables"]
 
@@ -25,8 +22,6 @@ COLUMNS = [
     ("ceiling, by true IoU", "ms_rcnn", "true_iou"),
 ]
 THRESHOLDS = (50, 75, 90)
-EXPONENTS = (0, 1, 4)  # of the table by size of image
-MIN_IMAGES = 5  # of a size
 
 
 @dataclass
@@ -60,11 +55,7 @@ def tables(runs: Sequence[Run], max_dets: int) -> tuple[str, dict[str, Any]]:
         ("What the paper claims", _claims(plain, scoring)),
         ("The MaskIoU head on images it was trained on, held-out ones and val", _heads(scoring)),
         ("What better predictions of the IoU would bring", _better_heads(scoring)),
-        ("The exponent, fitted to held-out training images", _exponents(scoring)),
     ]
-    by_size = _image_sizes(scoring)
-    if by_size:
-        parts.append(("Mask AP by size of image, with other exponents", by_size))
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n", numbers
 
 
@@ -84,10 +75,6 @@ def _numbers(run: Run, max_dets: int) -> dict[str, Any]:
     }
     if run.model == "ms_rcnn":
         numbers["better_heads"] = _better_head_aps(quality)
-        numbers["exponent"] = _exponent(run, max_dets)
-        numbers["image_sizes"] = {
-            part: _by_image_size(run.quality[part], max_dets) for part in ("holdout", "val")
-        }
     return numbers
 
 
@@ -131,58 +118,6 @@ def _better_heads(scoring: list[dict]) -> str:
         rows.append([name, _spread(values, 1)])
     rows.append(["true IoU (ceiling)", _spread([n["ap"]["true_iou"] for n in scoring], 1)])
     return tabulate(rows, ["masks ranked by", "mask AP"], "github", disable_numparse=True)
-
-
-def _exponent(run: Run, max_dets: int) -> dict[str, Any]:
-    held_out, val = run.quality["holdout"], run.quality["val"]
-    fit = fit_exponent(held_out.coco_gt, held_out.results, max_dets=max_dets)
-    on_val = fit_exponent(val.coco_gt, val.results, max_dets=max_dets)
-    return {
-        "fitted": fit.exponent,
-        "held_out": {str(k): v["AP"] for k, v in fit.curve.items()},
-        "val": {str(k): v["AP"] for k, v in on_val.curve.items()},
-        "at_1": on_val.curve[1]["AP"],
-        "at_fitted": on_val.curve[fit.exponent]["AP"],
-        "best_on_val": on_val.exponent,
-    }
-
-
-def _by_image_size(quality: MaskQuality, max_dets: int) -> dict[str, dict[str, float]]:
-    """
-    For each size of image that is not rare, which often tells where images come from, their number
-    and the mask AP with each of EXPONENTS. Empty if all are of one size.
-    """
-    images = defaultdict(list)
-    for image in quality.coco_gt.dataset["images"]:
-        images[f"{image['width']} x {image['height']}"].append(image["id"])
-    if len(images) == 1:
-        return {}
-    found = {}
-    for size, ids in sorted(images.items()):
-        results = [r for r in quality.results if r["image_id"] in set(ids)]
-        if len(ids) < MIN_IMAGES or not results:
-            continue
-        ranking = AveragePrecision(quality.coco_gt, results, "segm", None, [max_dets], ids)
-        scores = scores_of(results)
-        aps = {
-            f"{e:g}": 100
-            * ranking.evaluate(scores["class_score"] * scores["predicted_iou"] ** e).numbers["AP"]
-            for e in EXPONENTS
-        }
-        found[size] = {"images": len(ids), **aps}
-    return found
-
-
-def _image_sizes(scoring: list[dict]) -> str:
-    titles = {"holdout": "held out", "val": "val"}
-    rows = []
-    for part, title in titles.items():
-        for size, numbers in scoring[0]["image_sizes"][part].items():
-            runs = [n["image_sizes"][part][size] for n in scoring if size in n["image_sizes"][part]]
-            aps = [_spread([r[f"{e:g}"] for r in runs], 1) for e in EXPONENTS]
-            rows.append([f"{title}, {size}", str(numbers["images"]), *aps])
-    headers = ["part, pixels", "images", *(f"exponent {e:g}" for e in EXPONENTS)]
-    return tabulate(rows, headers, "github", disable_numparse=True) if rows else ""
 
 
 def _main_table(plain: list[dict], scoring: list[dict]) -> str:
@@ -265,22 +200,6 @@ def _heads(scoring: list[dict]) -> str:
         for part, title in titles.items()
     ]
     return tabulate(rows, ["images", *columns.values()], "github", disable_numparse=True)
-
-
-def _exponents(scoring: list[dict]) -> str:
-    rows = []
-    for n in scoring:
-        e = n["exponent"]
-        row = [n["ap"]["class_score"], e["at_1"], e["at_fitted"], n["ap"]["true_iou"]]
-        rows.append(
-            [str(n["seed"]), f"{e['fitted']:g}", *(f"{x:.2f}" for x in row)]
-            + [f"{e['at_fitted'] - e['at_1']:+.2f}", f"{e['best_on_val']:g}"]
-        )
-    changes = [n["exponent"]["at_fitted"] - n["exponent"]["at_1"] for n in scoring]
-    rows.append(["mean", "", "", "", "", "", _spread(changes, 2, True), ""])
-    headers = ["seed", "fitted exponent", "AP by class score", "AP, exponent 1"]
-    headers += ["AP, fitted exponent", "ceiling", "change", "best exponent on val, in hindsight"]
-    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def _spread(values: list, digits: int, signed: bool = False) -> str:

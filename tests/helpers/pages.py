@@ -118,7 +118,7 @@ def write_tiny_world(folder: Path) -> None:
     """A data set, configs and weights of tiny models, under the names that the pages use."""
     (folder / "images").mkdir()
     write_images(folder / "images", OBJECTS)
-    for name in ("train", "val", "rest", "held_out"):
+    for name in ("train", "val"):
         write_coco_json(folder / f"{name}.json", OBJECTS)
     Image.open(folder / "images" / "1.png").save(folder / "image.jpg")
 
@@ -133,8 +133,7 @@ def write_tiny_world(folder: Path) -> None:
 
     weights = instantiate(tiny_training().model).state_dict()
     torch.save({"model": weights}, folder / "published.pth")
-    theirs = {k: v for k, v in weights.items() if not k.endswith("score_exponent")}
-    torch.save({"state_dict": renamed(theirs, MMDETECTION)}, folder / "mmdetection.pth")
+    torch.save({"state_dict": renamed(weights, MMDETECTION)}, folder / "mmdetection.pth")
     weights = {k: v for k, v in weights.items() if "mask_iou_head" not in k}
     torch.save({"model": weights}, folder / "mask_rcnn.pth")
 

@@ -17,7 +17,6 @@ from tests.helpers.toy import tiny_yacs_config
 BODY, RPN, HEADS = "backbone.bottom_up.", "proposal_generator.rpn_head.", "roi_heads."
 SCORES, BOXES = HEADS + "box_predictor.cls_score.", HEADS + "box_predictor.bbox_pred."
 MASKS, IOUS = HEADS + "mask_head.predictor.", HEADS + "mask_iou_head.predictor."
-EXPONENT = HEADS + "mask_iou_head.score_exponent"
 FILLED = -7.0  # before loading: what is left of it was not loaded
 
 
@@ -29,22 +28,17 @@ def slim_model(*options):
     return build_model(cfg)
 
 
-def parameters(model):
-    """What a model's state dict has of its own: parameters and buffers, but not a setting."""
-    return {k: v for k, v in model.state_dict().items() if k != EXPONENT}
-
-
 def weights_for(model):
     """For each parameter and buffer of a model random values, of which no two are alike."""
     generator = torch.Generator().manual_seed(4)
     return {
         k: torch.rand(v.shape, generator=generator) + 0.5 if v.is_floating_point() else v.clone()
-        for k, v in parameters(model).items()
+        for k, v in model.state_dict().items()
     }
 
 
 def fill(model):
-    for value in parameters(model).values():
+    for value in model.state_dict().values():
         value.fill_(FILLED)
 
 
@@ -78,13 +72,13 @@ def error_of(model, path, strict=True):
     """The message of the error; the model has to stay as it was, bit for bit."""
     with pytest.raises(UserError) as caught:
         load(model, path, strict)
-    assert all((v == FILLED).all() for v in parameters(model).values())
+    assert all((v == FILLED).all() for v in model.state_dict().values())
     return str(caught.value)
 
 
 def assert_has(model, expected, but=()):
     """Each value of the model is the expected one, except for names that begin with `but`."""
-    for name, value in parameters(model).items():
+    for name, value in model.state_dict().items():
         if name.startswith(tuple(but)):
             assert (value == FILLED).all(), name
         else:

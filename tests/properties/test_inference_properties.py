@@ -13,7 +13,6 @@ from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.modeling import mask_iou_inference
-from msrcnn_d2.modeling.mask_iou_head import set_mask_scores
 from msrcnn_d2.modeling.postprocessing import rescale_unpasted
 from tests.helpers.strategies import UNUSUAL, Untouched, boxes, holds, same, seeds
 from tests.helpers.toy import (
@@ -24,7 +23,6 @@ from tests.helpers.toy import (
     toy_features,
 )
 
-EXPONENTS = st.one_of(st.sampled_from([0.0, 1.0, 2.0, 1e-30]), st.floats(0, 1e30))
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SCORES = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, width=16))
 IOUS = st.one_of(st.sampled_from([-0.1, 0.0, 0.5, 1.0, 1.1, -1e38, 1e38]), FINITE)
@@ -67,12 +65,12 @@ def assert_scored(instances):
         assert (instances.mask_scores <= instances.scores).all()
 
 
-@holds(40, data=st.data(), images=detections(), exponent=EXPONENTS)
-def test_no_mask_score_is_above_its_class_score(data, images, exponent):
+@holds(40, data=st.data(), images=detections())
+def test_no_mask_score_is_above_its_class_score(data, images):
     ious = data.draw(ious_for(images))
     untouched = Untouched(ious, *(dict(x.get_fields()) for x in images))
 
-    mask_iou_inference(ious, images, exponent)
+    mask_iou_inference(ious, images)
 
     untouched.check()
     chosen = torch.cat([x.pred_classes for x in images])
@@ -83,32 +81,6 @@ def test_no_mask_score_is_above_its_class_score(data, images, exponent):
         assert instances.get_fields().keys() - fields.keys() <= {"pred_mask_ious", "mask_scores"}
         for name, value in fields.items():
             assert instances.get(name) is value, name
-
-
-@holds(25, data=st.data(), images=detections(), exponents=st.tuples(EXPONENTS, EXPONENTS))
-def test_a_larger_exponent_never_raises_a_mask_score(data, images, exponents):
-    ious = [x[:, 0] for x in data.draw(ious_for(images)).split([len(x) for x in images])]
-    untouched = Untouched(ious)
-    scores = []
-    for exponent in sorted(exponents):
-        for instances, ious_of_image in zip(images, ious):
-            set_mask_scores(instances, ious_of_image, exponent)
-        of_all = [x.mask_scores for x in images if x.has("scores")]
-        scores.append(torch.cat([torch.zeros(0), *of_all]))
-    untouched.check()
-    # A power is a little off, in float32
-    assert (scores[1] <= scores[0] * (1 + 1e-6) + 1e-37).all()
-
-
-@holds(25, data=st.data(), images=detections())
-def test_with_exponent_one_it_is_the_product_and_with_zero_the_class_score(data, images):
-    ious = data.draw(ious_for(images))
-    for exponent in (1, 0):
-        mask_iou_inference(ious, images, exponent)
-        for x in images:
-            if x.has("scores"):
-                expected = x.scores * x.pred_mask_ious if exponent else x.scores
-                assert torch.equal(x.mask_scores, expected.float())
 
 
 # ---- through the ROI heads
@@ -140,13 +112,11 @@ SCALES = st.sampled_from([0.0, 0.01, 1.0, 1000.0])
     8,
     seed=seeds(),
     scale=SCALES,
-    exponent=st.floats(0, 20),
     proposals=st.lists(st.lists(boxes(("usual",)), max_size=4), min_size=2, max_size=2),
 )
 @torch.no_grad()
-def test_the_roi_heads_score_what_they_find(seed, scale, exponent, proposals, heads):
+def test_the_roi_heads_score_what_they_find(seed, scale, proposals, heads):
     loudened(heads, seed)
-    heads.mask_iou_head.score_exponent = exponent
     features = given_features(seed, scale)
     proposals = [
         Instances(IMAGE_SIZE, proposal_boxes=Boxes(torch.tensor(x).reshape(-1, 4)))
@@ -167,11 +137,10 @@ def test_the_roi_heads_score_what_they_find(seed, scale, exponent, proposals, he
         assert ((instances.pred_masks >= 0) & (instances.pred_masks <= 1)).all()
 
 
-@holds(8, seed=seeds(), scale=SCALES, images=detections(2), exponent=st.floats(0, 20))
+@holds(8, seed=seeds(), scale=SCALES, images=detections(2))
 @torch.no_grad()
-def test_given_boxes_keep_their_number_order_and_fields(seed, scale, images, exponent, heads):
+def test_given_boxes_keep_their_number_order_and_fields(seed, scale, images, heads):
     loudened(heads, seed)
-    heads.mask_iou_head.score_exponent = exponent
     features = {k: v[: len(images)] for k, v in given_features(seed, scale).items()}
     images = images if len(images) == len(features["p2"]) else images[:1]
     untouched = Untouched(features, images)
