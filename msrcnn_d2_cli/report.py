@@ -18,6 +18,8 @@ EXAMPLES = """
       annotations/instances_val2017.json --images val2017
   those of any other model, in COCO's result format with masks as RLE or polygons:
     {prog} results.segm.json annotations/instances_val2017.json
+  from which score on are 9 of 10 masks right, with an IoU of at least 0.5?
+    {prog} results.segm.json annotations/instances_val2017.json --precision 0.9 --iou 0.5
 """
 
 
@@ -41,6 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--title", help="title of the page (default: the name of RESULTS.json)")
     parser.add_argument(
+        "--precision",
+        type=share,
+        default=0.95,
+        metavar="P",
+        help="share of the accepted masks that should be right, for the thresholds in the report "
+        "(default: 0.95)",
+    )
+    parser.add_argument(
+        "--iou",
+        type=float,
+        choices=[k / 100 for k in range(50, 100, 5)],
+        default=0.75,
+        metavar="IOU",
+        help="smallest IoU of a mask that is right: 0.5, 0.55, ... 0.95 (default: 0.75)",
+    )
+    parser.add_argument(
         "--max-dets",
         type=at_least(1),
         metavar="N",
@@ -53,6 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="library that counts AP (default: what is installed)",
     )
     add_image_arguments(parser)
+
+
+def share(text: str) -> float:
+    """The `type` of an argument between 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, not '{text}'")
+    return number
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{quality.table()}\n\nDrawing ...", flush=True)
     title = args.title or f"Masks of {Path(args.results).name}"
     images = args.images and str(args.images)
-    print(f"report: {write_report(quality, args.output, title, images, settings)}")
+    page = write_report(quality, args.output, title, images, settings, args.precision, args.iou)
+    print(f"report: {page}")
 
 
 def warn_of_more_than(max_dets: int, results: list[dict]) -> None:

@@ -18,6 +18,7 @@ from ..image_reading import ImageSettings
 from ..utils.errors import UserError
 from .figures import charts
 from .gallery import Move, draw_move, largest_moves
+from .thresholds import SHOWN_IOUS, thresholded_scores
 
 __all__ = ["write_report"]
 
@@ -32,19 +33,23 @@ def write_report(
     title: str = "Mask quality",
     image_root: str | None = None,
     settings: ImageSettings | None = None,
+    precision: float = 0.95,
+    iou: float = 0.75,
 ) -> Path:
     """
     Write a report on what :class:`MaskQuality` has measured.
 
     This writes "report.html", which contains its figures and opens without a network; a PNG of each
-    figure, but not of the gallery; and "report.json" with the title and what
-    :meth:`MaskQuality.to_json` returns.
+    figure, but not of the gallery; and "report.json" with the title, what
+    :meth:`MaskQuality.to_json` returns, and the thresholds of each score ("thresholds").
 
     Args:
         folder: where to write; it is created if it does not exist.
         title: what was evaluated, shown at the top.
         image_root: the folder of the images, for the gallery; without it masks are shown alone.
         settings: how images are read, such as the scale of 16-bit images.
+        precision, iou: the thresholds that are shown first reach this precision, between 0 and 1,
+            at this IoU, one of 0.50, 0.55, ... 0.95.
 
     Returns:
         the path of the page.
@@ -58,6 +63,7 @@ def write_report(
     has_mask_scores = "mask_score" in quality.scores
     drawn = [(chart, _png(chart.figure, PIXELS_PER_INCH)) for chart in charts(quality)]
     moves = largest_moves(quality, NUM_MOVES) if has_mask_scores else ([], [])
+    thresholds = thresholded_scores(quality, precision, iou)
     page = _template().render(
         title=title,
         quality=quality,
@@ -75,8 +81,25 @@ def write_report(
             "object size": quality.by_size,
             "IoU threshold": quality.by_threshold,
         },
+        thresholds=thresholds,
+        threshold_data={
+            "objects": sum(quality.num_objects),
+            "shown": SHOWN_IOUS,
+            "scores": [score.for_page() for score in thresholds],
+        },
+        shown_ious=SHOWN_IOUS,
+        wanted=precision,
+        iou=f"{iou:.2f}",
     )
-    numbers = {"title": title, **quality.to_json()}
+    numbers = {
+        "title": title,
+        **quality.to_json(),
+        "thresholds": {
+            "precision": precision,
+            "iou": iou,
+            "scores": {score.name: score.to_json() for score in thresholds},
+        },
+    }
     with _said_if_it_fails(folder):
         for chart, png in drawn:
             (folder / f"{chart.name}.png").write_bytes(png)
@@ -131,6 +154,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(number=_number, signed=_signed, percent=_percent, tail=_tail)
+    environment.filters.update(share=_share, threshold=_threshold)
     return environment.get_template("report.html.jinja")
 
 
@@ -148,6 +172,16 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{_number(100 * value, 0)} %"
+
+
+def _share(value: float) -> str:
+    """In percent with a digit after the point, or a dash for NaN."""
+    return "–" if math.isnan(value) else f"{_number(100 * value, 1)} %"
+
+
+def _threshold(value: float) -> str:
+    """A threshold without needless zeros."""
+    return f"{round(value, 4):g}".replace("-", "−")
 
 
 def _tail(text: str, length: int) -> str:
