@@ -15,6 +15,8 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
       + MaskIoUHead.layers                 -> predicted IoU for each class
       + mask_iou_loss | mask_iou_inference -> loss_mask_iou | pred_mask_ious,
                                               mask_scores = scores x pred_mask_ious
+      + MaskCalibrator (if there is one)   -> mask_iou_probs: P(IoU >= 0.50, 0.55, ... 0.95),
+                                              quality_scores = their mean
       + MaskScoringCOCOEvaluator           -> box AP by scores, mask AP by mask_scores,
                                               MaskQuality: what the scores say about the masks
       + write_report                       -> a page that shows it
@@ -44,8 +46,9 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from . import model_zoo
+    from .calibration import calibrate
     from .checkpoint import MaskScoringCheckpointer
-    from .config import add_mask_scoring, add_msrcnn_config, retrofit
+    from .config import add_mask_calibrator, add_mask_scoring, add_msrcnn_config, retrofit
     from .evaluation import MaskScoringCOCOEvaluator
     from .prediction.predictor import MaskScoringPredictor
     from .prediction.visualizer import MaskScoringVisualizer
@@ -60,8 +63,10 @@ __all__ = [
     "MaskScoringPredictor",
     "MaskScoringROIHeads",
     "MaskScoringVisualizer",
+    "add_mask_calibrator",
     "add_mask_scoring",
     "add_msrcnn_config",
+    "calibrate",
     "model_zoo",
     "modeling",
     "retrofit",
@@ -74,8 +79,10 @@ _LAZY = {
     "MaskScoringCheckpointer": "checkpoint",
     "MaskScoringPredictor": "prediction.predictor",
     "MaskScoringVisualizer": "prediction.visualizer",
+    "add_mask_calibrator": "config",
     "add_mask_scoring": "config",
     "add_msrcnn_config": "config",
+    "calibrate": "calibration",
     "retrofit": "config",
 }
 

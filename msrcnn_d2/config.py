@@ -22,12 +22,19 @@ from detectron2.utils.registry import locate
 from .evaluation import MaskScoringCOCOEvaluator
 from .modeling import (
     CascadeMaskScoringROIHeads,
+    MaskCalibrator,
     MaskIoUHead,
     MaskScoringROIHeads,
     RetrofitRCNN,
 )
 
-__all__ = ["add_mask_scoring", "add_msrcnn_config", "retrofit", "target_of"]
+__all__ = [
+    "add_mask_calibrator",
+    "add_mask_scoring",
+    "add_msrcnn_config",
+    "retrofit",
+    "target_of",
+]
 
 # Detectron2's ROI heads, and ours with mask scoring
 TWINS = {
@@ -61,6 +68,7 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
         # Configs that version 0.1 saved have it. yacs warns that it is ignored
         cfg.register_deprecated_key("MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT")
     cfg.MODEL.ROI_MASK_IOU_HEAD = CfgNode()
+    # Without a name there is no head, which only a model with a calibrator may lack
     cfg.MODEL.ROI_MASK_IOU_HEAD.NAME = "MaskIoUHead"
     # Number and channels of the 3x3 convolutions; the last one has stride 2
     cfg.MODEL.ROI_MASK_IOU_HEAD.NUM_CONV = 4
@@ -70,6 +78,12 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_IOU_HEAD.FC_DIM = 1024
     # Multiplier of loss_mask_iou, which is half a mean squared error
     cfg.MODEL.ROI_MASK_IOU_HEAD.LOSS_WEIGHT = 1.0
+    # "MaskCalibrator" for a model with calibrated scores, "" for none; see `add_mask_calibrator`
+    cfg.MODEL.ROI_MASK_CALIBRATOR = CfgNode()
+    cfg.MODEL.ROI_MASK_CALIBRATOR.NAME = ""
+    # Width of the two hidden layers, and number of networks that are averaged
+    cfg.MODEL.ROI_MASK_CALIBRATOR.HIDDEN_DIM = 64
+    cfg.MODEL.ROI_MASK_CALIBRATOR.NUM_MEMBERS = 3
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Number of unreadable images that training may leave out; 0 stops at the first
@@ -145,10 +159,66 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     roi_heads.mask_iou_head = L(MaskIoUHead)(
         input_shape="${..mask_head.input_shape}", num_classes="${..num_classes}", **head_args
     )
+    _use_our_evaluators(cfg)
+    return cfg
+
+
+def _use_our_evaluators(cfg: DictConfig) -> None:
+    """Replace Detectron2's COCO evaluators by ours, in place."""
     evaluators = cfg.get("dataloader", {}).get("evaluator") or []
     for evaluator in [evaluators] if isinstance(evaluators, DictConfig) else evaluators:
         if target_of(evaluator) is COCOEvaluator:
             evaluator._target_ = MaskScoringCOCOEvaluator
+
+
+def add_mask_calibrator(cfg: Config) -> Config:
+    """
+    Turn the config of a Mask R-CNN, with or without mask scoring, into that of the same model with
+    a calibrator; see :class:`MaskCalibrator`.
+
+    Weights for it are those that :func:`msrcnn_d2.calibrate` writes, together with such a config.
+
+    Args:
+        cfg: a LazyConfig whose `model.roi_heads` are Detectron2's StandardROIHeads or
+            CascadeROIHeads or our twins of them; or a yacs config. It is not modified.
+
+    Returns:
+        the new config, of the same kind. A calibrator that `cfg` has already stays as it is.
+
+    Raises:
+        ValueError: `cfg` has no such model, or no mask branch.
+    """
+    if isinstance(cfg, CfgNode):
+        cfg = cfg.clone()
+        cfg.defrost()
+        if "ROI_MASK_CALIBRATOR" not in cfg.MODEL:
+            add_msrcnn_config(cfg)
+        found = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+        has_masks = cfg.MODEL.MASK_ON
+    else:
+        cfg = copy.deepcopy(cfg)
+        roi_heads = cfg.get("model", {}).get("roi_heads")
+        if roi_heads is None:
+            raise ValueError("A calibrator needs a LazyConfig with `model.roi_heads`.")
+        found, has_masks = target_of(roi_heads), roi_heads.get("mask_head") is not None
+    if found not in TWINS and not _scores_masks(found):
+        raise ValueError(
+            f"A calibrator needs ROI heads of {[c.__name__ for c in TWINS]}, or ones that are "
+            f"derived from MaskScoringROIHeads, not {getattr(found, '__name__', found)}."
+        )
+    if not has_masks:
+        raise ValueError("A calibrator needs a mask branch, but the model has none.")
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.ROI_MASK_CALIBRATOR.NAME = MaskCalibrator.__name__
+        if found in TWINS:
+            cfg.MODEL.ROI_HEADS.NAME = TWINS[found].__name__
+            cfg.MODEL.ROI_MASK_IOU_HEAD.NAME = ""
+        return cfg
+    if found in TWINS:
+        roi_heads._target_ = TWINS[found]
+    if roi_heads.get("mask_calibrator") is None:
+        roi_heads.mask_calibrator = L(MaskCalibrator)()
+    _use_our_evaluators(cfg)
     return cfg
 
 
@@ -185,9 +255,18 @@ def retrofit(cfg: Config, **head_args: Any) -> Config:
         >>> cfg.MODEL.WEIGHTS = "mask_rcnn.pth"
     """
     _check_head_args(head_args)
-    if isinstance(cfg, CfgNode):
-        return _retrofit_yacs(cfg, head_args)
-    return _retrofit_lazy(cfg, head_args)
+    is_yaml = isinstance(cfg, CfgNode)
+    calibrator = (
+        cfg.MODEL.get("ROI_MASK_CALIBRATOR", CfgNode({"NAME": ""})).NAME
+        if is_yaml
+        else OmegaConf.select(cfg, "model.roi_heads.mask_calibrator")
+    )
+    if calibrator:
+        raise ValueError(
+            "The model has a calibrator, which a new MaskIoU head would not fit: give the config "
+            "without it, and calibrate the new model."
+        )
+    return _retrofit_yacs(cfg, head_args) if is_yaml else _retrofit_lazy(cfg, head_args)
 
 
 def _retrofit_lazy(cfg: DictConfig, head_args: dict[str, Any]) -> DictConfig:

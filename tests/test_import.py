@@ -20,6 +20,7 @@ LAYERS = [
     ["config"],
     ["model_zoo", "prediction", "report"],
     ["engine"],
+    ["calibration"],
     ["msrcnn_d2"],  # __init__.py
     ["msrcnn_d2_cli"],
 ]

@@ -22,6 +22,7 @@ __all__ = [
 
 BACKBONE = "backbone.bottom_up."
 MASK_IOU_HEAD = "roi_heads.mask_iou_head."
+MASK_CALIBRATOR = "roi_heads.mask_calibrator."
 OTHER_MODEL = "The config describes another model."
 
 
@@ -127,8 +128,8 @@ def misfit(fit: Fit, needed: Collection[str] | None = None) -> str:
     missing = [name for name in fit.missing if needed is None or name in needed]
     if missing:
         return _parameters_missing(fit, missing, needed is not None)
-    # A retrofitted Mask R-CNN is still a Mask R-CNN
-    unexpected = [k for k in fit.unexpected if not k.startswith(MASK_IOU_HEAD)]
+    # A retrofitted or calibrated Mask R-CNN is still a Mask R-CNN
+    unexpected = [k for k in fit.unexpected if not k.startswith((MASK_IOU_HEAD, MASK_CALIBRATOR))]
     if unexpected and needed is None:
         return f"the model has no {listed(unexpected)}. {OTHER_MODEL}"
     return ""
@@ -165,6 +166,13 @@ def _shapes_differ(fit: Fit) -> str:
 
 
 def _parameters_missing(fit: Fit, missing: list[str], training: bool) -> str:
+    if all(name.startswith(MASK_CALIBRATOR) for name in missing):
+        return (
+            "it has no calibrator, which the model of the config has. A calibrator is fitted to a "
+            "trained model: run `msrcnn-d2 calibrate` and use the config that it writes. To train "
+            "or evaluate without one, leave model.roi_heads.mask_calibrator out (yaml: set "
+            "MODEL.ROI_MASK_CALIBRATOR.NAME to '')."
+        )
     if not training and all(name.startswith(MASK_IOU_HEAD) for name in missing):
         return (
             "it is a plain Mask R-CNN, so the mask IoU head has no weights "

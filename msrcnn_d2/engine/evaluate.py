@@ -42,7 +42,9 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "log_reliability",
+    "run_inference",
     "summary_table",
+    "use_names",
     "write_report_of",
 ]
 
@@ -114,7 +116,7 @@ def evaluate(
         evaluator = test_set.build_evaluator()
         with agree_on_user_errors():
             use_names(evaluator, test_set, class_names, recipe)
-        results = _inference(recipe, model, test_set, evaluator)
+        results = run_inference(recipe, model, test_set, evaluator)
         all_results[str(test_set)] = results
         if not comm.is_main_process():
             continue
@@ -136,7 +138,8 @@ def evaluate(
     return next(iter(all_results.values())) if len(all_results) == 1 else all_results
 
 
-def _inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator: Any) -> dict:
+def run_inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator: Any) -> dict:
+    """What an evaluator makes of the predictions on a test set; all processes call this."""
     if comm.get_world_size() > 1:
         # Batch norms have other statistics in each process; those of the main process are saved
         for buffer in model.buffers():

@@ -1,5 +1,11 @@
 """Heads and models. Importing this package registers them with Detectron2."""
 
+from .mask_calibrator import (
+    ROI_MASK_CALIBRATOR_REGISTRY,
+    MaskCalibrator,
+    build_mask_calibrator,
+)
+from .mask_cues import CUES, Cue, Detections, mask_cues
 from .mask_iou_head import (
     ROI_MASK_IOU_HEAD_REGISTRY,
     MaskIoUHead,
@@ -14,14 +20,21 @@ from .roi_heads import CascadeMaskScoringROIHeads, MaskScoringROIHeads
 from .test_time_augmentation import MaskScoringRCNNWithTTA
 
 __all__ = [
+    "CUES",
+    "ROI_MASK_CALIBRATOR_REGISTRY",
     "ROI_MASK_IOU_HEAD_REGISTRY",
     "CascadeMaskScoringROIHeads",
+    "Cue",
+    "Detections",
+    "MaskCalibrator",
     "MaskIoUHead",
     "MaskScoringRCNNWithTTA",
     "MaskScoringROIHeads",
     "RetrofitRCNN",
     "UnpastedMasks",
+    "build_mask_calibrator",
     "build_mask_iou_head",
+    "mask_cues",
     "mask_iou_inference",
     "mask_iou_loss",
     "mask_iou_targets",

@@ -33,7 +33,7 @@ class RetrofitRCNN(GeneralizedRCNN):
                 :class:`MaskScoringROIHeads`, :class:`CascadeMaskScoringROIHeads` or derived ones.
         """
         super().__init__(**kwargs)
-        if not isinstance(self.roi_heads, MaskScoringROIHeads):
+        if getattr(self.roi_heads, "mask_iou_head", None) is None:
             raise ValueError(
                 f"{type(self).__name__} trains the mask_iou_head of its ROI heads, but "
                 f"{type(self.roi_heads).__name__} has none: use msrcnn_d2.retrofit(cfg), or set "

@@ -17,6 +17,7 @@ from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference, mask_rc
 from detectron2.structures import Boxes, Instances
 
 from .indexed_masks import with_indexed_masks
+from .mask_calibrator import build_mask_calibrator
 from .mask_iou_head import build_mask_iou_head
 from .mask_iou_target import crop_gt_masks
 
@@ -42,17 +43,27 @@ class DetectedBoxes(Boxes):
 @ROI_HEADS_REGISTRY.register()
 class MaskScoringROIHeads(StandardROIHeads):
     """
-    :class:`StandardROIHeads` whose mask branch also predicts each mask's IoU with its object.
+    :class:`StandardROIHeads` whose mask branch also scores its masks.
 
-    It adds the loss "loss_mask_iou" in training, and the fields "pred_mask_ious" and "mask_scores"
-    in inference. Boxes, classes, masks and "scores" are those of Mask R-CNN.
+    A MaskIoU head predicts each mask's IoU with its object. It adds the loss "loss_mask_iou" in
+    training, and the fields "pred_mask_ious" and "mask_scores" in inference. A calibrator adds
+    "mask_iou_probs" and "quality_scores" in inference. Boxes, classes, masks and "scores" are those
+    of Mask R-CNN.
     """
 
     @configurable
-    def __init__(self, *, mask_iou_head: nn.Module, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        mask_iou_head: nn.Module | None = None,
+        mask_calibrator: nn.Module | None = None,
+        **kwargs: Any,
+    ):
         """
         Args:
             mask_iou_head: predicts the IoU of masks, such as :class:`MaskIoUHead`.
+            mask_calibrator: computes calibrated scores, such as :class:`MaskCalibrator`. It is
+                fitted after training, so it takes no part in it. At least one of the two is needed.
             kwargs: the arguments of :class:`StandardROIHeads`, with a mask pooler and a mask
                 head that has `layers()`, as all heads of Detectron2 have.
         """
@@ -69,11 +80,20 @@ class MaskScoringROIHeads(StandardROIHeads):
                 f"as MaskRCNNConvUpsampleHead; the mask head is {type(self.mask_head).__name__} "
                 f"and the mask pooler {self.mask_pooler}."
             )
+        if mask_iou_head is None and mask_calibrator is None:
+            raise ValueError(
+                f"{type(self).__name__} scores masks with a mask_iou_head, a mask_calibrator or "
+                f"both, but has neither: give one of them, or use {StandardROIHeads.__name__}."
+            )
         self.mask_iou_head = mask_iou_head
+        self.mask_calibrator = mask_calibrator
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ret = super().from_config(cfg, input_shape)
+        ret["mask_calibrator"] = build_mask_calibrator(cfg)
+        if not cfg.MODEL.ROI_MASK_IOU_HEAD.NAME:
+            return ret
         resolution = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
@@ -105,8 +125,9 @@ class MaskScoringROIHeads(StandardROIHeads):
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
         """
-        Args and returns as in the base class. In inference the instances also get
-        "pred_mask_ious" and, where they have "scores", "mask_scores".
+        Args and returns as in the base class. In inference, a MaskIoU head adds "pred_mask_ious"
+        to the instances and, where they have "scores", "mask_scores"; a calibrator adds
+        "mask_iou_probs" and "quality_scores".
         """
         if not self.mask_on:  # test-time augmentation switches masks off to find boxes
             return {} if self.training else instances
@@ -120,13 +141,17 @@ class MaskScoringROIHeads(StandardROIHeads):
         if self.training:
             instances = crop_gt_masks(instances, mask_logits.shape[-1])
             mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
-            return {
-                "loss_mask": mask_loss * self.mask_head.loss_weight,
-                **self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances),
-            }
+            losses = {"loss_mask": mask_loss * self.mask_head.loss_weight}
+            if self.mask_iou_head is not None:
+                losses |= self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances)
+            return losses
         mask_rcnn_inference(mask_logits, instances)
-        mask_probs = cat([x.pred_masks for x in instances])
-        return self.mask_iou_head(mask_features, mask_probs, instances)
+        if self.mask_iou_head is not None:
+            mask_probs = cat([x.pred_masks for x in instances])
+            instances = self.mask_iou_head(mask_features, mask_probs, instances)
+        if self.mask_calibrator is not None:
+            instances = self.mask_calibrator(instances)
+        return instances
 
     def _run_mask_head(
         self, features: dict[str, torch.Tensor], boxes: list[Boxes], classes: torch.Tensor
@@ -160,6 +185,7 @@ class MaskScoringROIHeads(StandardROIHeads):
             {"loss_mask_iou": a scalar}. The MaskIoU head has to be in training mode; the other
             parts may be in any mode.
         """
+        assert self.mask_iou_head is not None, "without a MaskIoU head there is no such loss"
         instances, _ = select_foreground_proposals(proposals, self.num_classes)
         with torch.no_grad():
             boxes = [x.proposal_boxes for x in instances]

@@ -17,7 +17,7 @@ class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
     :class:`GeneralizedRCNNWithTTA` for models with :class:`MaskScoringROIHeads`.
 
     The "pred_mask_ious" of the merged detections are means over the augmented images, like their
-    masks.
+    masks. A calibrator sees the merged detections, with these means.
     """
 
     def _rescale_detected_boxes(
@@ -31,4 +31,9 @@ class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
         if all(x.has("pred_mask_ious") for x in outputs):  # not those of a plain Mask R-CNN
             mask_ious = torch.stack([x.pred_mask_ious for x in outputs]).mean(dim=0)
             set_mask_scores(self._merged_instances, mask_ious)
-        return super()._reduce_pred_masks(outputs, tfms)
+        masks = super()._reduce_pred_masks(outputs, tfms)
+        calibrator = getattr(getattr(self.model, "roi_heads", None), "mask_calibrator", None)
+        if calibrator is not None:
+            self._merged_instances.pred_masks = masks
+            calibrator([self._merged_instances])
+        return masks

@@ -1,0 +1,161 @@
+"""
+The calibrator: from what a model says about a detection to the probability that its mask is good.
+
+It is a small network, fitted after training on the detections of a trained model; see
+:mod:`msrcnn_d2.calibration`. Nothing of the model changes.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
+from detectron2.utils.registry import Registry
+
+from .mask_cues import CUES, Detections, mask_cues
+
+__all__ = [
+    "NUM_PERCENTS",
+    "NUM_THRESHOLDS",
+    "ROI_MASK_CALIBRATOR_REGISTRY",
+    "MaskCalibrator",
+    "build_mask_calibrator",
+]
+
+ROI_MASK_CALIBRATOR_REGISTRY = Registry("ROI_MASK_CALIBRATOR")
+ROI_MASK_CALIBRATOR_REGISTRY.__doc__ = """
+Registry for calibrators, which tell how likely the mask of a detection is good.
+
+The registered object will be called with `obj(cfg)`.
+"""
+
+NUM_THRESHOLDS = 10  # IoU 0.50, 0.55, ..., 0.95, as in COCO
+NUM_PERCENTS = 99  # precisions of 1 % to 99 %
+DROPOUT = 0.1  # after each hidden layer, while the network is fitted
+MAX_DEVIATIONS = 5.0  # cues are clamped to that many standard deviations
+
+
+class _SideBySide(nn.Module):
+    """A linear layer of each of several networks: (M, N, C) to (M, N, D)."""
+
+    def __init__(self, num_members: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_members, in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(num_members, 1, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias.float(), x, self.weight.float())
+
+
+@ROI_MASK_CALIBRATOR_REGISTRY.register()
+class MaskCalibrator(nn.Module):
+    """
+    The probability that a detection is a true positive at each of COCO's IoU thresholds.
+
+    For each threshold the log-odds are a line in the log-odds of the mask score (Platt scaling;
+    of the class score if the model predicts no IoU), plus what a small network adds. The network
+    sees the cues of :mod:`msrcnn_d2.modeling.mask_cues`. The probabilities of several such networks
+    are averaged.
+
+    Attributes:
+        cue_mean, cue_std: (C,), by which the cues are standardised.
+        slope, offset: (10,), the line for each threshold.
+        accept_thresholds: (10, 99), for each IoU threshold and for a precision of 1 % to 99 % the
+            probability from which on detections have this precision; 2 where it is not reached.
+    """
+
+    cue_mean: torch.Tensor
+    cue_std: torch.Tensor
+    accept_thresholds: torch.Tensor
+
+    @configurable
+    def __init__(self, *, hidden_dim: int = 64, num_members: int = 3):
+        """
+        Args:
+            hidden_dim: width of the two hidden layers.
+            num_members: number of networks whose probabilities are averaged.
+        """
+        super().__init__()
+        self.register_buffer("cue_mean", torch.zeros(len(CUES)))
+        self.register_buffer("cue_std", torch.ones(len(CUES)))
+        self.slope = nn.Parameter(torch.ones(NUM_THRESHOLDS))
+        self.offset = nn.Parameter(torch.zeros(NUM_THRESHOLDS))
+        self.num_members = num_members
+        sizes = (len(CUES), hidden_dim, hidden_dim, NUM_THRESHOLDS)
+        self.layers = nn.ModuleList(_SideBySide(num_members, *x) for x in zip(sizes, sizes[1:]))
+        self.register_buffer("accept_thresholds", torch.full((NUM_THRESHOLDS, NUM_PERCENTS), 2.0))
+        # Neither training nor its processes know the calibrator
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        calibrator = cfg.MODEL.ROI_MASK_CALIBRATOR
+        return {"hidden_dim": calibrator.HIDDEN_DIM, "num_members": calibrator.NUM_MEMBERS}
+
+    def standardised(self, cues: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            cues: Tensor of shape (N, C), from :func:`mask_cues`.
+        """
+        cues = (cues - self.cue_mean) / self.cue_std
+        return cues.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+
+    def log_odds(self, cues: torch.Tensor, score_log_odds: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            cues: Tensor of shape (M, N, C), standardised, for each of M networks.
+            score_log_odds: Tensor of shape (M, N), the log-odds of the mask scores.
+
+        Returns:
+            Tensor of shape (M, N, 10), the log-odds of a true positive at each IoU threshold.
+        """
+        for layer in self.layers[:-1]:
+            cues = F.dropout(layer(cues).relu(), DROPOUT, self.training)
+        line = self.slope.float() * score_log_odds[..., None] + self.offset.float()
+        return line + self.layers[-1](cues)
+
+    def probs(self, cues: torch.Tensor, score_log_odds: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            cues: Tensor of shape (N, C), from :func:`mask_cues`.
+            score_log_odds: Tensor of shape (N,), the log-odds of the mask scores.
+
+        Returns:
+            float32 Tensor of shape (N, 10), P(true positive) at the IoU thresholds 0.50 to 0.95. It
+            never increases with the threshold.
+        """
+        cues, score_log_odds = (
+            x.expand(self.num_members, *x.shape) for x in (self.standardised(cues), score_log_odds)
+        )
+        return self.log_odds(cues, score_log_odds).sigmoid().mean(dim=0).cummin(dim=1).values
+
+    def forward(self, instances: list[Instances]) -> list[Instances]:
+        """
+        Args:
+            instances: one Instances per image as :meth:`Detections.of` takes them, in pixels of the
+                image that the model sees.
+
+        Returns:
+            the same instances. Where they have "scores", they get "mask_iou_probs" (N, 10) and
+            their mean, "quality_scores" (N,): the expected precision of the detection over COCO's
+            thresholds. Boxes that the user gives have no scores.
+        """
+        if not all(x.has("scores") for x in instances):
+            return instances
+        detections = Detections.of(instances)
+        # In mixed precision the probabilities would be rounded
+        with torch.autocast(detections.scores.device.type, enabled=False):
+            probs = self.probs(mask_cues(detections), detections.score_log_odds)
+        for x, probs_per_image in zip(instances, probs.split([len(x) for x in instances])):
+            x.mask_iou_probs = probs_per_image
+            x.quality_scores = probs_per_image.mean(dim=1)
+        return instances
+
+
+def build_mask_calibrator(cfg: CfgNode) -> nn.Module | None:
+    """The calibrator that `cfg.MODEL.ROI_MASK_CALIBRATOR.NAME` names; None if that is empty."""
+    name = cfg.MODEL.ROI_MASK_CALIBRATOR.NAME
+    return ROI_MASK_CALIBRATOR_REGISTRY.get(name)(cfg) if name else None

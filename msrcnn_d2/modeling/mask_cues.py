@@ -1,0 +1,258 @@
+"""
+Cues: numbers that say something about how good a detected mask is.
+
+All of them come from what inference has computed anyway: the class score, the box, the mask's
+probabilities, and the predicted IoU if the model has a MaskIoU head. :class:`MaskCalibrator` learns
+what they mean together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from detectron2.layers import cat
+from detectron2.structures import Instances
+
+__all__ = ["CUES", "Cue", "Detections", "mask_cues"]
+
+# Probabilities are kept this far from 0 and 1, so that their log-odds are finite
+MARGIN = 1e-6
+# Areas and perimeters are at least one cell, so that ratios of empty masks are finite
+ONE_CELL = 1.0
+
+
+@dataclass
+class Detections:
+    """
+    The detections of a batch of images; N counts those of all images.
+
+    Attributes:
+        probs: float Tensor of shape (N, S, S), the probabilities of each mask in the cells of its
+            box.
+        scores: Tensor of shape (N,), class scores in [0, 1].
+        mask_ious: Tensor of shape (N,), predicted IoUs in [0, 1]; None if the model predicts none.
+        boxes: Tensor of shape (N, 4), XYXY in pixels of the image that the model sees.
+        image_sizes: Tensor of shape (N, 2), height and width of that image in pixels.
+    """
+
+    probs: torch.Tensor
+    scores: torch.Tensor
+    mask_ious: torch.Tensor | None
+    boxes: torch.Tensor
+    image_sizes: torch.Tensor
+
+    @classmethod
+    def of(cls, instances: list[Instances]) -> "Detections":
+        """
+        Args:
+            instances: one Instances per image, with "pred_masks" of shape (N, 1, S, S),
+                "pred_boxes", "scores" and, if the model has a MaskIoU head, "pred_mask_ious".
+        """
+        boxes = cat([x.pred_boxes.tensor for x in instances]).float()
+        sizes = [boxes.new_tensor(x.image_size).expand(len(x), 2) for x in instances]
+        has_ious = all(x.has("pred_mask_ious") for x in instances)
+        return cls(
+            probs=cat([x.pred_masks for x in instances])[:, 0].float(),
+            scores=cat([x.scores for x in instances]).float(),
+            mask_ious=cat([x.pred_mask_ious for x in instances]).float() if has_ious else None,
+            boxes=boxes,
+            image_sizes=cat(sizes),
+        )
+
+    @cached_property
+    def score_log_odds(self) -> torch.Tensor:
+        """(N,), log-odds of the mask score, or of the class score without predicted IoUs."""
+        return _log_odds(self.scores if self.mask_ious is None else self.scores * self.mask_ious)
+
+    @cached_property
+    def inside(self) -> torch.Tensor:
+        """(N, S, S), 1 where the mask is, 0 elsewhere."""
+        return (self.probs > 0.5).to(self.probs.dtype)
+
+    @cached_property
+    def area(self) -> torch.Tensor:
+        """(N,), cells of the mask, at least 1."""
+        return _total(self.inside).clamp(min=ONE_CELL)
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """(N,), sum of the probabilities: the expected area in cells."""
+        return _total(self.probs)
+
+    @cached_property
+    def mass_inside(self) -> torch.Tensor:
+        """(N,), sum of the probabilities in the mask."""
+        return _total(self.probs * self.inside)
+
+    @cached_property
+    def entropy(self) -> torch.Tensor:
+        """(N, S, S), entropy of each cell, in nats."""
+        p = self.probs.clamp(MARGIN, 1 - MARGIN)
+        return -(p * p.log() + (1 - p) * (1 - p).log())
+
+    @cached_property
+    def outline(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between cells, in x and in y: 1 where the outline of the mask passes, 0 elsewhere."""
+        return self.inside.diff(dim=2).abs(), self.inside.diff(dim=1).abs()
+
+    @cached_property
+    def perimeter(self) -> torch.Tensor:
+        """(N,), length of the outline in the box, in cells, at least 1."""
+        x, y = self.outline
+        return (_total(x) + _total(y)).clamp(min=ONE_CELL)
+
+    @cached_property
+    def relative_box_area(self) -> torch.Tensor:
+        """(N,), area of the box / area of the image."""
+        return self.box_size.prod(dim=1) / self.image_sizes.prod(dim=1)
+
+    @cached_property
+    def box_size(self) -> torch.Tensor:
+        """(N, 2), width and height of the box in pixels, at least 1."""
+        return (self.boxes[:, 2:] - self.boxes[:, :2]).clamp(min=1)
+
+
+@dataclass
+class Cue:
+    """
+    Attributes:
+        compute: takes :class:`Detections`, returns N values.
+        unit: of the values.
+        meaning: what they are, in a few words.
+        source: where the cue comes from; "" for plain geometry or statistics.
+    """
+
+    compute: Callable[[Detections], torch.Tensor]
+    unit: str
+    meaning: str
+    source: str = ""
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    return values.sum(dim=(1, 2))
+
+
+def _log_odds(probs: torch.Tensor) -> torch.Tensor:
+    return torch.logit(probs, eps=MARGIN)
+
+
+def _stability(offset: float) -> Callable[[Detections], torch.Tensor]:
+    def stability(d: Detections) -> torch.Tensor:
+        smaller, larger = d.probs > 0.5 + offset, d.probs > 0.5 - offset
+        return _total(smaller.float()) / _total(larger.float()).clamp(min=ONE_CELL)
+
+    return stability
+
+
+def _soft_iou(d: Detections) -> torch.Tensor:
+    return d.mass_inside / (d.area + d.mass - d.mass_inside)
+
+
+def _sharpness(d: Detections) -> torch.Tensor:
+    x, y = d.outline
+    x, y = x * d.probs.diff(dim=2).abs(), y * d.probs.diff(dim=1).abs()
+    return (_total(x) + _total(y)) / d.perimeter
+
+
+def _at_border(d: Detections) -> torch.Tensor:
+    p = d.probs
+    return (p[:, 0].mean(1) + p[:, -1].mean(1) + p[:, :, 0].mean(1) + p[:, :, -1].mean(1)) / 4
+
+
+def _tightness(d: Detections) -> torch.Tensor:
+    share = torch.ones_like(d.scores)
+    size = d.inside.shape[-1]
+    cells = torch.arange(1, size + 1, device=d.inside.device)
+    for axis in (1, 2):
+        filled = d.inside.amax(dim=axis)
+        # From the first filled row or column to the last one
+        last, first = (filled * cells).amax(dim=1), (filled * cells.flip(0)).amax(dim=1)
+        share = share * (last + first - size) / size
+    return share.clamp(min=0)  # an empty mask
+
+
+def _sides_at_border(d: Detections) -> torch.Tensor:
+    height, width = d.image_sizes.T
+    x0, y0, x1, y1 = d.boxes.T
+    sides = x0 < 1, y0 < 1, x1 > width - 1, y1 > height - 1
+    return torch.stack(sides).sum(dim=0).to(d.boxes.dtype)
+
+
+CUES: dict[str, Cue] = {
+    "class_log_odds": Cue(lambda d: _log_odds(d.scores), "nats", "log-odds of the class score"),
+    "mask_iou": Cue(
+        lambda d: torch.zeros_like(d.scores) if d.mask_ious is None else d.mask_ious,
+        "IoU",
+        "predicted IoU; 0 for all detections of a model without a MaskIoU head",
+        "Huang et al., Mask Scoring R-CNN, CVPR 2019",
+    ),
+    **{
+        f"stability_{round(100 * q)}": Cue(
+            _stability(q),
+            "IoU",
+            f"IoU of the masks at the probabilities {0.5 + q:g} and {0.5 - q:g}",
+            "stability score of Kirillov et al., Segment Anything, ICCV 2023",
+        )
+        for q in (0.1, 0.2, 0.3, 0.4, 0.45)
+    },
+    "mean_inside": Cue(
+        lambda d: d.mass_inside / d.area,
+        "probability",
+        "mean probability of the cells of the mask",
+        "mask score of Cheng et al., Masked-attention Mask Transformer, CVPR 2022",
+    ),
+    "soft_iou": Cue(_soft_iou, "IoU", "expected overlap / expected union of mask and object"),
+    "relative_mass": Cue(lambda d: d.mass / d.area, "ratio", "expected area / area of the mask"),
+    "entropy": Cue(lambda d: d.entropy.mean(dim=(1, 2)), "nats", "mean entropy of all cells"),
+    "entropy_inside": Cue(
+        lambda d: _total(d.entropy * d.inside) / d.area,
+        "nats",
+        "mean entropy of the cells of the mask",
+    ),
+    "entropy_per_area": Cue(
+        lambda d: _total(d.entropy) / d.area, "nats", "entropy of all cells / area of the mask"
+    ),
+    "sharpness": Cue(
+        _sharpness, "probability", "mean change of the probability across the outline"
+    ),
+    "undecided": Cue(
+        lambda d: _total(((d.probs > 0.2) & (d.probs < 0.8)).float()) / d.perimeter,
+        "cells",
+        "width of the band of probabilities from 0.2 to 0.8 along the outline",
+    ),
+    "compactness": Cue(
+        lambda d: d.perimeter / d.area.sqrt(), "ratio", "perimeter / square root of the area"
+    ),
+    "fill": Cue(lambda d: d.inside.mean(dim=(1, 2)), "ratio", "area of the mask / area of the box"),
+    "maximum": Cue(lambda d: d.probs.amax(dim=(1, 2)), "probability", "largest probability"),
+    "at_box_border": Cue(_at_border, "probability", "mean probability along the sides of the box"),
+    "tightness": Cue(
+        _tightness, "ratio", "area of the box around the mask / area of the detected box"
+    ),
+    "log_box_area": Cue(
+        lambda d: d.relative_box_area.log(), "log of a ratio", "area of the box / area of the image"
+    ),
+    "log_mask_area": Cue(
+        lambda d: (d.relative_box_area * d.area / d.probs.shape[-1] ** 2).log(),
+        "log of a ratio",
+        "area of the mask / area of the image",
+    ),
+    "elongation": Cue(
+        lambda d: (d.box_size[:, 0] / d.box_size[:, 1]).log().abs(),
+        "log of a ratio",
+        "longer side of the box / shorter side",
+    ),
+    "sides_at_image_border": Cue(
+        _sides_at_border, "count", "sides of the box within a pixel of the border of the image"
+    ),
+}
+
+
+def mask_cues(detections: Detections) -> torch.Tensor:
+    """
+    Returns:
+        Tensor of shape (N, C), the cues in the order of `CUES`.
+    """
+    return torch.stack([cue.compute(detections) for cue in CUES.values()], dim=1)
