@@ -72,6 +72,7 @@ TOLERATED = {
 # pycocotools walks along a polygon pixel by pixel, which takes hours for one that is far away
 MAX_COORDINATE = 1e6
 MAX_PIXELS = 2**32  # of an image; pycocotools counts with 32 bits
+NUM_PROBS = 10  # of a prediction: that its IoU is at least 0.50, 0.55, ..., 0.95
 MAX_AREA = 1e5**2  # the end of COCO's range of all sizes
 # pycocotools keeps ids of annotations as floating-point numbers, which are exact up to here
 MAX_ANNOTATION_ID = 2**53
@@ -92,7 +93,9 @@ def read_results(path: str) -> list[dict]:
 
     Returns:
         At least one detection, each with "image_id", "category_id", a finite "score" and a
-        "segmentation", which is compressed RLE, or polygons as in the file. Other keys stay.
+        "segmentation", which is compressed RLE, or polygons as in the file. All have a finite
+        "pred_mask_iou", "mask_score" or "quality_score" or none has. The last one is in [0, 1], and
+        so are the ten numbers of "mask_iou_probs". Other keys stay.
 
     Raises:
         UserError: the file cannot be read, or an entry breaks a rule.
@@ -111,7 +114,7 @@ def read_results(path: str) -> list[dict]:
             return  # no polygons: an empty mask
         raise UserError(f"Prediction {k + 1} in '{path}': {message} ({kind}); {RESULTS_ADVICE}.")
 
-    scores = ("pred_mask_iou", "mask_score")
+    scores = ("pred_mask_iou", "mask_score", "quality_score")
     for k, result in enumerate(results):
         for key in ("image_id", "category_id"):
             if not is_id(result.get(key)):
@@ -119,7 +122,15 @@ def read_results(path: str) -> list[dict]:
         for key in ("score", *(key for key in scores if key in result)):
             if not _is_finite(result.get(key)):
                 refuse("", k, key, f"the {key} is {said(result, key)}, not a finite number")
-    for key in scores:
+        if not _is_probability(result.get("quality_score", 0)):
+            refuse("", k, "quality_score", f"{said(result, 'quality_score')} is not from 0 to 1")
+        probs = result.get("mask_iou_probs", [0] * NUM_PROBS)
+        if not (isinstance(probs, list) and len(probs) == NUM_PROBS):
+            found = plural(len(probs), "number") if isinstance(probs, list) else shown(probs)
+            refuse("", k, "mask_iou_probs", f"{found} in place of a list of {NUM_PROBS}")
+        if not all(map(_is_probability, probs)):
+            refuse("", k, "mask_iou_probs", f"{shown(probs)} has values that are not from 0 to 1")
+    for key in (*scores, "mask_iou_probs"):
         count = sum(key in r for r in results)
         if 0 < count < len(results):
             raise UserError(
@@ -607,6 +618,10 @@ def is_id(value: Any) -> bool:
 def _is_finite(value: Any) -> bool:
     # `math.isfinite` fails at an integer that is too large for a float
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def _is_probability(value: Any) -> bool:
+    return _is_finite(value) and type(value) is not bool and 0 <= value <= 1
 
 
 def indices_of(chosen: np.ndarray) -> list[int]:

@@ -201,7 +201,7 @@ def test_results_of_other_images(wrong, message, truth):
     assert_says(message, error_of(check_fits, [result(), result(**wrong)], truth))
 
 
-@pytest.mark.parametrize("key", ["pred_mask_iou", "mask_score"])
+@pytest.mark.parametrize("key", ["pred_mask_iou", "mask_score", "quality_score"])
 def test_scores_of_masks_are_numbers_that_all_have_or_none(key, tmp_path):
     wrong = written([result(**{key: float("nan")})], tmp_path)
     assert_says(f"nan.*({key})", error_of(read_results, wrong))
@@ -209,6 +209,30 @@ def test_scores_of_masks_are_numbers_that_all_have_or_none(key, tmp_path):
     assert_says(f"'x'.*({key})", error_of(read_results, wrong))
     mixed = written([result(**{key: 0.5}), result()], tmp_path)
     assert_says(f"1 of 2 predictions in '{mixed}' .*'{key}'", error_of(read_results, mixed))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("quality_score", 1.5, "1.5 is not from 0 to 1"),
+        ("quality_score", True, "true is not"),
+        ("mask_iou_probs", 0.5, "0.5 in place of a list of 10"),
+        ("mask_iou_probs", [0.5] * 9, "9 numbers in place of a list of 10"),
+        ("mask_iou_probs", [0.5] * 9 + [-0.1], "values that are not from 0 to 1"),
+        ("mask_iou_probs", [0.5] * 9 + [None], "values that are not from 0 to 1"),
+        ("mask_iou_probs", [0.5] * 9 + [float("nan")], "values that are not from 0 to 1"),
+    ],
+)
+def test_calibrated_scores_are_probabilities(key, value, message, tmp_path):
+    wrong = written([result(), result(**{key: value})], tmp_path)
+    assert_says(f"Prediction 2 .*{message}.*({key})", error_of(read_results, wrong))
+
+
+def test_probabilities_that_all_have_or_none(tmp_path):
+    right = result(mask_iou_probs=[0, 1, *8 * [0.5]], quality_score=0.5)
+    assert read_results(written([right], tmp_path)) == [right]
+    mixed = written([right, result(quality_score=0.5)], tmp_path)
+    assert_says("1 of 2 predictions .*'mask_iou_probs'", error_of(read_results, mixed))
 
 
 def test_masks_of_annotations_have_the_size_of_their_image(tmp_path):

@@ -829,18 +829,34 @@ def test_more_objects_than_the_model_detects_are_told(limit, warned, dataset, ca
 # Summary
 
 
+def first_column(table):
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
 def test_summary_shows_published_results_beside_measured_ones():
     task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
     results = {"bbox": task, "segm": {**task, "AP": 36.5}, "segm_by_class_score": task}
     table = summary_table(results, Published(38.2, 36.0, "weights.pth"))
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
-        "boxes",
-        "masks by class score",
-        "masks by mask score",
-    ]
+    assert first_column(table) == ["boxes", "masks by class score", "masks by mask score"]
     by_mask_score = table.splitlines()[-1]
     assert "36.50" in by_mask_score and "36.00" in by_mask_score and "31.25" in by_mask_score
     assert "published" not in summary_table(results)
+
+
+def test_summary_of_models_with_a_calibrator():
+    task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
+    better = {**task, "AP": 37.0}
+    results = {"segm_by_quality_score": better, "bbox": task, "segm": task}
+    table = summary_table(results)
+    assert first_column(table) == ["boxes", "masks by class score", "masks by calibrated score"]
+    assert "37.00" in table.splitlines()[-1]
+    results["segm_by_class_score"] = task
+    assert first_column(summary_table(results)) == [
+        "boxes",
+        "masks by class score",
+        "masks by mask score",
+        "masks by calibrated score",
+    ]
 
 
 def test_summary_of_a_model_without_mask_scores():

@@ -588,6 +588,56 @@ def test_a_report_computes_no_iou(compared, tmp_path):
     assert not compared
 
 
+# ---- models with a calibrator
+
+
+def with_calibrated_scores(images, seed=0):
+    rng = np.random.default_rng(seed)
+    images = copy.deepcopy(images)
+    for x in images:
+        probs = -np.sort(-rng.random((len(x), 10)), axis=1)
+        x.mask_iou_probs = torch.tensor(probs, dtype=torch.float32)
+        x.quality_scores = x.mask_iou_probs.mean(dim=1)
+    return images
+
+
+@pytest.mark.parametrize("scores_masks", [True, False])
+def test_masks_are_ranked_by_calibrated_score_too(case, scores_masks, tmp_path):
+    json_file, images = case
+    images = images if scores_masks else without_mask_scores(images)
+    expected = evaluate(json_file, images, mask_quality=False)
+    images = with_calibrated_scores(images)
+
+    results = evaluate(json_file, images, output_dir=str(tmp_path / "out"))
+
+    assert list(results) == [*expected, "segm_by_quality_score", "mask_quality"]
+    assert_same({k: results[k] for k in expected}, expected)
+    by_quality_score = coco_metrics(json_file, coco_results(images, "quality_scores"), "segm")
+    assert_same(only_metrics(results["segm_by_quality_score"]), by_quality_score)
+    assert results["mask_quality"]["AP_quality_score"] == results["segm_by_quality_score"]["AP"]
+    file = tmp_path / "out" / "coco_segm_by_quality_score_results.json"
+    for_a_server = json.loads(file.read_text())
+    assert_same(coco_metrics(json_file, for_a_server, "segm"), by_quality_score)
+    assert all(
+        x.keys() == {"image_id", "category_id", "score", "segmentation"} for x in for_a_server
+    )
+
+
+def test_the_file_of_instances_has_calibrated_scores(case, tmp_path):
+    json_file, images = case
+    images = with_calibrated_scores(images)
+
+    evaluate(json_file, images, output_dir=str(tmp_path / "out"))
+
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert [x["quality_score"] for x in written] == [
+        score for x in images for score in x.quality_scores.tolist()
+    ]
+    probs = np.array([x["mask_iou_probs"] for x in written])
+    np.testing.assert_allclose(probs, torch.cat([x.mask_iou_probs for x in images]), atol=1e-6)
+    assert {len(repr(p)) <= 8 for p in probs.ravel().tolist() if p > 1e-4} == {True}
+
+
 # ---- models that do not score masks
 
 

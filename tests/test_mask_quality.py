@@ -23,6 +23,7 @@ from tests.helpers.filled_boxes import (
     HEIGHT,
     WIDTH,
     build_coco,
+    calibrated,
     dataset_of,
     found,
     measure,
@@ -204,7 +205,8 @@ def test_ap_and_the_gap_that_mask_scores_close(scores, ap, gap_closed, engine):
     by_class_score, by_mask_score = ap
     expected = {"class_score": by_class_score, "mask_score": by_mask_score, "true_iou": 100}
     assert quality.overall.ap == pytest.approx(expected)
-    assert quality.overall.gap_closed == pytest.approx(gap_closed, nan_ok=True)
+    expected_gap = {"mask_score": pytest.approx(gap_closed, nan_ok=True)}
+    assert quality.overall.gap_closed == expected_gap
     curves = {name: 101 * [value / 100] for name, value in expected.items()}
     for of_threshold in quality.precision_recall().values():
         assert of_threshold == {k: pytest.approx(v) for k, v in curves.items()}
@@ -224,7 +226,7 @@ def test_there_is_no_gap_where_duplicates_put_the_true_iou_behind_the_class_scor
     by_true_iou = 100 * (51 + 50 * 2 / 3) / 101
     expected = {"class_score": 100, "mask_score": 100, "true_iou": by_true_iou}
     assert part.ap == pytest.approx(expected)
-    assert part.gap_closed == NAN
+    assert part.gap_closed == {"mask_score": NAN}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -240,10 +242,33 @@ def test_ap_at_each_threshold_counts_the_masks_that_are_good_enough(engine):
     bad = {"class_score": half / 2, "mask_score": half / 2, "true_iou": half}
     parts = list(quality.by_threshold.values())
     assert [part.ap for part in parts] == 5 * [pytest.approx(good)] + 5 * [pytest.approx(bad)]
-    assert [part.gap_closed for part in parts] == 5 * [NAN] + 5 * [0]
+    assert [part.gap_closed["mask_score"] for part in parts] == 5 * [NAN] + 5 * [0]
     assert quality.overall.ap == pytest.approx({k: (good[k] + bad[k]) / 2 for k in good})
     curve = quality.precision_recall()["0.75"]["class_score"]
     assert curve == pytest.approx(51 * [1 / 2] + 50 * [0])
+
+
+@pytest.mark.parametrize("has_mask_scores", [True, False])
+def test_ap_and_the_gap_by_calibrated_score(has_mask_scores):
+    # By class score the object is second; by calibrated score it is first
+    results = [found(NOWHERE, 0.9, 0.5), found(OBJECT, 0.8, 0.5)]
+    if not has_mask_scores:
+        results = [found(NOWHERE, 0.9), found(OBJECT, 0.8)]
+    results = [calibrated(r, 10 * [p]) for r, p in zip(results, (0.2, 0.7))]
+
+    quality = measure([thing(OBJECT)], results)
+
+    by_mask_score = {"mask_score": 50} if has_mask_scores else {}
+    expected = {"class_score": 50, **by_mask_score, "quality_score": 100, "true_iou": 100}
+    assert quality.overall.ap == pytest.approx(expected)
+    assert list(quality.overall.ap) == list(expected)
+    assert quality.rankings == list(expected)[:-1]
+    gaps = {"mask_score": 0, "quality_score": 1} if has_mask_scores else {"quality_score": 1}
+    assert quality.overall.gap_closed == pytest.approx(gaps)
+    headline = quality.headline()
+    assert {k: headline[f"gap_closed_{k}"] for k in gaps} == pytest.approx(gaps)
+    assert headline["AP_quality_score"] == pytest.approx(100)
+    assert "calibrated score" in quality.table()
 
 
 # ---- parts
@@ -316,7 +341,8 @@ def test_sizes_are_those_of_the_objects_and_of_unmatched_masks(engine):
     # large object is found at 9; beyond, its detection is no mistake among large ones.
     assert [p.ap["class_score"] for p in parts.values()] == pytest.approx([100, 70 / 2, 90])
     assert [p.ap["true_iou"] for p in parts.values()] == pytest.approx([100, 70, 90])
-    assert [p.gap_closed for p in parts.values()] == [NAN, pytest.approx(0), NAN]
+    gaps = [p.gap_closed["mask_score"] for p in parts.values()]
+    assert gaps == [NAN, pytest.approx(0), NAN]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -520,7 +546,7 @@ def test_a_model_without_mask_scores(engine):
 
     part = quality.overall
     assert part.ap.keys() == {"class_score", "true_iou"}
-    assert part.gap_closed == NAN
+    assert part.gap_closed == {}
     for agreement in (part.matched, part.all):
         assert agreement.pearson.keys() == agreement.spearman.keys() == {"class_score"}
         assert [agreement.mae, agreement.bias, agreement.ece] == 3 * [NAN]
@@ -549,7 +575,7 @@ def test_detections_that_find_nothing(engine):
 
     part = quality.overall
     assert part.ap == {"class_score": 0, "mask_score": 0, "true_iou": 0}
-    assert part.gap_closed == NAN
+    assert part.gap_closed == {"mask_score": NAN}
     assert part.matched.count == 0
     assert [part.matched.true_iou, part.matched.mae, part.matched.bias] == 3 * [NAN]
     assert [part.matched.ece, part.matched.pearson["mask_score"]] == 2 * [NAN]
@@ -581,7 +607,7 @@ def test_the_headline_has_the_numbers_of_the_whole():
     matched = part.matched
     assert headline == {
         **{f"AP_{name}": part.ap[name] for name in ("class_score", "mask_score", "true_iou")},
-        "gap_closed": part.gap_closed,
+        "gap_closed_mask_score": part.gap_closed["mask_score"],
         **{f"pearson_{name}": r for name, r in matched.pearson.items()},
         **{f"spearman_{name}": r for name, r in matched.spearman.items()},
         **{"mae": matched.mae, "bias": matched.bias, "ece": matched.ece, "matched": 2},
@@ -629,7 +655,9 @@ def perturbed(mask, rng):
     return random_mask(rng, mask.shape) if kind == "other" else mask
 
 
-def detections_of(coco_gt, annotations, category_ids, rng, copies=2, decimals=6, scores=True):
+def detections_of(
+    coco_gt, annotations, category_ids, rng, copies=2, decimals=6, scores=True, probs=False
+):
     """Imperfect detections of the objects in random order, some of them of another class."""
     results = []
     for annotation in annotations * copies:
@@ -641,7 +669,10 @@ def detections_of(coco_gt, annotations, category_ids, rng, copies=2, decimals=6,
             "score": score,
             "segmentation": rle(perturbed(coco_gt.annToMask(annotation).astype(bool), rng)),
         }
-        results.append(scored(result, iou) if scores else result)
+        result = scored(result, iou) if scores else result
+        if probs:
+            result = calibrated(result, np.sort(rng.random(10).round(decimals))[::-1].tolist())
+        results.append(result)
     return [results[k] for k in rng.permutation(len(results))]
 
 
@@ -671,7 +702,9 @@ def random_case(seed, objects=8, crowds=0.0, classes=3, image_ids=(12, 5, 40), *
     dataset = dataset_of(annotations, image_ids, ((3, "c"), (1, "a"), (2, "b"), (4, "d")))
     results = detections_of(build_coco(dataset), annotations, [1, 2, 3, 4], rng, **kwargs)
     nothing = found(NOWHERE, 0.5, image_id=image_ids[-1])
-    return dataset, [*results, scored(nothing, 0.4) if kwargs.get("scores", True) else nothing]
+    nothing = scored(nothing, 0.4) if kwargs.get("scores", True) else nothing
+    nothing = calibrated(nothing, 10 * [0.25]) if kwargs.get("probs") else nothing
+    return dataset, [*results, nothing]
 
 
 CASES = {
@@ -686,6 +719,9 @@ CASES = {
     "without-mask-scores": random_case(8, scores=False, crowds=0.2),
     "more-images": random_case(9, objects=5, image_ids=(3, 9, 1, 30, 12, 4), crowds=0.1),
     "one-object": random_case(10, objects=1, copies=1),
+    "calibrated": random_case(11, crowds=0.2, copies=4, probs=True),
+    "calibrated-ties": random_case(12, crowds=0.1, copies=3, probs=True, decimals=1),
+    "calibrated-without-mask-scores": random_case(13, scores=False, probs=True),
 }
 
 
@@ -745,7 +781,7 @@ def test_random_cases_are_what_they_are_called():
     assert on_crowds >= {"crowds", "only-crowds", "ties-and-crowds"}
     assert max(distinct["ties"], distinct["ties-and-crowds"]) < 1 / 4
     numbers = [slow(name, 100) for name in CASES]
-    gaps = [x["overall"]["gap_closed"] for x in numbers]
+    gaps = [x["overall"]["gap_closed"].get("mask_score") for x in numbers]
     assert sum(gap is not None and abs(gap) > 0.01 for gap in gaps) > 5
     for size in ("small", "medium", "large"):
         assert sum(x["by_size"][size]["matched"]["count"] for x in numbers) > 5

@@ -24,7 +24,15 @@ from msrcnn_d2.report.gallery import draw_move, largest_moves, object_mask
 from msrcnn_d2.utils.errors import UserError
 from msrcnn_d2_cli.report import warn_of_more_than
 from tests.helpers.command import exit_code
-from tests.helpers.filled_boxes import HEIGHT, WIDTH, build_coco, dataset_of, found, thing
+from tests.helpers.filled_boxes import (
+    HEIGHT,
+    WIDTH,
+    build_coco,
+    calibrated,
+    dataset_of,
+    found,
+    thing,
+)
 
 CLASSES = ((3, "a"), (7, "b <i>"))
 CHARTS = [
@@ -176,6 +184,20 @@ def test_a_model_without_mask_scores(tmp_path):
     assert "ceiling" in page.text
 
 
+@pytest.mark.parametrize("has_mask_scores", [True, False])
+def test_a_model_with_calibrated_scores(has_mask_scores, tmp_path):
+    results = [calibrated(r, 10 * [p]) for r, p in zip(RESULTS, (0.9, 0.3, 0.5, 0.1))]
+    dropped = () if has_mask_scores else ("pred_mask_iou", "mask_score")
+    results = [{k: r[k] for k in r if k not in dropped} for r in results]
+
+    page = Page(write_report(quality_of(DATASET, results), tmp_path))
+
+    assert (tmp_path / "iou_quality_score.png").is_file()
+    assert "mask AP by calibrated score" in page.text
+    assert "calibrated score 0.90" in page.text  # in the gallery
+    assert ("mask score" in page.text) is has_mask_scores
+
+
 def test_results_of_which_none_is_right(tmp_path):
     page = Page(
         write_report(quality_of(DATASET, [detected(1, (50, 30, 9, 9), 0.9, 0.4)]), tmp_path)
@@ -211,7 +233,7 @@ def test_a_folder_that_cannot_be_written_is_named(quality, tmp_path):
 
 def test_what_moves_most_is_shown(quality):
     # By class score: images 2, 3, 4, 1. By mask score, 0.54, 0.45, 0.56, 0.14: images 3, 1, 2, 4
-    up, down = largest_moves(quality, 8)
+    up, down = largest_moves(quality, "mask_score", 8)
 
     def moves(chosen):
         return [(RESULTS[m.index]["image_id"], m.before, m.after) for m in chosen]
@@ -219,7 +241,7 @@ def test_what_moves_most_is_shown(quality):
     assert moves(up) == [(1, 4, 2), (3, 2, 1)]
     assert moves(down) == [(2, 1, 3), (4, 3, 4)]
     assert {(m.num_ranked, m.num_objects) for m in up + down} == {(4, 4)}
-    assert moves(largest_moves(quality, 1)[0]) == [(1, 4, 2)]
+    assert moves(largest_moves(quality, "mask_score", 1)[0]) == [(1, 4, 2)]
 
 
 def test_only_the_first_ranks_count_and_of_an_image_one_detection():
@@ -230,7 +252,7 @@ def test_only_the_first_ranks_count_and_of_an_image_one_detection():
         detected(1, (12, 10, 20, 20), 0.7, 0.5),
         detected(1, (50, 10, 20, 20), 0.6, 0.9),
     ]
-    up, down = largest_moves(quality_of(truth(OBJECT), results), 8)
+    up, down = largest_moves(quality_of(truth(OBJECT), results), "mask_score", 8)
     assert [(m.index, m.before, m.after) for m in up] == [(1, 2, 1)]
     assert [(m.index, m.before, m.after) for m in down] == [(0, 1, 4)]
 
@@ -243,7 +265,7 @@ def test_the_object_that_a_mask_overlaps_most(quality):
 
 
 def test_a_thumbnail_has_image_mask_and_outline(quality, images):
-    (move,) = (m for m in largest_moves(quality, 8)[1] if m.index == 1)
+    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[1] if m.index == 1)
     figure = draw_move(quality, move, str(images))
     figure.canvas.draw()
     (axes,) = figure.axes
@@ -258,7 +280,7 @@ def test_a_thumbnail_has_image_mask_and_outline(quality, images):
 def test_an_image_that_cannot_be_read_leaves_the_mask(quality, tmp_path, caplog, damage):
     if damage == "broken":
         (tmp_path / "1.png").write_bytes(b"no image")
-    (move,) = (m for m in largest_moves(quality, 8)[0] if m.index == 0)
+    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[0] if m.index == 0)
     image, overlay = draw_move(quality, move, str(tmp_path)).axes[0].images
     assert len(np.unique(image.get_array())) == 1
     assert overlay.get_array()[..., 3].any()
@@ -267,14 +289,14 @@ def test_an_image_that_cannot_be_read_leaves_the_mask(quality, tmp_path, caplog,
 
 def test_an_image_of_another_size_is_not_shown(quality, tmp_path, caplog):
     Image.new("RGB", (WIDTH // 2, HEIGHT)).save(tmp_path / "1.png")
-    (move,) = (m for m in largest_moves(quality, 8)[0] if m.index == 0)
+    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[0] if m.index == 0)
     image, _ = draw_move(quality, move, str(tmp_path)).axes[0].images
     assert len(np.unique(image.get_array())) == 1 and image.get_array().max() > 0
     assert "1.png' has 120 x 80 pixels, its annotation says 120 x 160" in caplog.text
 
 
 def test_of_a_large_image_only_a_part_is_drawn(quality):
-    (move,) = (m for m in largest_moves(quality, 8)[0] if m.index == 0)
+    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[0] if m.index == 0)
     image, overlay = draw_move(quality, move, None).axes[0].images
     assert max(image.get_array().shape[:2]) < 50 and max(overlay.get_array().shape[:2]) < 50
 

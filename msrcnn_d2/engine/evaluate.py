@@ -28,6 +28,7 @@ from detectron2.utils.events import get_event_storage
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import difference, same
 from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
+from ..evaluation.scores import RANKINGS, TITLES
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from ..published_models import Published
@@ -180,18 +181,24 @@ def summary_table(results: dict, published: Published | None = None) -> str:
         a table of AP, AP50 and AP75 of boxes and of masks under each ranking. If more than 100
         detections of an image count, it also has AP@100, which compares with published results.
     """
-    rows = [
-        ("bbox", "boxes", published and published.box_ap),
-        ("segm_by_class_score", "masks by class score", None),
-        ("segm", "masks by mask score", published and published.mask_ap),
-    ]
-    if "segm_by_class_score" not in results:  # a plain Mask R-CNN
-        rows[1:] = [("segm", "masks", None)]
+    main = "mask_score" if "segm_by_class_score" in results else "class_score"
+    titles = {"bbox": "boxes"}
+    for name in RANKINGS:
+        titles["segm" if name == main else f"segm_by_{name}"] = f"masks by {TITLES[name]}"
+    if not any(task.startswith("segm_by_") for task in results):  # a plain Mask R-CNN
+        titles["segm"] = "masks"
+    comparable_ap = {"bbox": published.box_ap} if published else {}
+    if published and main == "mask_score":
+        comparable_ap["segm"] = published.mask_ap
     at_100 = ["AP@100"] if any("AP@100" in result for result in results.values()) else []
     metrics = ("AP", "AP50", "AP75", *at_100)
     table = [
-        [title, *(results[task].get(m) for m in metrics), *([ap] if published else [])]
-        for task, title, ap in rows
+        [
+            title,
+            *(results[task].get(m) for m in metrics),
+            *([comparable_ap.get(task)] if published else []),
+        ]
+        for task, title in titles.items()
         if task in results
     ]
     comparable = (at_100 or ["AP"])[0]

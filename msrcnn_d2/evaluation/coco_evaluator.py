@@ -1,4 +1,4 @@
-"""COCO evaluation that ranks boxes by class score and masks by mask score."""
+"""COCO evaluation that ranks boxes by class score, and masks by every score that they have."""
 
 import copy
 import json
@@ -26,7 +26,8 @@ from .average_precision import (
     coco_numbers,
 )
 from .mask_encoding import encode_predicted_masks
-from .mask_quality import MaskQuality, scores_of
+from .mask_quality import MaskQuality
+from .scores import MASK_IOU_PROBS, RANKINGS, SCORES, TITLES, scores_of
 
 __all__ = ["MaskScoringCOCOEvaluator", "check_settings"]
 
@@ -40,15 +41,17 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     """
     :class:`COCOEvaluator` that ranks boxes by "scores" and masks by "mask_scores".
 
-    Its results are "bbox", "segm" and two more, so that every evaluation shows what mask scoring
-    gains: "segm_by_class_score", the AP of the same masks ranked by "scores", and "mask_quality",
-    what the scores say about the masks (:meth:`MaskQuality.headline`). For a model without mask
-    scores the results are those of `COCOEvaluator` and "mask_quality".
+    Its results are "bbox", "segm" and others that show what better scores gain:
+    "segm_by_class_score", the AP of the same masks ranked by "scores"; "segm_by_quality_score",
+    their AP ranked by "quality_scores", if the model has a calibrator; and "mask_quality", what the
+    scores say about the masks (:meth:`MaskQuality.headline`). For a model without mask scores
+    "segm" is ranked by "scores", as in `COCOEvaluator`.
 
     With an `output_dir` it writes, besides the files of `COCOEvaluator`, the files that a COCO
-    server takes: "coco_bbox_results.json" with class scores and "coco_segm_results.json" with mask
-    scores. The entries of "coco_instances_results.json" have both, as "score" and "mask_score", and
-    "pred_mask_iou".
+    server takes: "coco_bbox_results.json" with class scores, "coco_segm_results.json" with mask
+    scores, and "coco_segm_by_quality_score_results.json" with calibrated scores. The entries of
+    "coco_instances_results.json" have all scores of the model ("score", "pred_mask_iou",
+    "mask_score", "quality_score") and its "mask_iou_probs", rounded to six digits.
 
     If more than 100 detections of an image count, "AP" and the other numbers without a limit in
     their names count all of them. "AP@100", "AP50@100" and "AP75@100" are comparable with published
@@ -172,10 +175,13 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             if instances.has("pred_masks"):
                 for result, rle in zip(results, encode_predicted_masks(instances)):
                     result["segmentation"] = rle
-            if instances.has("mask_scores"):
-                scores, ious = instances.mask_scores.tolist(), instances.pred_mask_ious.tolist()
-                for result, mask_score, mask_iou in zip(results, scores, ious):
-                    result.update(mask_score=mask_score, pred_mask_iou=mask_iou)
+            for score in SCORES.values():
+                if score.key != "score" and instances.has(score.field):
+                    for result, value in zip(results, instances.get(score.field).tolist()):
+                        result[score.key] = value
+            if instances.has(MASK_IOU_PROBS):
+                for result, probs in zip(results, instances.get(MASK_IOU_PROBS).tolist()):
+                    result[MASK_IOU_PROBS] = [round(p, 6) for p in probs]  # for a smaller file
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Collection | None = None) -> None:
         logger.info("Preparing results for COCO format ...")
@@ -229,15 +235,18 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             limits = [*COCO_MAX_DETS, limits[-1]]
         ranking = AveragePrecision(self._coco_api, results, task, self._engine, limits, img_ids)
         scores = scores_of(results)
-        evaluations = {"class_score": ranking.evaluate(scores["class_score"])}
-        ranked = {task: self._results_of(evaluations["class_score"], task)}
         if task != "segm":
-            return ranked
-        if "mask_score" in scores:
-            logger.info("Masks ranked by mask score, class score x predicted mask IoU:")
-            evaluations["mask_score"] = ranking.evaluate(scores["mask_score"])
-            by_mask_score = self._results_of(evaluations["mask_score"], task)
-            ranked = {"segm": by_mask_score, "segm_by_class_score": ranked["segm"]}
+            return {task: self._results_of(ranking.evaluate(scores["class_score"]), task)}
+        evaluations, by_score = {}, {}
+        for name in (name for name in RANKINGS if name in scores):
+            if name != "class_score":
+                logger.info("Masks ranked by %s:", TITLES[name])
+            evaluations[name] = ranking.evaluate(scores[name])
+            by_score[name] = self._results_of(evaluations[name], task)
+        # A model without mask scores has Detectron2's ranking
+        main = "mask_score" if "mask_score" in by_score else "class_score"
+        ranked = {"segm": by_score.pop(main)}
+        ranked |= {f"segm_by_{name}": numbers for name, numbers in by_score.items()}
         if self._measures_mask_quality:
             self.mask_quality = MaskQuality(ranking, evaluations)
             logger.info("Quality of masks:\n%s", self.mask_quality.table())
@@ -278,11 +287,14 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             files["coco_bbox_results.json"] = [
                 {k: r[k] for k in ("image_id", "category_id", "bbox", "score")} for r in results
             ]
-        if any("segmentation" in r for r in results):
-            files["coco_segm_results.json"] = [
+        by_score = {"coco_segm_results.json": "mask_score"}
+        if any("quality_score" in r for r in results):
+            by_score["coco_segm_by_quality_score_results.json"] = "quality_score"
+        for name, key in by_score.items() if any("segmentation" in r for r in results) else ():
+            files[name] = [
                 {
                     **{k: r[k] for k in ("image_id", "category_id", "segmentation")},
-                    "score": r.get("mask_score", r["score"]),
+                    "score": r.get(key, r["score"]),
                 }
                 for r in results
             ]

@@ -15,19 +15,10 @@ from tabulate import tabulate
 from .average_precision import AveragePrecision, Evaluation, mean_of_defined
 from .matching import IOU_THRESHOLDS
 from .score_statistics import Bin, expected_calibration_error, mean, pearson, reliability, spearman
+from .scores import RANKINGS, TITLES, scores_of
 
 __all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_mask_quality"]
 
-# How the masks of a model can be ranked; "true_iou" gives the ceiling
-RANKINGS = ("class_score", "mask_score", "true_iou")
-# The scores, and their keys in results; those of a plain Mask R-CNN have only the first
-KEYS = {"class_score": "score", "predicted_iou": "pred_mask_iou", "mask_score": "mask_score"}
-TITLES = {
-    "class_score": "class score",
-    "predicted_iou": "predicted IoU",
-    "mask_score": "mask score",
-    "true_iou": "true IoU (ceiling)",
-}
 # In pixels; as in COCO, an area at the limit belongs to both sides
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
 
@@ -41,7 +32,7 @@ class Agreement:
         count: number of detections.
         true_iou: mean true IoU, in [0, 1].
         pearson, spearman: {score: coefficient of correlation with the true IoU, in [-1, 1]}, for
-            those of class score, predicted IoU and mask score that the model has.
+            the scores that the model has.
         mae: mean absolute difference of predicted and true IoU.
         bias: mean of predicted IoU - true IoU; positive where predictions are too high.
         ece: expected calibration error of the predicted IoU over ten bins.
@@ -65,15 +56,16 @@ class Part:
 
     Attributes:
         ap: {ranking: mask AP in percent}; NaN where there are no objects.
-        gap_closed: share of the gap between the AP by class score and the ceiling, the AP by true
-            IoU, that the mask score closes; negative where it lowers AP; NaN without a gap.
+        gap_closed: {ranking: share of the gap between the AP by class score and the ceiling, the AP
+            by true IoU, that it closes}, for the other scores that rank masks; negative where it
+            lowers AP; NaN without a gap.
         matched: over the matched detections.
         all: over all detections, with their largest IoU as the true one; None for a single IoU
             threshold.
     """
 
     ap: dict[str, float]
-    gap_closed: float
+    gap_closed: dict[str, float]
     matched: Agreement
     all: Agreement | None
 
@@ -102,7 +94,8 @@ class MaskQuality:
     Attributes:
         average_precision: ranked the masks, and can evaluate further rankings of them.
         coco_gt, results, max_dets: the detections, and how many of each image and class count.
-        evaluations: {ranking: COCO's evaluation}; no "mask_score" for a model without mask scores.
+        evaluations: {ranking: COCO's evaluation}, for the rankings that the model has, and
+            "true_iou".
         scores: {score: N values}, for the scores that the model has.
         true_ious: N, the largest IoU with an object.
         matches: the matches at COCO's thresholds.
@@ -120,8 +113,8 @@ class MaskQuality:
     ):
         """
         Args:
-            average_precision: of the masks of N detections, which have a "score", and
-                "pred_mask_iou" and "mask_score" if the model scores masks.
+            average_precision: of the masks of N detections, which have a "score" and those of the
+                other keys in :data:`SCORES` that the model predicts.
             evaluations: {ranking: evaluation}, for rankings that have been evaluated already.
         """
         self.average_precision = average_precision
@@ -153,6 +146,11 @@ class MaskQuality:
         for (image, category), place in overlaps.places.items():
             if image in images and category in index:
                 self.num_objects[index[category]] += int((~place.is_crowd).sum())
+
+    @property
+    def rankings(self) -> list[str]:
+        """The scores that rank masks, "class_score" first and the model's most refined one last."""
+        return [name for name in self.evaluations if name != "true_iou"]
 
     @property
     def matched(self) -> np.ndarray:
@@ -232,15 +230,16 @@ class MaskQuality:
         """
         ap = {
             name: 100 * mean_of_defined(self.evaluations[name].eval["precision"][..., -1][place])
-            for name in RANKINGS
-            if name in self.evaluations
+            for name in self.evaluations
         }
         gap = ap["true_iou"] - ap["class_score"]
-        gain = ap.get("mask_score", np.nan) - ap["class_score"]
         matched_ious = self.matches.ious[threshold or 0]
         return Part(
             ap=ap,
-            gap_closed=gain / gap if gap > 0 else float("nan"),
+            gap_closed={
+                name: (ap[name] - ap["class_score"]) / gap if gap > 0 else float("nan")
+                for name in self.rankings[1:]
+            },
             matched=self._agreement(chosen & ~np.isnan(matched_ious), matched_ious),
             all=self._agreement(chosen, self.true_ious) if threshold is None else None,
         )
@@ -262,13 +261,12 @@ class MaskQuality:
 
     def headline(self) -> dict[str, float]:
         """
-        The numbers that an evaluation shows and logs: AP in percent under each ranking, the share
+        The numbers that an evaluation shows and logs: AP in percent under each ranking, the shares
         of the gap closed, and correlations, errors and the number of the matched detections.
         """
         part, agreement = self.overall, self.overall.matched
         numbers = {f"AP_{name}": value for name, value in part.ap.items()}
-        if "mask_score" in self.scores:
-            numbers["gap_closed"] = part.gap_closed
+        numbers |= {f"gap_closed_{name}": value for name, value in part.gap_closed.items()}
         for kind in ("pearson", "spearman"):
             numbers |= {f"{kind}_{k}": v for k, v in getattr(agreement, kind).items()}
         if "predicted_iou" in self.scores:
@@ -276,25 +274,33 @@ class MaskQuality:
         return {**numbers, "matched": agreement.count}
 
     def table(self) -> str:
-        """AP in percent and the correlations of the matched detections, as text to print."""
-        ap, agreement = self.overall.ap, self.overall.matched
+        """AP and shares of the gap in percent, and correlations, as text to print."""
+        part, agreement = self.overall, self.overall.matched
+        columns = {
+            "mask AP": (part.ap, ".2f"),
+            "% of the gap": (
+                {k: 100 * v for k, v in part.gap_closed.items() if math.isfinite(v)},
+                ".0f",
+            ),
+            "correlation with true IoU": (agreement.pearson, ".2f"),
+            "of ranks": (agreement.spearman, ".2f"),
+        }
+        columns = {title: column for title, column in columns.items() if column[0]}
         rows = [
-            [title, ap.get(name), agreement.pearson.get(name), agreement.spearman.get(name)]
+            [title, *(values.get(name) for values, _ in columns.values())]
             for name, title in TITLES.items()
-            if name in ap or name in self.scores
+            if name in part.ap or name in self.scores
         ]
-        headers = ["masks ranked by", "mask AP", "correlation with true IoU", "of ranks"]
-        table = tabulate(rows, headers, "github", floatfmt=("", ".2f", ".2f", ".2f"))
+        formats = ["", *(number for _, number in columns.values())]
+        table = tabulate(rows, ["masks ranked by", *columns], "github", floatfmt=formats)
         if not agreement.count:
             return f"{table}\nNo mask is matched with an object."
         if "predicted_iou" not in self.scores:
             return table
-        closed = self.overall.gap_closed
         return (
             f"{table}\nPredicted IoU of {agreement.count} matched masks: mean absolute error "
             f"{agreement.mae:.3f}, mean error {agreement.bias:+.3f}, calibration error "
             f"{agreement.ece:.3f}."
-            + ("" if math.isnan(closed) else f" Mask scores close {100 * closed:.0f} % of the gap.")
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -337,15 +343,6 @@ def measure_mask_quality(
     """
     ranking = AveragePrecision(coco_gt, results, "segm", engine, [max_dets], img_ids)
     return MaskQuality(ranking)
-
-
-def scores_of(results: Sequence[dict]) -> dict[str, np.ndarray]:
-    """The scores that all of the results have: {score: N values}."""
-    return {
-        name: np.array([r[key] for r in results], dtype=float)
-        for name, key in KEYS.items()
-        if all(key in r for r in results)
-    }
 
 
 def mask_ap(

@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.mask_quality import TITLES, MaskQuality
+from ..evaluation.mask_quality import MaskQuality
 from ..evaluation.score_statistics import Bin
+from ..evaluation.scores import TITLES
 from ..utils.fonts import drawable
 
 __all__ = ["Chart", "charts", "reliability_figure"]
@@ -17,7 +18,9 @@ __all__ = ["Chart", "charts", "reliability_figure"]
 # Okabe and Ito's colours, which colour-blind readers can tell apart; lines differ in style as well
 STYLES: dict[str, dict[str, Any]] = {
     "class_score": {"color": "#D55E00", "linestyle": "--"},
+    "predicted_iou": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     "mask_score": {"color": "#0072B2", "linestyle": "-"},
+    "quality_score": {"color": "#009E73", "linestyle": "-."},
     "true_iou": {"color": "black", "linestyle": ":"},
 }
 SIZE = (4.6, 4.0)  # inches; the report shows about a hundred pixels an inch
@@ -44,7 +47,7 @@ class Chart:
 
 
 def charts(quality: MaskQuality) -> Iterator[Chart]:
-    """All figures of a report, in their order; fewer for a model without mask scores."""
+    """All figures of a report, in their order; fewer for a model with fewer scores."""
     for name in quality.scores:
         yield score_against_iou(quality, name)
     if "predicted_iou" in quality.scores:
@@ -146,26 +149,24 @@ def precision_recall(curves: dict[str, list[float]], threshold: str) -> Chart:
 def ap_by_class(quality: MaskQuality) -> Chart:
     """Bars of AP with a mark at the ceiling, and the class that gains most at the top."""
     parts = {name: p for name, p in quality.by_class.items() if p.ap["class_score"] >= 0}
-
-    def gain(name: str) -> float:
-        ap = parts[name].ap
-        return ap.get("mask_score", ap["class_score"]) - ap["class_score"]
-
-    names = sorted(parts, key=gain)
+    rankings = quality.rankings[::-1]  # bars go up from the bottom
+    names = sorted(
+        parts, key=lambda name: parts[name].ap[rankings[0]] - parts[name].ap["class_score"]
+    )
     which = "each class"
     if len(names) > NUM_CLASSES:
         which = f"the {NUM_CLASSES} classes whose AP changes most"
         names = names[: NUM_CLASSES // 2] + names[-NUM_CLASSES // 2 :]
     figure, axes = _figure(f"mask AP (%) of {which}", "", height=1.3 + 0.4 * max(len(names), 2))
-    rankings = [name for name in ("mask_score", "class_score") if name in quality.evaluations]
+    thickness = 0.8 / max(len(rankings), 2)
     for k, ranking in enumerate(rankings):
         axes.barh(
-            np.arange(len(names)) - 0.2 + 0.4 * k if len(rankings) > 1 else np.arange(len(names)),
+            np.arange(len(names)) + thickness * (k - (len(rankings) - 1) / 2),
             [parts[name].ap[ranking] for name in names],
-            0.4,
+            thickness,
             color=STYLES[ranking]["color"],
             label=f"by {TITLES[ranking]}",
-            hatch="//" if ranking == "class_score" else None,
+            hatch={"class_score": "//", "quality_score": ".."}.get(ranking),
             edgecolor="white",
         )
     ceilings = [parts[name].ap["true_iou"] for name in names]
@@ -180,7 +181,7 @@ def ap_by_class(quality: MaskQuality) -> Chart:
         handles[::-1],
         labels[::-1],
         loc="outside upper center",
-        ncols=len(labels),
+        ncols=len(labels) if len(labels) <= 3 else 2,
         frameon=False,
         fontsize=FONT_SIZE - 1,
         columnspacing=1,

@@ -1,4 +1,4 @@
-"""The detections whose rank changes most when masks are ranked by mask score."""
+"""The detections whose rank changes most between two rankings of masks."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ class Move:
 
     Attributes:
         index: index of the detection among the results.
-        before, after: its rank by class score and by mask score.
+        before, after: its rank by class score and by another score.
         num_ranked: number of detections of its class.
         num_objects: number of objects of its class.
     """
@@ -49,9 +49,10 @@ class Move:
         return (self.before - self.after) / self.num_objects
 
 
-def largest_moves(quality: MaskQuality, count: int) -> tuple[list[Move], list[Move]]:
+def largest_moves(quality: MaskQuality, ranking: str, count: int) -> tuple[list[Move], list[Move]]:
     """
-    Find the detections that moved up most and those that moved down most, the largest moves first.
+    Find the detections that a ranking moves up most, compared with that by class score, and those
+    that it moves down most, the largest moves first.
 
     Only detections that are among the first n of their class in one of the two rankings are
     considered, where n is the number of objects of the class. Further down, precision is low
@@ -59,13 +60,14 @@ def largest_moves(quality: MaskQuality, count: int) -> tuple[list[Move], list[Mo
     in each of the two lists.
 
     Args:
+        ranking: the other score, such as "mask_score".
         count: largest number of each; there may be fewer.
     """
     moves = []
     for k, num_objects in enumerate(quality.num_objects):
         indices = np.flatnonzero(quality.counted & (quality.class_indices == k))
         ranks = np.empty((2, len(indices)), dtype=int)
-        for ranks_by_score, name in zip(ranks, ("class_score", "mask_score")):
+        for ranks_by_score, name in zip(ranks, ("class_score", ranking)):
             order = np.argsort(-quality.scores[name][indices], kind="stable")
             ranks_by_score[order] = np.arange(1, len(indices) + 1)
         for index, (before, after) in zip(indices.tolist(), ranks.T.tolist()):

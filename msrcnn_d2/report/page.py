@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from ..evaluation.mask_quality import MaskQuality
+from ..evaluation.scores import TITLES
 from ..image_reading import ImageSettings
 from ..utils.errors import UserError
 from .figures import charts
@@ -60,14 +61,15 @@ def write_report(
     folder = Path(folder)
     with _said_if_it_fails(folder):
         folder.mkdir(parents=True, exist_ok=True)  # before the drawing, which takes seconds
-    has_mask_scores = "mask_score" in quality.scores
+    rankings = quality.rankings
     drawn = [(chart, _png(chart.figure, PIXELS_PER_INCH)) for chart in charts(quality)]
-    moves = largest_moves(quality, NUM_MOVES) if has_mask_scores else ([], [])
+    moves = largest_moves(quality, rankings[-1], NUM_MOVES) if len(rankings) > 1 else ([], [])
     thresholds = thresholded_scores(quality, precision, iou)
     page = _template().render(
         title=title,
         quality=quality,
-        has_mask_scores=has_mask_scores,
+        rankings=rankings,
+        titles=TITLES,
         overall=quality.overall,
         charts=[(chart.section, chart.alt, _data_url(png)) for chart, png in drawn],
         moves={
@@ -130,7 +132,7 @@ def _card(
         "class": quality.classes[quality.class_indices[move.index]],
         "image": image.get("file_name", image["id"]),
         "true_iou": quality.true_ious[move.index],
-        **{name: values[move.index] for name, values in quality.scores.items()},
+        "scores": {name: values[move.index] for name, values in quality.scores.items()},
     }
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.mask_quality import TITLES, MaskQuality
+from ..evaluation.mask_quality import MaskQuality
 from ..evaluation.matching import IOU_THRESHOLDS
 from ..evaluation.operating_points import OperatingPoint, ThresholdCurve, right_detections
+from ..evaluation.scores import TITLES
 
 __all__ = ["ThresholdedScore", "readable_thresholds", "thresholded_scores"]
 

@@ -31,7 +31,7 @@ import detectron2
 
 from msrcnn_d2.evaluation import MaskQuality, measure_mask_quality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
-from msrcnn_d2.evaluation.mask_quality import TITLES
+from msrcnn_d2.evaluation.scores import TITLES
 from msrcnn_d2.report import write_report
 from pictures import draw_predictions, draw_ranking
 

@@ -72,6 +72,11 @@ def scored(result, iou):
     return {**result, "pred_mask_iou": iou, "mask_score": result["score"] * iou}
 
 
+def calibrated(result, probs):
+    """With the ten probabilities of a calibrator."""
+    return {**result, "mask_iou_probs": list(probs), "quality_score": sum(probs) / 10}
+
+
 def measure(annotations, results, engine=None, max_dets=100, img_ids=None, **kwargs):
     coco_gt = build_coco(dataset_of(annotations, **kwargs))
     return measure_mask_quality(coco_gt, results, engine, max_dets, img_ids)

@@ -27,7 +27,12 @@ SIZES = {
     "medium": (32 * 32, 96 * 96),
     "large": (96 * 96, 1e10),
 }
-KEYS = {"class_score": "score", "predicted_iou": "pred_mask_iou", "mask_score": "mask_score"}
+KEYS = {
+    "class_score": "score",
+    "predicted_iou": "pred_mask_iou",
+    "mask_score": "mask_score",
+    "quality_score": "quality_score",
+}
 TOLERANCE = 1e-9
 
 
@@ -311,11 +316,12 @@ def _mean_curve(by_class: dict, threshold: int) -> list[float]:
     return np.mean(curves, axis=0).tolist() if curves else []
 
 
-def _gap_closed(ap: dict[str, float]) -> float:
+def _gap_closed(ap: dict[str, float]) -> dict[str, float]:
     gap = ap["true_iou"] - ap["class_score"]
-    if "mask_score" not in ap or not gap > 100 * TOLERANCE:  # a smaller one is rounding
-        return math.nan
-    return (ap["mask_score"] - ap["class_score"]) / gap
+    refined = ap.keys() - {"class_score", "true_iou"}
+    if not gap > 100 * TOLERANCE:  # a smaller one is rounding
+        return dict.fromkeys(refined, math.nan)
+    return {name: (ap[name] - ap["class_score"]) / gap for name in refined}
 
 
 # ---- scores against true IoUs, {detection: IoU}
