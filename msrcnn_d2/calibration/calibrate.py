@@ -2,37 +2,27 @@
 
 import copy
 import logging
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.config import LazyCall as L
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import comm
 
-from ..checkpoint import MaskScoringCheckpointer
 from ..checkpoint.writing import write_weights
-from ..config import add_mask_calibrator
-from ..engine import build_recipe, check_data, check_recipe
-from ..engine.configs import value_of
-from ..engine.evaluate import build_model, run_inference, use_names
-from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
-from ..evaluation.average_precision import AveragePrecision
-from ..evaluation.mask_quality import limit_of
+from ..evaluation import MaskQuality
 from ..evaluation.operating_points import accept_thresholds, right_detections
-from ..utils.errors import UserError, agree_on_user_errors
+from ..evaluation.scores import scores_of
+from ..utils.errors import UserError
 from ..utils.text import plural
-from .collect import CueRecorder, DetectionCollector
-from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
+from .collect import CollectedDetections, collect_detections
+from .fit import NUM_FOLDS, cross_validated_probs, fit_calibrator
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "calibrate_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,80 +110,46 @@ def calibrate(
         UserError: the config, the weights or the dataset cannot be used, or there are too few
             images with detections.
     """
-    try:
-        cfg = add_mask_calibrator(cfg)
-    except ValueError as error:
-        raise UserError(f"This model cannot be calibrated: {error}") from error
-    if dataset is None:
-        names = value_of(cfg, "dataloader.train.dataset.names") or ()
-        dataset = names if isinstance(names, str) else next(iter(names), None)
-    if dataset is None:
-        raise UserError(
-            "Which images? Give the name of a dataset: the config has none to train on."
-        )
-    recipe = build_recipe(_tested_on(cfg, dataset))
-    with agree_on_user_errors():
-        check_recipe(recipe, comm.get_world_size(), training=False)
-        check_data(recipe, training=False)
-    sample, image_ids = _sample(dataset, max_images, seed)
-    (test_set,) = build_recipe(_tested_on(cfg, sample)).test_sets
+    collected = collect_detections(cfg, dataset, max_images=max_images, seed=seed)
+    return None if collected is None else calibrate_on(collected, seed=seed, progress=progress)
 
-    model = build_model(recipe).eval()
-    roi_heads: Any = model.roi_heads
-    calibrator = roi_heads.mask_calibrator.to("cpu")
-    roi_heads.mask_calibrator = None  # the weights have none, or an older one
-    checkpointer = MaskScoringCheckpointer(model)
-    with agree_on_user_errors():
-        if not recipe.init_checkpoint:
-            raise UserError(
-                "There are no weights to calibrate: give train.init_checkpoint=FILE (yaml: "
-                "MODEL.WEIGHTS FILE)."
-            )
-        checkpointer.load(recipe.init_checkpoint, strict=True)
-    class_names = checkpointer.loaded_class_names
-    roi_heads.mask_calibrator = CueRecorder()
-    with agree_on_user_errors():
-        collector = DetectionCollector(sample)
-        use_names(collector, test_set, class_names, recipe)
-    run_inference(recipe, model, test_set, collector)
-    if not comm.is_main_process():
-        return None
-    if not collector.results:
-        raise UserError(
-            f"The model finds nothing in the images of '{dataset}': give the weights of a trained "
-            "model."
-        )
-    ranking = AveragePrecision(
-        collector.coco_gt,
-        collector.results,
-        max_dets=[limit_of(collector.results)],
-        img_ids=image_ids,
-    )
-    samples = _samples(ranking, collector.mask_cues)
-    num_images = len(image_ids)
+
+def calibrate_on(
+    collected: CollectedDetections, *, seed: int = 0, progress: bool = True
+) -> Calibration:
+    """Like :func:`calibrate`, with detections that are there already."""
+    ranking, samples = collected.ranking, collected.samples
+    num_images = len(collected.image_ids)
+    roi_heads: Any = collected.model.roi_heads
+    calibrator = copy.deepcopy(roi_heads.mask_calibrator).to("cpu")
     with_detections = len(samples.images.unique())
     num_right = int((samples.right[:, 0] & samples.counted).sum())
     if with_detections < NUM_FOLDS or not num_right:
         raise UserError(
-            f"There is too little to fit to: the model finds something in "
-            f"{plural(with_detections, 'image')} of '{dataset}', and {num_right} of its masks are "
-            f"right. Give at least {NUM_FOLDS} images with objects that it finds, better 100."
+            "There is too little to fit to: the model finds something in "
+            f"{plural(with_detections, 'image')} of '{collected.dataset}', and {num_right} of its "
+            f"masks are right. Give at least {NUM_FOLDS} images with objects that it finds, better "
+            "100."
         )
     logger.info(
         "Fitting to %s in %s ...",
         *(plural(len(samples), "detection"), plural(num_images, "image")),
     )
     # Calibrators that have not seen an image say whether the networks rank its masks better
-    by_network = cross_validated_probs(calibrator, samples, seed=seed, progress=progress)
-    by_line = cross_validated_probs(calibrator, samples, with_network=False, seed=seed)
-    ap_of_network, ap_of_line = (
-        100 * ranking.evaluate(probs.mean(dim=1).tolist()).numbers["AP"]
-        for probs in (by_network, by_line)
+    probs = cross_validated_probs(calibrator, samples, seed=seed, progress=progress)
+    scores = scores_of(ranking.overlaps.results)
+    ap_of_network, ap_of_score = (
+        100 * ranking.evaluate(values).numbers["AP"]
+        for values in (
+            probs.mean(dim=1).tolist(),
+            scores.get("mask_score", scores["class_score"]),
+        )
     )
-    with_network = ap_of_network > ap_of_line
-    probs = by_network if with_network else by_line
+    with_network = ap_of_network > ap_of_score
+    if not with_network:
+        probs = cross_validated_probs(calibrator, samples, with_network=False, seed=seed)
     quality_scores = probs.mean(dim=1).tolist()
-    for result, row, score in zip(collector.results, probs.tolist(), quality_scores):
+    for result, row, score in zip(ranking.overlaps.results, probs.tolist(), quality_scores):
         result.update(mask_iou_probs=row, quality_score=score)
 
     fit_calibrator(
@@ -214,67 +170,15 @@ def calibrate(
     )
     thresholds = accept_thresholds(probs.numpy(), right, counted)
     calibrator.accept_thresholds.copy_(torch.from_numpy(thresholds))
-    roi_heads.mask_calibrator = calibrator.to(recipe.device)
+    roi_heads.mask_calibrator = calibrator.to(next(roi_heads.parameters()).device)
     return Calibration(
-        cfg=cfg,
-        model=model,
-        class_names=class_names,
+        cfg=collected.cfg,
+        model=collected.model,
+        class_names=collected.class_names,
         quality=MaskQuality(ranking),
-        dataset=dataset,
+        dataset=collected.dataset,
         num_images=num_images,
         num_detections=len(samples),
         with_network=with_network,
         ap_of_network=ap_of_network,
     )
-
-
-def _samples(ranking: AveragePrecision, mask_cues: np.ndarray) -> Samples:
-    overlaps = ranking.overlaps
-    right, counted = right_detections(overlaps, overlaps.largest, ranking.max_dets[-1])
-    index: dict = {}
-    images = [index.setdefault(r["image_id"], len(index)) for r in overlaps.results]
-    return Samples(
-        cues=torch.from_numpy(mask_cues[:, 1:]),
-        score_log_odds=torch.from_numpy(mask_cues[:, 0]),
-        right=torch.from_numpy(right.T),
-        counted=torch.from_numpy(counted.all(axis=0)),
-        images=torch.tensor(images),
-    )
-
-
-def _tested_on(cfg: DictConfig | CfgNode, dataset: str) -> DictConfig | CfgNode:
-    """A copy of the config that evaluates on one dataset only."""
-    if isinstance(cfg, CfgNode):
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.DATASETS.TEST = (dataset,)
-        return cfg
-    cfg = copy.deepcopy(cfg)
-    test = cfg.dataloader.get("test")
-    if test is None:
-        raise UserError("The config has no dataloader.test, which says how images are read.")
-    if isinstance(test, ListConfig):
-        test = test[0]
-    test.dataset.names = dataset
-    cfg.dataloader.test = test
-    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name=dataset)
-    return cfg
-
-
-def _sample(dataset: str, max_images: int, seed: int) -> tuple[str, list]:
-    """
-    The name of a dataset with a random sample of the images, or of the dataset itself if it has no
-    more than `max_images`; and the ids of its images.
-    """
-    images = DatasetCatalog.get(dataset)
-    if len(images) <= max_images:
-        return dataset, [x["image_id"] for x in images]
-    images = random.Random(seed).sample(images, max_images)
-    name = f"{dataset} ({max_images} images)"
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: images)
-    metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k != "name"}
-    MetadataCatalog.get(name).set(**metadata)
-    return name, [x["image_id"] for x in images]

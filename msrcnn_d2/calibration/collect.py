@@ -1,18 +1,124 @@
 """Run a model over images, and keep what a calibrator needs of each detection."""
 
+import copy
+import random
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
+from detectron2.config import CfgNode
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
+from detectron2.utils import comm
 
+from ..checkpoint import MaskScoringCheckpointer
+from ..config import add_mask_calibrator
+from ..engine import build_recipe, check_data, check_recipe
+from ..engine.configs import value_of
+from ..engine.evaluate import build_model, run_inference, use_names
 from ..evaluation import MaskScoringCOCOEvaluator
-from ..modeling import Detections, mask_cues
+from ..evaluation.average_precision import AveragePrecision
+from ..evaluation.mask_quality import limit_of
+from ..evaluation.operating_points import right_detections
+from ..modeling import Detections, MaskCalibrator, mask_cues
+from ..utils.errors import UserError, agree_on_user_errors
+from .fit import Samples
 
-__all__ = ["CueRecorder", "DetectionCollector"]
+__all__ = ["CollectedDetections", "collect_detections"]
+
+
+@dataclass
+class CollectedDetections:
+    """
+    What a model finds in the images of a dataset.
+
+    Attributes:
+        cfg: the config of the model, with a calibrator.
+        model: the model with its weights, in evaluation mode; its calibrator is not fitted.
+        class_names: names of the model's classes, if its weights have them.
+        dataset: name of the dataset.
+        image_ids: ids of the images that were used.
+        ranking: can rank the N detections; its results have no calibrated scores yet.
+        samples: the N detections.
+    """
+
+    cfg: DictConfig | CfgNode
+    model: nn.Module
+    class_names: list[str] | None
+    dataset: str
+    image_ids: list
+    ranking: AveragePrecision
+    samples: Samples
+
+
+def collect_detections(
+    cfg: DictConfig | CfgNode, dataset: str | None = None, *, max_images: int = 1000, seed: int = 0
+) -> CollectedDetections | None:
+    """
+    Predict on images of a dataset, and match the detections with the annotations.
+
+    Args, raises:
+        see :func:`msrcnn_d2.calibrate`.
+
+    Returns:
+        the detections of all processes on the main one, and None on others.
+    """
+    try:
+        cfg = add_mask_calibrator(cfg)
+    except ValueError as error:
+        raise UserError(f"This model cannot be calibrated: {error}") from error
+    if dataset is None:
+        names = value_of(cfg, "dataloader.train.dataset.names") or ()
+        dataset = names if isinstance(names, str) else next(iter(names), None)
+    if dataset is None:
+        raise UserError("Which images? Name a dataset, because the config has none to train on.")
+    recipe = build_recipe(_tested_on(cfg, dataset))
+    with agree_on_user_errors():
+        check_recipe(recipe, comm.get_world_size(), training=False)
+        check_data(recipe, training=False)
+    sample, image_ids = _sample(dataset, max_images, seed)
+    (test_set,) = build_recipe(_tested_on(cfg, sample)).test_sets
+
+    model = build_model(recipe).eval()
+    roi_heads: Any = model.roi_heads
+    calibrator: MaskCalibrator = roi_heads.mask_calibrator
+    roi_heads.mask_calibrator = None  # the weights have none, or an older one
+    checkpointer = MaskScoringCheckpointer(model)
+    with agree_on_user_errors():
+        if not recipe.init_checkpoint:
+            raise UserError(
+                "There are no weights to calibrate: give train.init_checkpoint=FILE (yaml: "
+                "MODEL.WEIGHTS FILE)."
+            )
+        checkpointer.load(recipe.init_checkpoint, strict=True)
+    class_names = checkpointer.loaded_class_names
+    with agree_on_user_errors():
+        collector = DetectionCollector(sample)
+        use_names(collector, test_set, class_names, recipe)
+    roi_heads.mask_calibrator = CueRecorder()
+    run_inference(recipe, model, test_set, collector)
+    roi_heads.mask_calibrator = calibrator
+    if not comm.is_main_process():
+        return None
+    if not collector.results:
+        raise UserError(
+            f"The model finds nothing in the images of '{dataset}': give the weights of a trained "
+            "model."
+        )
+    ranking = AveragePrecision(
+        collector.coco_gt,
+        collector.results,
+        max_dets=[limit_of(collector.results)],
+        img_ids=image_ids,
+    )
+    samples = _samples(ranking, collector.mask_cues)
+    return CollectedDetections(cfg, model, class_names, dataset, image_ids, ranking, samples)
 
 
 class CueRecorder(nn.Module):
@@ -64,3 +170,55 @@ class DetectionCollector(MaskScoringCOCOEvaluator):
     ) -> None:
         self.results = self._with_dataset_categories(predictions)
         self.mask_cues = np.concatenate([x["mask_cues"] for x in predictions])
+
+
+def _samples(ranking: AveragePrecision, mask_cues: np.ndarray) -> Samples:
+    overlaps = ranking.overlaps
+    right, counted = right_detections(overlaps, overlaps.largest, ranking.max_dets[-1])
+    index: dict = {}
+    images = [index.setdefault(r["image_id"], len(index)) for r in overlaps.results]
+    return Samples(
+        cues=torch.from_numpy(mask_cues[:, 1:]),
+        score_log_odds=torch.from_numpy(mask_cues[:, 0]),
+        right=torch.from_numpy(right.T),
+        counted=torch.from_numpy(counted.all(axis=0)),
+        images=torch.tensor(images),
+    )
+
+
+def _tested_on(cfg: DictConfig | CfgNode, dataset: str) -> DictConfig | CfgNode:
+    """A copy of the config that evaluates on one dataset only."""
+    if isinstance(cfg, CfgNode):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TEST = (dataset,)
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    test = cfg.dataloader.get("test")
+    if test is None:
+        raise UserError("The config has no dataloader.test, which says how images are read.")
+    if isinstance(test, ListConfig):
+        test = test[0]
+    test.dataset.names = dataset
+    cfg.dataloader.test = test
+    cfg.dataloader.evaluator = L(MaskScoringCOCOEvaluator)(dataset_name=dataset)
+    return cfg
+
+
+def _sample(dataset: str, max_images: int, seed: int) -> tuple[str, list]:
+    """
+    The name of a dataset with a random sample of the images, or of the dataset itself if it has no
+    more than `max_images`; and the ids of its images.
+    """
+    images = DatasetCatalog.get(dataset)
+    if len(images) <= max_images:
+        return dataset, [x["image_id"] for x in images]
+    images = random.Random(seed).sample(images, max_images)
+    name = f"{dataset} ({max_images} images)"
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: images)
+    metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k != "name"}
+    MetadataCatalog.get(name).set(**metadata)
+    return name, [x["image_id"] for x in images]
