@@ -14,7 +14,7 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from msrcnn_d2 import MaskScoringPredictor
+from msrcnn_d2 import MaskScoringPredictor, add_mask_calibrator
 from msrcnn_d2.modeling.acceleration import use_channels_last_on_cpu
 from msrcnn_d2.prediction.predictor import read_bgr_image
 from msrcnn_d2.utils.errors import UserError
@@ -169,6 +169,69 @@ def test_a_plain_mask_rcnn_is_ranked_by_class_score(tmp_path):
         MaskScoringPredictor(cfg)
     instances = MaskScoringPredictor(cfg, rank_by="score")(random_image())["instances"]
     assert len(instances) and not instances.has("mask_scores")
+
+
+# Calibrated models
+
+
+@pytest.fixture(scope="module")
+def calibrated_config(tmp_path_factory):
+    """
+    A Mask R-CNN without a MaskIoU head, but with a calibrator for which masks are the better the
+    lower their class score. At IoU 0.75 it knows thresholds for precisions up to 90 %.
+    """
+    cfg = OmegaConf.create({"model": tiny_mask_rcnn().model}, flags={"allow_objects": True})
+    cfg = add_mask_calibrator(cfg)
+    cfg.dataloader = {"test": {"mapper": {"augmentations": []}}}
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    calibrator = model.roi_heads.mask_calibrator
+    calibrator.slope.fill_(-1)
+    calibrator.offset.copy_(torch.linspace(1, -1, 10))
+    folder = tmp_path_factory.mktemp("calibrated")
+    cfg.train = {"device": "cpu", "init_checkpoint": saved(model, folder)}
+    probs = MaskScoringPredictor(cfg)(random_image())["instances"].mask_iou_probs[:, 5]
+    low, middle = probs.min().item(), probs.median().item()
+    calibrator.accept_thresholds[5, :90] = torch.linspace(low, 2 * middle - low, 90)
+    cfg.train.init_checkpoint = saved(model, folder)
+    return cfg
+
+
+def test_calibrated_models_are_ranked_by_calibrated_score(calibrated_config):
+    found = MaskScoringPredictor(calibrated_config)(random_image())["instances"]
+    scores = found.quality_scores
+    assert len(found) > 5 and torch.equal(scores, scores.sort(descending=True).values)
+    threshold = scores[3].item()
+    predict = MaskScoringPredictor(calibrated_config, score_threshold=threshold)
+    assert torch.equal(predict(random_image())["instances"].quality_scores, scores[:4])
+
+
+def test_instances_of_a_precision(calibrated_config):
+    """Whatever they are ranked by."""
+    everything = MaskScoringPredictor(calibrated_config, rank_by="score")(random_image())
+    everything = everything["instances"]
+    predict = MaskScoringPredictor(calibrated_config, rank_by="score", score_threshold="p40@75")
+    thresholds = predict.model.roi_heads.mask_calibrator.accept_thresholds
+    some = predict(random_image())["instances"]
+    kept = everything.mask_iou_probs[:, 5] >= thresholds[5, 39]
+    assert torch.equal(some.scores, everything.scores[kept])
+    assert 0 < len(some) < len(everything)
+
+
+def test_precisions_that_are_not_reached(calibrated_config):
+    with pytest.raises(UserError, match="the highest is 90 %"):
+        MaskScoringPredictor(calibrated_config, score_threshold="p91@75")
+    with pytest.raises(UserError, match="nor was 1 %"):
+        MaskScoringPredictor(calibrated_config, score_threshold="p1@80")
+    with pytest.raises(UserError, match="operating point"):
+        MaskScoringPredictor(calibrated_config, score_threshold="0.5")
+
+
+def test_models_without_a_calibrator(lazy_config):
+    for asked in ({"score_threshold": "p95@75"}, {"rank_by": "quality_score"}):
+        with pytest.raises(UserError, match="msrcnn-d2 calibrate"):
+            MaskScoringPredictor(lazy_config, **asked)
+    assert MaskScoringPredictor(lazy_config).rank_by == "mask_score"
 
 
 def test_weights_have_to_be_complete(lazy_config, tmp_path):

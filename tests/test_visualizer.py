@@ -128,6 +128,19 @@ def test_without_scores_there_is_only_the_iou():
     assert sorted(texts(drawn(instances))) == ["baseball glove IoU 1.00", "person IoU 0.81"]
 
 
+def test_labels_end_with_the_calibrated_score():
+    """Also where it happens to be the product, so that all pictures of a model read alike."""
+    instances = two_objects()
+    instances.quality_scores = torch.tensor([0.758, 0.5])
+    labels = ["person 0.93, IoU 0.81 → 0.76", "baseball glove 0.50, IoU 1.00 → 0.50"]
+    assert mask_score_labels(instances, CLASSES) == labels
+    instances.remove("pred_mask_ious")
+    instances.remove("mask_scores")
+    labels = ["person 0.93 → 0.76", "baseball glove 0.50 → 0.50"]
+    assert mask_score_labels(instances, CLASSES) == labels
+    assert sorted(texts(drawn(instances))) == sorted(labels)
+
+
 def test_plain_mask_rcnn_gets_the_texts_of_detectron2():
     instances = two_objects()
     instances.remove("pred_mask_ious")
@@ -227,6 +240,12 @@ def test_best_mask_has_the_best_place_and_is_on_top():
     assert _touches(
         [x0, y0], (dark_boxes(vis)[-1][[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, 480, 0, 480])[None]
     )
+
+
+def test_best_is_the_best_by_calibrated_score():
+    instances = neighbours((480, 640), 2)  # by mask score the second is the best
+    instances.quality_scores = torch.tensor([0.9, 0.1])
+    assert texts(drawn(instances))[-1].endswith("→ 0.90")
 
 
 def test_many_labels_are_smaller_but_legible():

@@ -8,13 +8,14 @@ from functools import cached_property
 import numpy as np
 
 from ..utils.errors import UserError
-from .matching import IOU_THRESHOLDS, Overlaps
+from .matching import Overlaps
 
 __all__ = [
     "Group",
     "OperatingPoint",
     "ThresholdCurve",
     "accept_thresholds",
+    "iou_index",
     "parse_operating_point",
     "precision_interval",
     "right_detections",
@@ -310,13 +311,18 @@ def parse_operating_point(text: str) -> tuple[float, float]:
         UserError: the text means something else.
     """
     parts = re.fullmatch(r"p(\d{1,2})@(\d{2})", text)
-    ious = [round(100 * t) for t in IOU_THRESHOLDS]
+    ious = range(50, 100, 5)
     if not parts or int(parts[1]) < 1 or int(parts[2]) not in ious:
         raise UserError(
             f"'{text}' is not an operating point: write p, a precision in percent from 1 to 99, @ "
             "and an IoU of 50, 55, ... or 95, such as p95@75 for 95 percent at IoU 0.75."
         )
     return int(parts[1]) / 100, int(parts[2]) / 100
+
+
+def iou_index(iou: float) -> int:
+    """The index of an IoU among COCO's thresholds 0.50, 0.55, ..., 0.95."""
+    return round(20 * iou) - 10
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

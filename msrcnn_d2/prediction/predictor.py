@@ -18,6 +18,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import same
+from ..evaluation.operating_points import UNREACHED, iou_index, parse_operating_point
 from ..image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
 from ..modeling.acceleration import use_channels_last_on_cpu
 from ..utils.errors import UserError
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
 # What instances can be ranked by, and the field that has it
-RANKINGS = {"mask_score": "mask_scores", "score": "scores"}
+RANKINGS = {"quality_score": "quality_scores", "mask_score": "mask_scores", "score": "scores"}
 
 
 class MaskScoringPredictor:
@@ -57,8 +58,8 @@ class MaskScoringPredictor:
         self,
         cfg: DictConfig | CfgNode,
         *,
-        rank_by: str = "mask_score",
-        score_threshold: float = 0.0,
+        rank_by: str | None = None,
+        score_threshold: float | str = 0.0,
         device: str | None = None,
         class_names: Sequence[str] | None = None,
     ):
@@ -66,23 +67,29 @@ class MaskScoringPredictor:
         Args:
             cfg: LazyConfig or yacs config, which is not modified. Its `train.init_checkpoint` or
                 `MODEL.WEIGHTS` is anything that :meth:`MaskScoringCheckpointer.load` takes.
-            rank_by: "mask_score", or "score" for the class score, the only one of a plain Mask
-                R-CNN.
+            rank_by: "quality_score" for the calibrated score, "mask_score", or "score" for the
+                class score, the only one of a plain Mask R-CNN. By default the calibrated score if
+                the model has a calibrator, and the mask score otherwise.
             score_threshold: instances with a lower score are left out. `rank_by` chooses the score.
-                The config's own threshold on the class score also applies.
+                Or, for a model with a calibrator, the precision that the instances should have:
+                "p95@75" leaves out those below the threshold above which 95 percent of the masks
+                had an IoU of at least 0.75 when the model was calibrated. This threshold is on the
+                probability of that IoU, whatever `rank_by` is. The config's own threshold on the
+                class score also applies.
             device: such as "cpu" or "cuda"; by default the config's, or the CPU if there is no
                 GPU.
             class_names: names of the classes. By default, those in the weights' file, or if it has
                 none, those of the config's first test dataset.
 
         Raises:
-            UserError: the weights do not fit the whole model, the model does not score its masks,
-                or the number of names is not the number of its classes.
+            UserError: the weights do not fit the whole model, the model lacks the score or the
+                calibrator that is asked for, its detections did not reach the precision, or the
+                number of names is not the number of its classes.
         """
-        if rank_by not in RANKINGS:
+        if rank_by is not None and rank_by not in RANKINGS:
             raise ValueError(f"rank_by is one of {', '.join(RANKINGS)}, not '{rank_by}'.")
-        self.rank_by = rank_by
-        self.score_threshold = score_threshold
+        if isinstance(score_threshold, str):
+            parse_operating_point(score_threshold)  # before the model is built
         if not isinstance(cfg, (CfgNode, DictConfig)):
             raise TypeError(
                 "cfg is a config, such as from model_zoo.get_config or LazyConfig.load, not a "
@@ -94,7 +101,15 @@ class MaskScoringPredictor:
         self.input_format = parts.input_format
         self.augmentations = parts.augmentations
         roi_heads = getattr(self.model, "roi_heads", None)
-        if rank_by == "mask_score" and not hasattr(roi_heads, "mask_iou_head"):
+        calibrator: Any = getattr(roi_heads, "mask_calibrator", None)
+        needs_calibrator = rank_by == "quality_score" or isinstance(score_threshold, str)
+        if needs_calibrator and calibrator is None:
+            raise UserError(
+                "This model has no calibrated scores: calibrate it with `msrcnn-d2 calibrate`, or "
+                'rank by "mask_score" or "score" with a number as score_threshold.'
+            )
+        self.rank_by = rank_by or ("mask_score" if calibrator is None else "quality_score")
+        if self.rank_by == "mask_score" and getattr(roi_heads, "mask_iou_head", None) is None:
             raise UserError(
                 "This model does not score its masks: rank them by class score with "
                 'rank_by="score", or give it a mask IoU head (see add_mask_scoring).'
@@ -106,6 +121,13 @@ class MaskScoringPredictor:
             )
         checkpointer = MaskScoringCheckpointer(self.model)
         checkpointer.load(parts.weights, strict=True)
+        # The field that is thresholded, with the index of its column if it has several
+        self._thresholded: tuple[str, int | None] = RANKINGS[self.rank_by], None
+        if isinstance(score_threshold, str):
+            precision, iou = parse_operating_point(score_threshold)
+            self._thresholded = "mask_iou_probs", iou_index(iou)
+            score_threshold = _accept_threshold(calibrator.accept_thresholds, precision, iou)
+        self.score_threshold = score_threshold
         names = checkpointer.loaded_class_names if class_names is None else class_names
         self.metadata = _with_names(parts.metadata, names, self.model)
         use_channels_last_on_cpu(self.model)
@@ -123,7 +145,9 @@ class MaskScoringPredictor:
             for each image a dict with "instances", the best first. They have "scores",
             "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the given
             image, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
-            "pred_mask_ious".
+            "pred_mask_ious". A model with a calibrator adds "mask_iou_probs" of shape (N, 10), the
+            probabilities that the mask is a true positive at an IoU of 0.50, 0.55, ..., 0.95, and
+            their mean, "quality_scores".
 
         Raises:
             UserError: a file is missing or not an image.
@@ -139,8 +163,10 @@ class MaskScoringPredictor:
         outputs = self.model([self._model_input(x) for x in arrays])
         for output in outputs:
             instances = output["instances"]
-            scores = instances.get(RANKINGS[self.rank_by])
-            order = scores.argsort(descending=True, stable=True)
+            order = instances.get(RANKINGS[self.rank_by]).argsort(descending=True, stable=True)
+            field, column = self._thresholded
+            scores = instances.get(field)
+            scores = scores if column is None else scores[:, column]
             output["instances"] = instances[order[scores[order] >= self.score_threshold]]
         return outputs
 
@@ -152,6 +178,26 @@ class MaskScoringPredictor:
         self.augmentations(resized)
         pixels = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
         return {"image": pixels, "height": height, "width": width}
+
+
+def _accept_threshold(table: torch.Tensor, precision: float, iou: float) -> float:
+    """
+    Args:
+        table: (10, 99), see :func:`accept_thresholds`.
+
+    Raises:
+        UserError: no threshold reached this precision.
+    """
+    row = table[iou_index(iou)]
+    threshold = row[round(100 * precision) - 1].item()
+    if threshold < UNREACHED:
+        return threshold
+    reached = (row < UNREACHED).nonzero()
+    highest = f"the highest is {reached[-1].item() + 1} %" if len(reached) else "nor was 1 %"
+    raise UserError(
+        f"A precision of {precision:.0%} at IoU {iou:.2f} was not reached when the model was "
+        f"calibrated ({highest}): ask for a lower precision or a lower IoU."
+    )
 
 
 class _Parts(NamedTuple):

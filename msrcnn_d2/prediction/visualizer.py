@@ -44,7 +44,9 @@ class MaskScoringVisualizer(Visualizer):
     """
     :class:`Visualizer` with labels such as "person 0.93 x IoU 0.81 = 0.75": class score x
     predicted IoU = mask score. If the mask scores are not these products, as those of a MaskIoU
-    head of your own may be, labels are like "person 0.93, IoU 0.81 → 0.40".
+    head of your own may be, labels are like "person 0.93, IoU 0.81 → 0.40". The last number is the
+    calibrated score if the model has a calibrator; without a predicted IoU, labels are then like
+    "person 0.93 → 0.62".
 
     Labels are legible on small and large images and stay inside the picture. They do not cover each
     other where there is room; those of the best masks are placed first and lie on top. Predictions
@@ -75,11 +77,13 @@ class MaskScoringVisualizer(Visualizer):
         """
         Args:
             predictions: Instances of one image on any device, which are not modified. Besides the
-                fields that :class:`Visualizer` draws, it uses "pred_mask_ious" and "mask_scores".
+                fields that :class:`Visualizer` draws, it uses "pred_mask_ious", "mask_scores" and
+                "quality_scores".
         """
         predictions = predictions.to("cpu")
-        if predictions.has("pred_mask_ious"):
-            ranking = "mask_scores" if predictions.has("mask_scores") else "pred_mask_ious"
+        rankings = ("quality_scores", "mask_scores", "pred_mask_ious")
+        ranking = next(filter(predictions.has, rankings), None)
+        if ranking is not None:
             labels = mask_score_labels(predictions, self.metadata.get("thing_classes"))
             # The base class calls overlay_instances with labels of its own; these replace them
             self._mask_labels = labels, predictions.get(ranking).tolist()
@@ -168,24 +172,30 @@ def mask_score_labels(
 ) -> list[str]:
     """
     Args:
-        predictions: N predictions of one image with "pred_mask_ious", "pred_classes" and, if the
-            boxes were predicted, "scores" and "mask_scores".
+        predictions: N predictions of one image with "pred_classes", with "pred_mask_ious" if the
+            model has a MaskIoU head and, if the boxes were predicted, with "scores", "mask_scores"
+            (if there are IoUs) and "quality_scores" (if the model has a calibrator).
         class_names: name of each class; by default its index.
 
     Returns:
-        N labels like "person 0.93 x IoU 0.81 = 0.75", or "person 0.93, IoU 0.81 → 0.40" if the mask
-        scores are not these products, or "person IoU 0.81" without "scores".
+        N labels like "person 0.93 x IoU 0.81 = 0.75"; "person 0.93, IoU 0.81 → 0.40" if the mask
+        scores are not these products, or with the calibrated score at the end; "person 0.93 → 0.62"
+        if there is only the latter; "person IoU 0.81" without "scores".
     """
     classes = predictions.pred_classes.tolist()
     names = [left_to_right(class_names[k]) if class_names else str(k) for k in classes]
-    ious = predictions.pred_mask_ious.tolist()
     if not predictions.has("scores"):
+        ious = predictions.pred_mask_ious.tolist()
         return [f"{name} IoU {iou:.2f}" for name, iou in zip(names, ious)]
-    scores, mask_scores = predictions.scores.tolist(), predictions.mask_scores.tolist()
-    rows = list(zip(names, scores, ious, mask_scores))
+    scores = predictions.scores.tolist()
+    is_calibrated = predictions.has("quality_scores")
+    totals = predictions.get("quality_scores" if is_calibrated else "mask_scores").tolist()
+    if not predictions.has("pred_mask_ious"):
+        return [f"{name} {s:.2f} → {total:.2f}" for name, s, total in zip(names, scores, totals)]
+    rows = list(zip(names, scores, predictions.pred_mask_ious.tolist(), totals))
     # Equations for all or none, so that the labels of a picture read alike. They hold up to the
     # rounding to two digits
-    if all(abs(s * iou - mask_score) <= 0.005 for _, s, iou, mask_score in rows):
+    if not is_calibrated and all(abs(s * iou - total) <= 0.005 for _, s, iou, total in rows):
         return [f"{name} {s:.2f} x IoU {iou:.2f} = {total:.2f}" for name, s, iou, total in rows]
     return [f"{name} {s:.2f}, IoU {iou:.2f} → {total:.2f}" for name, s, iou, total in rows]
 

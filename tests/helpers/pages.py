@@ -10,8 +10,9 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 
+from msrcnn_d2 import add_mask_calibrator
 from tests.helpers.toy import (
     OBJECTS,
     tiny_mask_rcnn,
@@ -136,6 +137,14 @@ def write_tiny_world(folder: Path) -> None:
     torch.save({"state_dict": renamed(weights, MMDETECTION)}, folder / "mmdetection.pth")
     weights = {k: v for k, v in weights.items() if "mask_iou_head" not in k}
     torch.save({"model": weights}, folder / "mask_rcnn.pth")
+
+    (folder / "calibrated").mkdir()
+    calibrated = add_mask_calibrator(tiny_training())
+    model = instantiate(calibrated.model)
+    model.roi_heads.mask_calibrator.accept_thresholds.fill_(0.5)
+    calibrated.train.init_checkpoint = str(folder / "calibrated" / "model.pth")
+    torch.save({"model": model.state_dict()}, calibrated.train.init_checkpoint)
+    LazyConfig.save(calibrated, str(folder / "calibrated" / "config.yaml"))
 
 
 def _yacs_training():
