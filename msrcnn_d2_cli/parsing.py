@@ -15,6 +15,7 @@ __all__ = [
     "Parser",
     "UsageError",
     "add_image_arguments",
+    "add_precision_arguments",
     "at_least",
     "image_arguments",
     "settings_from",
@@ -81,6 +82,37 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def share(text: str) -> float:
+    """The `type` of an argument between 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, not '{text}'")
+    return number
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for what a user wants of the masks that are accepted without a look."""
+    parser.add_argument(
+        "--precision",
+        type=share,
+        default=0.95,
+        metavar="P",
+        help="share of the accepted masks that should be right, for the thresholds in the report "
+        "(default: 0.95)",
+    )
+    parser.add_argument(
+        "--iou",
+        type=float,
+        choices=[k / 100 for k in range(50, 100, 5)],
+        default=0.75,
+        metavar="IOU",
+        help="smallest IoU of a mask that is right: 0.5, 0.55, ... 0.95 (default: 0.75)",
+    )
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:

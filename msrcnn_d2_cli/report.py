@@ -9,7 +9,13 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from .parsing import ENGINES, add_image_arguments, at_least, settings_from
+from .parsing import (
+    ENGINES,
+    add_image_arguments,
+    add_precision_arguments,
+    at_least,
+    settings_from,
+)
 
 USAGE = "RESULTS.json ANNOTATIONS.json [options]"
 EXAMPLES = """
@@ -42,22 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write (default: report)",
     )
     parser.add_argument("--title", help="title of the page (default: the name of RESULTS.json)")
-    parser.add_argument(
-        "--precision",
-        type=share,
-        default=0.95,
-        metavar="P",
-        help="share of the accepted masks that should be right, for the thresholds in the report "
-        "(default: 0.95)",
-    )
-    parser.add_argument(
-        "--iou",
-        type=float,
-        choices=[k / 100 for k in range(50, 100, 5)],
-        default=0.75,
-        metavar="IOU",
-        help="smallest IoU of a mask that is right: 0.5, 0.55, ... 0.95 (default: 0.75)",
-    )
+    add_precision_arguments(parser)
     parser.add_argument(
         "--max-dets",
         type=at_least(1),
@@ -71,17 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="library that counts AP (default: what is installed)",
     )
     add_image_arguments(parser)
-
-
-def share(text: str) -> float:
-    """The `type` of an argument between 0 and 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, not '{text}'")
-    return number
 
 
 def run(args: argparse.Namespace) -> None:

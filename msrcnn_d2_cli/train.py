@@ -8,6 +8,7 @@ Change the config by KEY=VALUE. A yaml config also takes KEY VALUE, as in Detect
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, weights: str, resume: str) -> None:
+def add_run_arguments(
+    parser: argparse.ArgumentParser, weights: str, resume: str | None = None
+) -> None:
     """
-    What `train` and `evaluate` have in common; names and defaults are those of Detectron2.
+    What commands have in common that run a model; names and defaults are those of Detectron2.
 
     Args:
-        weights, resume: what the options of these names do, in a few words.
+        weights, resume: what the options of these names do, in a few words. Without the second,
+            neither --resume nor --retrofit is added.
     """
     model = parser.add_argument_group("model and data")
     model.add_argument(
@@ -64,16 +68,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, weights: str, resume: str
         help=f"{weights}: a file, a URL or a name of the model zoo; the same as "
         "train.init_checkpoint=FILE (yaml: MODEL.WEIGHTS FILE)",
     )
-    model.add_argument(
-        "--resume",
-        action="store_true",
-        help=f"{resume} the last checkpoint in the output folder, if there is one",
-    )
-    model.add_argument(
-        "--retrofit",
-        action="store_true",
-        help="add mask scores to the trained Mask R-CNN of the config; nothing else of it changes",
-    )
+    if resume is not None:
+        model.add_argument(
+            "--resume",
+            action="store_true",
+            help=f"{resume} the last checkpoint in the output folder, if there is one",
+        )
+        model.add_argument(
+            "--retrofit",
+            action="store_true",
+            help="add mask scores to the trained Mask R-CNN of the config; nothing else of it "
+            "changes",
+        )
     model.add_argument(
         "--dataset",
         nargs=3,
@@ -110,6 +116,15 @@ def add_run_arguments(parser: argparse.ArgumentParser, weights: str, resume: str
 
 def run(args: argparse.Namespace) -> None:
     """Start the processes that the arguments ask for; each runs :func:`run_process`."""
+    start_processes(run_process, args)
+
+
+def start_processes(run_process: Callable, args: argparse.Namespace) -> None:
+    """
+    Args:
+        run_process: called with `args` in each process.
+        args: of a parser with :func:`add_run_arguments`.
+    """
     from msrcnn_d2.engine import device_of
     from msrcnn_d2.engine.launch import launch_processes
 
@@ -173,4 +188,5 @@ def read_config(args: argparse.Namespace) -> "DictConfig | CfgNode":
     for dataset in args.dataset:
         register_dataset(*dataset)
     args.config_file = find_config_file(args.config_file)
-    return load_config(args.config_file, args.opts, args.retrofit, args.weights)
+    retrofitted = getattr(args, "retrofit", False)  # not all commands have the option
+    return load_config(args.config_file, args.opts, retrofitted, args.weights)
