@@ -20,7 +20,7 @@ from msrcnn_d2.engine.evaluate import log_reliability
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.report import write_report
 from msrcnn_d2.report.figures import NUM_CLASSES, charts
-from msrcnn_d2.report.gallery import draw_move, largest_moves, object_mask
+from msrcnn_d2.report.gallery import draw_detection, largest_moves
 from msrcnn_d2.utils.errors import UserError
 from msrcnn_d2_cli.report import warn_of_more_than
 from tests.helpers.command import exit_code
@@ -257,16 +257,14 @@ def test_only_the_first_ranks_count_and_of_an_image_one_detection():
     assert [(m.index, m.before, m.after) for m in down] == [(0, 1, 4)]
 
 
-def test_the_object_that_a_mask_overlaps_most(quality):
-    expected = np.zeros((HEIGHT, WIDTH), dtype=bool)
-    expected[10:30, 10:30] = True
-    assert (object_mask(quality, 1) == expected).all()
-    assert object_mask(quality, 3) is None
+def drawn(quality, index, images):
+    """With the outline of the object that it overlaps most."""
+    nearest = quality.average_precision.overlaps.nearest_object(index)
+    return draw_detection(quality, index, nearest, images)
 
 
 def test_a_thumbnail_has_image_mask_and_outline(quality, images):
-    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[1] if m.index == 1)
-    figure = draw_move(quality, move, str(images))
+    figure = drawn(quality, 1, str(images))
     figure.canvas.draw()
     (axes,) = figure.axes
     image, overlay = (shown.get_array() for shown in axes.images)
@@ -280,8 +278,7 @@ def test_a_thumbnail_has_image_mask_and_outline(quality, images):
 def test_an_image_that_cannot_be_read_leaves_the_mask(quality, tmp_path, caplog, damage):
     if damage == "broken":
         (tmp_path / "1.png").write_bytes(b"no image")
-    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[0] if m.index == 0)
-    image, overlay = draw_move(quality, move, str(tmp_path)).axes[0].images
+    image, overlay = drawn(quality, 0, str(tmp_path)).axes[0].images
     assert len(np.unique(image.get_array())) == 1
     assert overlay.get_array()[..., 3].any()
     assert "without its image" in caplog.text and "1.png" in caplog.text
@@ -289,22 +286,21 @@ def test_an_image_that_cannot_be_read_leaves_the_mask(quality, tmp_path, caplog,
 
 def test_an_image_of_another_size_is_not_shown(quality, tmp_path, caplog):
     Image.new("RGB", (WIDTH // 2, HEIGHT)).save(tmp_path / "1.png")
-    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[0] if m.index == 0)
-    image, _ = draw_move(quality, move, str(tmp_path)).axes[0].images
+    image, _ = drawn(quality, 0, str(tmp_path)).axes[0].images
     assert len(np.unique(image.get_array())) == 1 and image.get_array().max() > 0
     assert "1.png' has 120 x 80 pixels, its annotation says 120 x 160" in caplog.text
 
 
 def test_of_a_large_image_only_a_part_is_drawn(quality):
-    (move,) = (m for m in largest_moves(quality, "mask_score", 8)[0] if m.index == 0)
-    image, overlay = draw_move(quality, move, None).axes[0].images
+    image, overlay = drawn(quality, 0, None).axes[0].images
     assert max(image.get_array().shape[:2]) < 50 and max(overlay.get_array().shape[:2]) < 50
 
 
 def test_ids_of_images_can_be_names():
     dataset = dataset_of([thing(OBJECT, "im-a")], image_ids=["im-a"])
     quality = quality_of(dataset, [found(OBJECT, 0.9, 0.9, "im-a")])
-    assert object_mask(quality, 0).sum() == 400
+    _, overlay = drawn(quality, 0, None).axes[0].images
+    assert (overlay.get_array()[..., 3] > 0).sum() == 400
 
 
 def test_names_of_classes_are_no_formulas(tmp_path):
@@ -337,7 +333,7 @@ class Trained:
     ids=["one", "list", "several"],
 )
 def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap):
-    monkeypatch.setattr(evaluate_module, "_inference", lambda *args: {"segm": {"AP": 1.0}})
+    monkeypatch.setattr(evaluate_module, "run_inference", lambda *args: {"segm": {"AP": 1.0}})
     shown = []
 
     def fail(quality, test_set, recipe):

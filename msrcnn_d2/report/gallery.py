@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from ..evaluation.mask_quality import MaskQuality
 from ..image_reading import ImageSettings, open_image, to_rgb
 
-__all__ = ["Move", "draw_move", "largest_moves"]
+__all__ = ["Move", "draw_detection", "largest_moves"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,23 +87,27 @@ def largest_moves(quality: MaskQuality, ranking: str, count: int) -> tuple[list[
     )
 
 
-def draw_move(
+def draw_detection(
     quality: MaskQuality,
-    move: Move,
+    index: int,
+    annotation: dict | None,
     image_root: str | None,
     settings: ImageSettings | None = None,
 ) -> Figure:
     """
-    Draw the mask of a detection in its image, cut out, with the outline of the object that it
-    overlaps most.
+    Draw the mask of a detection in its image, cut out, with the outline of an object.
 
     Args:
+        index: index of the detection among the results.
+        annotation: the object, None for no outline.
         image_root: the folder of the images, None if there are none to show.
         settings: how images are read.
     """
-    mask = mask_util.decode(quality.results[move.index]["segmentation"]).astype(bool)
-    truth = object_mask(quality, move.index)
-    image = _image(quality, move.index, image_root, settings or ImageSettings(), mask.shape)
+    mask = mask_util.decode(quality.results[index]["segmentation"]).astype(bool)
+    truth = None
+    if annotation is not None:
+        truth = quality.coco_gt.annToMask(annotation).astype(bool)
+    image = _image(quality, index, image_root, settings or ImageSettings(), mask.shape)
 
     # A square around mask and object, or the whole image if the mask is empty
     rows, columns = np.nonzero(mask if truth is None else mask | truth)
@@ -134,12 +138,6 @@ def draw_move(
     axes.set_ylim(y + half - top, y - half - top)
     axes.set_axis_off()
     return figure
-
-
-def object_mask(quality: MaskQuality, index: int) -> np.ndarray | None:
-    """The H x W mask of the object of its class that a detection overlaps most, or None."""
-    annotation = quality.average_precision.overlaps.nearest_object(index)
-    return None if annotation is None else quality.coco_gt.annToMask(annotation).astype(bool)
 
 
 def _image(

@@ -18,14 +18,21 @@ from ..evaluation.scores import TITLES
 from ..image_reading import ImageSettings
 from ..utils.errors import UserError
 from .figures import charts
-from .gallery import Move, draw_move, largest_moves
+from .gallery import draw_detection, largest_moves
 from .thresholds import SHOWN_IOUS, thresholded_scores
+from .worst_annotations import worst_annotations, write_csv
 
 __all__ = ["write_report"]
 
 PIXELS_PER_INCH = 150
 THUMBNAIL_PIXELS_PER_INCH = 110
 NUM_MOVES = 8  # detections that moved up, and as many that moved down
+NUM_DISAGREEMENTS = 12  # with annotations
+DISAGREEMENTS = {
+    "class": "annotated as {}",
+    "shape": "annotated differently",
+    "missing": "not annotated",
+}
 
 
 def write_report(
@@ -42,7 +49,8 @@ def write_report(
 
     This writes "report.html", which contains its figures and opens without a network; a PNG of each
     figure, but not of the gallery; and "report.json" with the title, what
-    :meth:`MaskQuality.to_json` returns, and the thresholds of each score ("thresholds").
+    :meth:`MaskQuality.to_json` returns, and the thresholds of each score ("thresholds"); and
+    "worst_annotations.csv".
 
     Args:
         folder: where to write; it is created if it does not exist.
@@ -63,8 +71,15 @@ def write_report(
         folder.mkdir(parents=True, exist_ok=True)  # before the drawing, which takes seconds
     rankings = quality.rankings
     drawn = [(chart, _png(chart.figure, PIXELS_PER_INCH)) for chart in charts(quality)]
+    nearest_object = quality.average_precision.overlaps.nearest_object
     moves = largest_moves(quality, rankings[-1], NUM_MOVES) if len(rankings) > 1 else ([], [])
     thresholds = thresholded_scores(quality, precision, iou)
+    disagreements = worst_annotations(quality)
+    class_names = dict(zip(quality.average_precision.category_ids, quality.classes))
+
+    def card(index: int, annotation: dict | None) -> dict[str, Any]:
+        return _card(quality, index, annotation, image_root, settings)
+
     page = _template().render(
         title=title,
         quality=quality,
@@ -73,9 +88,20 @@ def write_report(
         overall=quality.overall,
         charts=[(chart.section, chart.alt, _data_url(png)) for chart, png in drawn],
         moves={
-            direction: [_card(quality, move, image_root, settings) for move in chosen]
+            direction: [{"move": m, **card(m.index, nearest_object(m.index))} for m in chosen]
             for direction, chosen in zip(("up", "down"), moves)
         },
+        disagreements=[
+            {
+                **card(x.index, x.annotation),
+                "iou": x.iou,
+                "says": DISAGREEMENTS[x.kind].format(
+                    x.annotation and class_names.get(x.annotation["category_id"], "another class")
+                ),
+            }
+            for x in disagreements[:NUM_DISAGREEMENTS]
+        ],
+        num_disagreements=len(disagreements),
         has_images=image_root is not None,
         tables={
             # Without objects a class has no AP
@@ -106,6 +132,7 @@ def write_report(
         for chart, png in drawn:
             (folder / f"{chart.name}.png").write_bytes(png)
         (folder / "report.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+        write_csv(quality, disagreements, folder / "worst_annotations.csv")
         (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
@@ -121,18 +148,21 @@ def _said_if_it_fails(folder: Path) -> Iterator[None]:
 
 
 def _card(
-    quality: MaskQuality, move: Move, image_root: str | None, settings: ImageSettings | None
+    quality: MaskQuality,
+    index: int,
+    annotation: dict | None,
+    image_root: str | None,
+    settings: ImageSettings | None,
 ) -> dict[str, Any]:
-    """A detection as the gallery shows it."""
-    image = quality.coco_gt.imgs[quality.results[move.index]["image_id"]]
-    figure = draw_move(quality, move, image_root, settings)
+    """A detection as the galleries show it, with the outline of an annotation."""
+    image = quality.coco_gt.imgs[quality.results[index]["image_id"]]
+    figure = draw_detection(quality, index, annotation, image_root, settings)
     return {
-        "move": move,
         "source": _data_url(_png(figure, THUMBNAIL_PIXELS_PER_INCH)),
-        "class": quality.classes[quality.class_indices[move.index]],
+        "class": quality.classes[quality.class_indices[index]],
         "image": image.get("file_name", image["id"]),
-        "true_iou": quality.true_ious[move.index],
-        "scores": {name: values[move.index] for name, values in quality.scores.items()},
+        "true_iou": quality.true_ious[index],
+        "scores": {name: values[index] for name, values in quality.scores.items()},
     }
 
 
