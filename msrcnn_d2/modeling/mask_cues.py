@@ -21,6 +21,10 @@ __all__ = ["CUES", "Cue", "Detections", "mask_cues"]
 MARGIN = 1e-6
 # Areas and perimeters are at least one cell, so that ratios of empty masks are finite
 ONE_CELL = 1.0
+# Masks at two probabilities each, whose IoU says how stable the outline is
+STABILITY_LEVELS = ((0.4, 0.6), (0.3, 0.7), (0.2, 0.8), (0.1, 0.9), (0.05, 0.95))
+# All probabilities at which the area of a mask is needed
+LEVELS = sorted({0.5, *(level for pair in STABILITY_LEVELS for level in pair)})
 
 
 @dataclass
@@ -74,7 +78,18 @@ class Detections:
     @cached_property
     def area(self) -> torch.Tensor:
         """(N,), cells of the mask, at least 1."""
-        return _total(self.inside).clamp(min=ONE_CELL)
+        return self.cells_above(0.5).clamp(min=ONE_CELL)
+
+    def cells_above(self, level: float) -> torch.Tensor:
+        """(N,), number of cells whose probability is above one of `LEVELS`."""
+        return self._cells_above[:, LEVELS.index(level)]
+
+    @cached_property
+    def _cells_above(self) -> torch.Tensor:
+        """(N, L), for all levels at once."""
+        levels = self.probs.new_tensor(LEVELS)[:, None]
+        # 1 where a probability is above the level, else 0. A sum of bools takes 6 times as long
+        return (self.probs.flatten(1)[:, None] - levels).ceil().sum(dim=2)
 
     @cached_property
     def mass(self) -> torch.Tensor:
@@ -90,7 +105,13 @@ class Detections:
     def entropy(self) -> torch.Tensor:
         """(N, S, S), entropy of each cell, in nats."""
         p = self.probs.clamp(MARGIN, 1 - MARGIN)
-        return -(p * p.log() + (1 - p) * (1 - p).log())
+        q = 1 - p
+        return -(p * p.log() + q * q.log())
+
+    @cached_property
+    def total_entropy(self) -> torch.Tensor:
+        """(N,), in nats."""
+        return _total(self.entropy)
 
     @cached_property
     def outline(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,12 +159,8 @@ def _log_odds(probs: torch.Tensor) -> torch.Tensor:
     return torch.logit(probs, eps=MARGIN)
 
 
-def _stability(offset: float) -> Callable[[Detections], torch.Tensor]:
-    def stability(d: Detections) -> torch.Tensor:
-        smaller, larger = d.probs > 0.5 + offset, d.probs > 0.5 - offset
-        return _total(smaller.float()) / _total(larger.float()).clamp(min=ONE_CELL)
-
-    return stability
+def _stability(smaller: float, larger: float) -> Callable[[Detections], torch.Tensor]:
+    return lambda d: d.cells_above(larger) / d.cells_above(smaller).clamp(min=ONE_CELL)
 
 
 def _soft_iou(d: Detections) -> torch.Tensor:
@@ -157,20 +174,19 @@ def _sharpness(d: Detections) -> torch.Tensor:
 
 
 def _at_border(d: Detections) -> torch.Tensor:
-    p = d.probs
-    return (p[:, 0].mean(1) + p[:, -1].mean(1) + p[:, :, 0].mean(1) + p[:, :, -1].mean(1)) / 4
+    last = d.probs.shape[-1] - 1
+    rows, columns = d.probs[:, ::last], d.probs[:, :, ::last]  # the first and the last ones
+    return (rows.mean(dim=(1, 2)) + columns.mean(dim=(1, 2))) / 2
 
 
 def _tightness(d: Detections) -> torch.Tensor:
-    share = torch.ones_like(d.scores)
-    size = d.inside.shape[-1]
-    cells = torch.arange(1, size + 1, device=d.inside.device)
-    for axis in (1, 2):
-        filled = d.inside.amax(dim=axis)
-        # From the first filled row or column to the last one
-        last, first = (filled * cells).amax(dim=1), (filled * cells.flip(0)).amax(dim=1)
-        share = share * (last + first - size) / size
-    return share.clamp(min=0)  # an empty mask
+    # Of rows and of columns, whether they have a cell of the mask: (2, N, S)
+    filled = torch.stack([d.inside.amax(dim=2), d.inside.amax(dim=1)])
+    size = filled.shape[-1]
+    numbers = torch.arange(1, size + 1, device=filled.device)
+    last, first = (filled * numbers).amax(dim=2), (filled * numbers.flip(0)).amax(dim=2)
+    extents = (last + first - size).clamp(min=0) / size  # 0 for an empty mask
+    return extents[0] * extents[1]
 
 
 def _sides_at_border(d: Detections) -> torch.Tensor:
@@ -189,13 +205,13 @@ CUES: dict[str, Cue] = {
         "Huang et al., Mask Scoring R-CNN, CVPR 2019",
     ),
     **{
-        f"stability_{round(100 * q)}": Cue(
-            _stability(q),
+        f"stability_{round(100 * larger)}": Cue(
+            _stability(smaller, larger),
             "IoU",
-            f"IoU of the masks at the probabilities {0.5 + q:g} and {0.5 - q:g}",
+            f"IoU of the masks at the probabilities {smaller:g} and {larger:g}",
             "stability score of Kirillov et al., Segment Anything, ICCV 2023",
         )
-        for q in (0.1, 0.2, 0.3, 0.4, 0.45)
+        for smaller, larger in STABILITY_LEVELS
     },
     "mean_inside": Cue(
         lambda d: d.mass_inside / d.area,
@@ -205,27 +221,33 @@ CUES: dict[str, Cue] = {
     ),
     "soft_iou": Cue(_soft_iou, "IoU", "expected overlap / expected union of mask and object"),
     "relative_mass": Cue(lambda d: d.mass / d.area, "ratio", "expected area / area of the mask"),
-    "entropy": Cue(lambda d: d.entropy.mean(dim=(1, 2)), "nats", "mean entropy of all cells"),
+    "entropy": Cue(
+        lambda d: d.total_entropy / d.probs.shape[-1] ** 2, "nats", "mean entropy of all cells"
+    ),
     "entropy_inside": Cue(
         lambda d: _total(d.entropy * d.inside) / d.area,
         "nats",
         "mean entropy of the cells of the mask",
     ),
     "entropy_per_area": Cue(
-        lambda d: _total(d.entropy) / d.area, "nats", "entropy of all cells / area of the mask"
+        lambda d: d.total_entropy / d.area, "nats", "entropy of all cells / area of the mask"
     ),
     "sharpness": Cue(
         _sharpness, "probability", "mean change of the probability across the outline"
     ),
     "undecided": Cue(
-        lambda d: _total(((d.probs > 0.2) & (d.probs < 0.8)).float()) / d.perimeter,
+        lambda d: (d.cells_above(0.2) - d.cells_above(0.8)) / d.perimeter,
         "cells",
         "width of the band of probabilities from 0.2 to 0.8 along the outline",
     ),
     "compactness": Cue(
         lambda d: d.perimeter / d.area.sqrt(), "ratio", "perimeter / square root of the area"
     ),
-    "fill": Cue(lambda d: d.inside.mean(dim=(1, 2)), "ratio", "area of the mask / area of the box"),
+    "fill": Cue(
+        lambda d: d.cells_above(0.5) / d.probs.shape[-1] ** 2,
+        "ratio",
+        "area of the mask / area of the box",
+    ),
     "maximum": Cue(lambda d: d.probs.amax(dim=(1, 2)), "probability", "largest probability"),
     "at_box_border": Cue(_at_border, "probability", "mean probability along the sides of the box"),
     "tightness": Cue(

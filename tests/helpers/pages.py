@@ -24,7 +24,9 @@ from tests.helpers.toy_training import lazy_config
 from tests.helpers.weights import MMDETECTION, renamed
 
 # A mark is a comment before the block, which no reader sees
-NEEDS = re.compile(r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model)( and (COCO|a download|GPUs|a GPU))?")
+NEEDS = re.compile(
+    r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model)( and (COCO|a download|GPUs|a GPU))?"
+)
 CONTINUES = "continues"
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^```$",
