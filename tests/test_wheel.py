@@ -58,7 +58,7 @@ def files_of(*folders):
         str(path.relative_to(folder.parent))
         for folder in folders
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".yaml", ".jinja", ".typed")
+        if path.suffix in (".py", ".yaml", ".jinja", ".js", ".typed")
     }
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -227,16 +227,26 @@ def precision_interval(right: np.ndarray, counts: np.ndarray) -> np.ndarray:
         intervals[chosen, 1 - column] = 1 - column
     mixed = (total_right > 0) & (total_right < total)
     if mixed.any():
-        drawn = np.random.default_rng(0).integers(num_images, size=(NUM_RESAMPLES, num_images))
-        drawn += num_images * np.arange(NUM_RESAMPLES)[:, None]  # a row of counts for each resample
-        drawn = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        drawn = drawn.astype(np.float32)
+        drawn = _resamples(num_images)
         resampled = _ratio(
             drawn @ right[:, mixed].astype(np.float32), drawn @ counts[:, mixed].astype(np.float32)
         )
-        # A resample may have no detection above a high threshold
-        intervals[mixed] = np.nanquantile(resampled, [tail, 1 - tail], axis=0).T
+        # A resample may have no detection above a high threshold; looking for that takes long
+        ends = np.full((2, resampled.shape[1]), np.nan)
+        for gaps, quantile in ((False, np.quantile), (True, np.nanquantile)):
+            columns = np.isnan(resampled).any(axis=0) == gaps
+            ends[:, columns] = quantile(resampled[:, columns], [tail, 1 - tail], axis=0)
+        intervals[mixed] = ends.T
     return intervals.reshape(*shape, 2)
+
+
+@lru_cache(maxsize=1)  # the curves of a report have the same images
+def _resamples(num_images: int) -> np.ndarray:
+    """NUM_RESAMPLES x images: how often each image is drawn, float32 for fast products."""
+    drawn = np.random.default_rng(0).integers(num_images, size=(NUM_RESAMPLES, num_images))
+    drawn += num_images * np.arange(NUM_RESAMPLES)[:, None]  # a row of counts for each resample
+    counts = np.bincount(drawn.ravel(), minlength=drawn.size)
+    return counts.reshape(drawn.shape).astype(np.float32)
 
 
 def right_detections(

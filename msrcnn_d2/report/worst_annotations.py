@@ -59,34 +59,33 @@ def worst_annotations(quality: MaskQuality, count: int = MAX_DISAGREEMENTS) -> l
 def _disagreements(quality: MaskQuality) -> Iterator[Disagreement]:
     overlaps, scores = quality.average_precision.overlaps, quality.scores[quality.rankings[-1]]
     found_with = _scores_of_objects(quality, scores)
-    objects: dict[Any, list[tuple[dict, dict]]] = {}  # of each image: annotation and RLE
+    objects: dict[Any, list[dict]] = {}  # of each image
     for place in overlaps.places.values():
         for annotation, is_crowd in zip(place.objects, place.is_crowd.tolist()):
             if not is_crowd:
-                rle = quality.coco_gt.annToRLE(annotation)
-                objects.setdefault(annotation["image_id"], []).append((annotation, rle))
+                objects.setdefault(annotation["image_id"], []).append(annotation)
+    rles: dict[Any, list[dict]] = {}  # of these, in the images that are looked at
     listed: dict[Any, list[dict]] = {}  # masks of the disagreements in each image
     wrong = np.flatnonzero(quality.counted & (quality.true_ious < RIGHT_IOU))
     for index in wrong[np.argsort(-scores[wrong], kind="stable")].tolist():
         result = quality.results[index]
         mask, image = result["segmentation"], result["image_id"]
-        others = [
-            (annotation, rle)
-            for annotation, rle in objects.get(image, [])
-            if annotation["category_id"] != result["category_id"]
-        ]
-        ious = _ious(mask, [rle for _, rle in others])
+        in_image = objects.get(image, [])
+        if image not in rles:
+            rles[image] = [quality.coco_gt.annToRLE(annotation) for annotation in in_image]
+        is_other = np.array([a["category_id"] != result["category_id"] for a in in_image], bool)
+        ious = _ious(mask, rles[image]) * is_other
         found = Disagreement(index, "missing", None, 0.0)
         if ious.max(initial=0) >= RIGHT_IOU:
             k = int(ious.argmax())
-            found = Disagreement(index, "class", others[k][0], float(ious[k]))
+            found = Disagreement(index, "class", in_image[k], float(ious[k]))
         elif (iou := float(quality.true_ious[index])) >= BACKGROUND_IOU:
             found = Disagreement(index, "shape", overlaps.nearest_object(index), iou)
         if found_with.get(id(found.annotation), -np.inf) > scores[index]:
             continue
-        in_image = listed.setdefault(image, [])
-        if _ious(mask, in_image).max(initial=0) < RIGHT_IOU:
-            in_image.append(mask)
+        repeated = listed.setdefault(image, [])
+        if _ious(mask, repeated).max(initial=0) < RIGHT_IOU:
+            repeated.append(mask)
             yield found
 
 
