@@ -1,11 +1,12 @@
 """Calibrated scores for a trained model: how likely each mask is good, at every IoU threshold."""
 
-from .calibrate import Calibration, calibrate, calibrate_on
+from .calibrate import Calibration, CheckedFit, calibrate, calibrate_on, fit_if_better
 from .collect import CollectedDetections, collect_detections
 from .fit import Samples, cross_validated_probs, fit_calibrator
 
 __all__ = [
     "Calibration",
+    "CheckedFit",
     "CollectedDetections",
     "Samples",
     "calibrate",
@@ -13,4 +14,5 @@ __all__ = [
     "collect_detections",
     "cross_validated_probs",
     "fit_calibrator",
+    "fit_if_better",
 ]

@@ -15,14 +15,16 @@ from detectron2.config import CfgNode, LazyConfig
 
 from ..checkpoint.writing import write_weights
 from ..evaluation import MaskQuality
+from ..evaluation.average_precision import AveragePrecision
 from ..evaluation.operating_points import accept_thresholds, right_detections
 from ..evaluation.scores import scores_of
+from ..modeling import MaskCalibrator
 from ..utils.errors import UserError
 from ..utils.text import plural
 from .collect import CollectedDetections, collect_detections
-from .fit import NUM_FOLDS, cross_validated_probs, fit_calibrator
+from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
 
-__all__ = ["Calibration", "calibrate", "calibrate_on"]
+__all__ = ["Calibration", "CheckedFit", "calibrate", "calibrate_on", "fit_if_better"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,30 +137,14 @@ def calibrate_on(
         "Fitting to %s in %s ...",
         *(plural(len(samples), "detection"), plural(num_images, "image")),
     )
-    # Calibrators that have not seen an image say whether the networks rank its masks better
-    probs = cross_validated_probs(calibrator, samples, seed=seed, progress=progress)
-    scores = scores_of(ranking.overlaps.results)
-    ap_of_network, ap_of_score = (
-        100 * ranking.evaluate(values).numbers["AP"]
-        for values in (
-            probs.mean(dim=1).tolist(),
-            scores.get("mask_score", scores["class_score"]),
-        )
-    )
-    with_network = ap_of_network > ap_of_score
-    if not with_network:
-        probs = cross_validated_probs(calibrator, samples, with_network=False, seed=seed)
-    quality_scores = probs.mean(dim=1).tolist()
-    for result, row, score in zip(ranking.overlaps.results, probs.tolist(), quality_scores):
+    title = "fitting" if progress else ""
+    fit = fit_if_better(calibrator, ranking, samples, seed=seed, progress=title)
+    probs = fit.probs
+    for result, row, score in zip(
+        ranking.overlaps.results, probs.tolist(), probs.mean(dim=1).tolist()
+    ):
         result.update(mask_iou_probs=row, quality_score=score)
 
-    fit_calibrator(
-        calibrator,
-        samples,
-        with_network=with_network,
-        seed=seed,
-        progress="fitting" if progress else "",
-    )
     # What is right at an IoU depends on who chooses first, so each column has its own matching
     matchings = [
         right_detections(ranking.overlaps, column, ranking.max_dets[-1])
@@ -179,6 +165,54 @@ def calibrate_on(
         dataset=collected.dataset,
         num_images=num_images,
         num_detections=len(samples),
-        with_network=with_network,
-        ap_of_network=ap_of_network,
+        with_network=fit.with_network,
+        ap_of_network=fit.ap_of_network,
     )
+
+
+@dataclass
+class CheckedFit:
+    """
+    Attributes:
+        probs: Tensor of shape (N, 10), for each detection from a calibrator that has not seen its
+            image.
+        with_network: whether the networks were fitted, because they rank the masks better.
+        ap_of_network: mask AP in percent that the cross-validation promised with the networks.
+    """
+
+    probs: torch.Tensor
+    with_network: bool
+    ap_of_network: float
+
+
+def fit_if_better(
+    calibrator: MaskCalibrator,
+    ranking: AveragePrecision,
+    samples: Samples,
+    *,
+    seed: int = 0,
+    progress: str = "",
+) -> CheckedFit:
+    """
+    Fit a calibrator in place: with the networks if calibrators that have not seen an image rank its
+    masks better than the model does, and without them otherwise.
+
+    Args:
+        calibrator: on the CPU.
+        ranking, samples: the same N detections.
+        seed, progress: as in :func:`fit_calibrator`.
+    """
+    probs = cross_validated_probs(calibrator, samples, seed=seed, progress=bool(progress))
+    scores = scores_of(ranking.overlaps.results)
+    ap_of_network, ap_of_score = (
+        100 * ranking.evaluate(values).numbers["AP"]
+        for values in (
+            probs.mean(dim=1).tolist(),
+            scores.get("mask_score", scores["class_score"]),
+        )
+    )
+    with_network = ap_of_network > ap_of_score
+    if not with_network:
+        probs = cross_validated_probs(calibrator, samples, with_network=False, seed=seed)
+    fit_calibrator(calibrator, samples, with_network=with_network, seed=seed, progress=progress)
+    return CheckedFit(probs, with_network, ap_of_network)
