@@ -135,30 +135,73 @@ class Overlaps:
         first; equal scores keep the order of the results. Each detection takes the free object
         with the largest IoU, if that is at least the threshold; of two objects with the same IoU
         it takes the later one. Without such an object it is matched with a crowd that it overlaps
-        enough. A crowd can be matched any number of times.
+        enough. A crowd can be matched any number of times. At a threshold of 0 a detection has to
+        share a pixel with its match.
 
         Args:
             scores: N numbers that decide which detection chooses first.
             thresholds: T smallest IoUs of a match.
             max_dets: how many detections of each image and class choose.
         """
-        scores = np.asarray(scores, dtype=float)
-        shape = len(thresholds), len(self.results)
+        num_results = len(self.results)
+        shape = len(thresholds), num_results
         matches = Matches(
             np.full(shape, np.nan),
             np.full(shape, np.nan),
             np.zeros(shape, dtype=bool),
-            np.zeros(shape[1], dtype=bool),
+            np.zeros(num_results, dtype=bool),
         )
-        # As in COCO, an IoU of 1 passes at any threshold
-        limits = np.minimum(np.asarray(thresholds, dtype=float), 1 - 1e-10)
+        turns = np.empty(num_results, dtype=int)
+        order = np.argsort(-np.asarray(scores, dtype=float), kind="stable")
+        turns[order] = np.arange(num_results)
         for place in self.places.values():
-            indices = np.array(place.detections, dtype=int)
-            ranked = np.argsort(-scores[indices], kind="stable")
-            matches.beyond[indices[ranked[max_dets:]]] = True
-            if place.ious.size:
-                _match_place(place, ranked[:max_dets], limits, matches)
+            if len(place.detections) > max_dets:
+                ranked = np.argsort(turns[place.detections])
+                matches.beyond[np.array(place.detections)[ranked[max_dets:]]] = True
+
+        # Objects belong to one place each, so that the detections of all places can take turns
+        pairs = self._pairs[~matches.beyond[self._pairs["detection"]]]
+        pairs = pairs[np.argsort(turns[pairs["detection"]], kind="stable")]
+        for t, threshold in enumerate(thresholds):
+            # As in COCO, an IoU of 1 passes at any threshold
+            good = pairs[pairs["iou"] >= min(threshold, 1 - 1e-10)]
+            has_match = bytearray(num_results)
+            is_taken = bytearray(sum(len(place.objects) for place in self.places.values()))
+            chosen = []
+            names = ("detection", "object", "is_crowd")
+            for k, (d, o, is_crowd) in enumerate(zip(*(good[name].tolist() for name in names))):
+                if not has_match[d] and not is_taken[o]:
+                    has_match[d] = True
+                    is_taken[o] = not is_crowd
+                    chosen.append(k)
+            found = good[chosen]
+            matches.ignored[t, found["detection"]] = found["is_crowd"]
+            found = found[~found["is_crowd"]]
+            matches.ious[t, found["detection"]] = found["iou"]
+            matches.areas[t, found["detection"]] = found["area"]
         return matches
+
+    @cached_property
+    def _pairs(self) -> np.ndarray:
+        """
+        The detections and objects that overlap. Those that COCO lets a detection choose first come
+        first: the largest IoU, of equal ones the later object, and crowds after all objects.
+        """
+        kinds = {"detection": int, "object": int, "iou": float, "area": float, "is_crowd": bool}
+        parts, num_objects = [np.empty(0, list(kinds.items()))], 0
+        for place in self.places.values():
+            rows, columns = place.ious.nonzero()
+            if len(rows):
+                part = np.empty(len(rows), parts[0].dtype)
+                part["detection"] = np.array(place.detections)[rows]
+                part["object"] = num_objects + columns
+                part["iou"] = place.ious[rows, columns]
+                part["area"] = np.array([a["area"] for a in place.objects])[columns]
+                part["is_crowd"] = place.is_crowd[columns]
+                parts.append(part)
+            num_objects += len(place.objects)
+        pairs = np.concatenate(parts)
+        return pairs[np.lexsort((-pairs["object"], -pairs["iou"], pairs["is_crowd"]))]
 
 
 def true_mask_ious(coco_gt: COCO, results: Sequence[dict]) -> list[float]:
@@ -173,40 +216,3 @@ def true_mask_ious(coco_gt: COCO, results: Sequence[dict]) -> list[float]:
         for each result :attr:`Overlaps.largest`.
     """
     return Overlaps(coco_gt, results).largest.tolist()
-
-
-def _match_place(place: Place, ranked: np.ndarray, limits: np.ndarray, matches: Matches) -> None:
-    """Write to `matches` what the detections of a place choose, in the order of `ranked`."""
-    # Crowds come last, so that they are considered only where no object is free
-    columns = np.argsort(place.is_crowd, kind="stable")
-    all_ious, is_crowd = place.ious[:, columns], place.is_crowd[columns].tolist()
-    areas = [place.objects[k]["area"] for k in columns]
-    taken = [[False] * len(columns) for _ in limits]
-    for row in ranked[all_ious[ranked].max(axis=1) >= limits.min()]:
-        candidates = np.flatnonzero(all_ious[row] >= limits.min()).tolist()
-        ious = all_ious[row].tolist()
-        for t, limit in enumerate(limits.tolist()):
-            chosen = _choose(candidates, ious, limit, taken[t], is_crowd)
-            if chosen is None:
-                continue
-            where = t, place.detections[row]
-            if is_crowd[chosen]:
-                matches.ignored[where] = True
-            else:
-                taken[t][chosen] = True
-                matches.ious[where], matches.areas[where] = ious[chosen], areas[chosen]
-
-
-def _choose(
-    candidates: list[int], ious: list[float], limit: float, taken: list[bool], is_crowd: list[bool]
-) -> int | None:
-    """The object that a detection takes, None if there is none. Crowds are the last candidates."""
-    chosen = None
-    for k in candidates:
-        if taken[k]:
-            continue
-        if chosen is not None and is_crowd[k] and not is_crowd[chosen]:
-            break
-        if ious[k] >= limit:
-            chosen, limit = k, ious[k]
-    return chosen
