@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         metavar="RESULTS.json",
         help='list of predictions with "image_id", "category_id", "score", "segmentation" and, if '
-        'the model scores masks, "pred_mask_iou" and "mask_score"',
+        'the model predicts them, "pred_mask_iou", "mask_score", "quality_score", "mask_iou_probs"',
     )
     parser.add_argument(
         "annotations", metavar="ANNOTATIONS.json", help="ground truth in COCO's format"

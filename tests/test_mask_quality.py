@@ -554,9 +554,9 @@ def test_a_model_without_mask_scores(engine):
     assert part.all.spearman["class_score"] == pytest.approx(-0.5)  # ranks 3, 2, 1 and 1, 3, 2
     assert quality.reliability() == {}
     assert all(x.keys() == part.ap.keys() for x in quality.precision_recall().values())
-    assert list(quality.headline()) == [
-        *("AP_class_score", "AP_true_iou", "pearson_class_score", "spearman_class_score", "matched")
-    ]
+    kinds = ("AP", "pearson", "spearman", "LaECE", "LaACE", "brier50", "brier75", "ece50", "ece75")
+    names = [f"{kind}_class_score" for kind in kinds]
+    assert list(quality.headline()) == [names[0], "AP_true_iou", *names[1:], "matched"]
 
 
 def test_a_score_that_some_results_lack_is_none_of_the_model():
@@ -611,8 +611,14 @@ def test_the_headline_has_the_numbers_of_the_whole():
         **{f"pearson_{name}": r for name, r in matched.pearson.items()},
         **{f"spearman_{name}": r for name, r in matched.spearman.items()},
         **{"mae": matched.mae, "bias": matched.bias, "ece": matched.ece, "matched": 2},
+        **{f"LaECE_{name}": x.laece for name, x in quality.calibration.items()},
+        **{f"LaACE_{name}": x.laace for name, x in quality.calibration.items()},
+        **{f"brier50_{name}": x.brier["0.50"] for name, x in quality.calibration.items()},
+        **{f"brier75_{name}": x.brier["0.75"] for name, x in quality.calibration.items()},
+        **{f"ece50_{name}": x.ece["0.50"] for name, x in quality.calibration.items()},
+        **{f"ece75_{name}": x.ece["0.75"] for name, x in quality.calibration.items()},
     }
-    assert len(headline) == 4 + 6 + 4
+    assert len(headline) == 4 + 6 + 4 + 3 * 6
     # IoU 0.6 and 0.9 for 0.7 and 0.8
     assert (headline["mae"], headline["bias"]) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12))
 

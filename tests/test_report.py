@@ -40,6 +40,7 @@ CHARTS = [
     "iou_predicted_iou",
     "iou_mask_score",
     "reliability",
+    "reliability_of_scores",
     "ap_by_threshold",
     "precision_recall_050",
     "precision_recall_075",
@@ -156,6 +157,9 @@ def test_the_page_shows_the_numbers(quality, report):
     assert "4 images, 4 objects, 4 detections, of which 3 are matched" in page.text
     for value in overall.ap.values():
         assert f"{value:.1f}" in page.text
+    for errors in quality.calibration.values():
+        for value in (errors.laece, errors.laace, *errors.brier.values(), *errors.ece.values()):
+            assert f"{value:.3f}" in page.text
     assert f"{overall.matched.mae:.2f}" in page.text
     assert f"{overall.matched.pearson['class_score']:.2f} → ".replace("-", "−") in page.text
 
@@ -193,6 +197,7 @@ def test_a_model_with_calibrated_scores(has_mask_scores, tmp_path):
     page = Page(write_report(quality_of(DATASET, results), tmp_path))
 
     assert (tmp_path / "iou_quality_score.png").is_file()
+    assert (tmp_path / "reliability_of_probs.png").is_file()
     assert "mask AP by calibrated score" in page.text
     assert "calibrated score 0.90" in page.text  # in the gallery
     assert ("mask score" in page.text) is has_mask_scores
@@ -349,14 +354,22 @@ def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap
 # ---- TensorBoard
 
 
-def test_training_logs_the_reliability_diagram(quality):
+@pytest.mark.parametrize("has_calibrator", [False, True])
+def test_training_logs_the_reliability_diagrams(has_calibrator):
+    names = ["reliability", "reliability_of_scores"]
+    results = RESULTS
+    if has_calibrator:
+        names.append("reliability_of_probs")
+        results = [calibrated(r, 10 * [0.5]) for r in RESULTS]
+    quality = quality_of(DATASET, results)
     recipe = Trained(quality)
     del recipe.test_sets[1:]
     with EventStorage(12) as storage:
         log_reliability(quality, recipe.test_sets[0], recipe)
-        ((name, image, iteration),) = storage._vis_data
-    assert (name, iteration) == ("mask_quality/reliability", 12)
-    assert image.shape[0] == 3 and image.dtype == np.uint8 and len(np.unique(image)) > 50
+        logged = list(storage._vis_data)
+    assert [(name, k) for name, _, k in logged] == [(f"mask_quality/{x}", 12) for x in names]
+    for _, image, _ in logged:
+        assert image.shape[0] == 3 and image.dtype == np.uint8 and len(np.unique(image)) > 50
 
 
 # ---- the command

@@ -168,6 +168,7 @@ def test_training_evaluates_and_leaves_what_users_expect(kind, toy_dataset, requ
     )
     metrics = last_metrics(tmp_path)
     assert {"bbox/AP", "segm/AP", "segm_by_class_score/AP", "mask_quality/mae"} <= set(metrics)
+    assert "mask_quality/LaECE_mask_score" in metrics
     left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
     assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth"} <= left
     assert {"coco_bbox_results.json", "coco_segm_results.json"} <= left
@@ -175,7 +176,8 @@ def test_training_evaluates_and_leaves_what_users_expect(kind, toy_dataset, requ
     assert any("mask_iou/mean_target" in x and "loss_mask_iou" in x for x in logged)
     assert "report.html" not in left  # a report for each evaluation in training would be many
     board = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
-    assert board.Tags()["images"] == ["mask_quality/reliability"]
+    images = [f"mask_quality/{name}" for name in ("reliability", "reliability_of_scores")]
+    assert board.Tags()["images"] == images
     logged_mae, expected = board.Scalars("mask_quality/mae")[-1].value, metrics["mask_quality/mae"]
     assert logged_mae == pytest.approx(expected, nan_ok=True)  # a model that knows nothing
 

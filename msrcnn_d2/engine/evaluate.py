@@ -33,7 +33,7 @@ from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from ..published_models import Published
 from ..report import write_report
-from ..report.figures import reliability_figure
+from ..report.figures import reliability_charts
 from ..utils.errors import UserError, agree_on_user_errors
 from .preflight import check_number, names_of_dataset
 from .recipe import Recipe, TestSet
@@ -207,17 +207,15 @@ def summary_table(results: dict, published: Published | None = None) -> str:
 
 
 def log_reliability(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> None:
-    """Show the reliability diagram in TensorBoard. Training logs the numbers by itself."""
-    diagrams = quality.reliability()
-    if not diagrams:  # the model predicts no IoU
-        return
-    canvas = FigureCanvasAgg(reliability_figure(diagrams))
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    name = "mask_quality/reliability"
-    if len(recipe.test_sets) > 1:
-        name = f"{test_set}/{name}"
-    get_event_storage().put_image(name, pixels.transpose(2, 0, 1))
+    """Show the reliability diagrams in TensorBoard. Training logs the numbers by itself."""
+    for chart in reliability_charts(quality):
+        canvas = FigureCanvasAgg(chart.figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        name = f"mask_quality/{chart.name}"
+        if len(recipe.test_sets) > 1:
+            name = f"{test_set}/{name}"
+        get_event_storage().put_image(name, pixels.transpose(2, 0, 1))
 
 
 def write_report_of(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> None:

@@ -13,9 +13,17 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from .average_precision import AveragePrecision, Evaluation, mean_of_defined
+from .calibration_errors import (
+    PROBABILITY_IOUS,
+    CalibrationErrors,
+    brier_score,
+    iou_targets,
+    localisation_aware_errors,
+    right_at,
+)
 from .matching import IOU_THRESHOLDS
 from .score_statistics import Bin, expected_calibration_error, mean, pearson, reliability, spearman
-from .scores import RANKINGS, TITLES, scores_of
+from .scores import MASK_IOU_PROBS, RANKINGS, TITLES, scores_of
 
 __all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_mask_quality"]
 
@@ -97,6 +105,8 @@ class MaskQuality:
         evaluations: {ranking: COCO's evaluation}, for the rankings that the model has, and
             "true_iou".
         scores: {score: N values}, for the scores that the model has.
+        mask_iou_probs: N x 10, the probabilities that a calibrated score is the mean of, None if
+            the model has none.
         true_ious: N, the largest IoU with an object.
         matches: the matches at COCO's thresholds.
         counted: N, whether a detection is in the statistics.
@@ -121,6 +131,9 @@ class MaskQuality:
         overlaps, self.max_dets = average_precision.overlaps, average_precision.max_dets[-1]
         self.coco_gt, self.results = overlaps.coco_gt, overlaps.results
         self.scores = scores_of(self.results)
+        self.mask_iou_probs: np.ndarray | None = None
+        if all(MASK_IOU_PROBS in r for r in self.results):
+            self.mask_iou_probs = np.array([r[MASK_IOU_PROBS] for r in self.results], dtype=float)
         self.true_ious = overlaps.largest
         rankings, evaluated = {**self.scores, "true_iou": self.true_ious}, evaluations or {}
         self.evaluations = {
@@ -133,7 +146,8 @@ class MaskQuality:
         categories, images = average_precision.category_ids, set(average_precision.image_ids)
         index = {category: k for k, category in enumerate(categories)}
         known = [r["image_id"] in images and r["category_id"] in index for r in self.results]
-        self._counting = np.array(known, dtype=bool) & ~self.matches.beyond
+        self._known = np.array(known, dtype=bool)
+        self._counting = self._known & ~self.matches.beyond
         self.counted = self._counting & ~self.matches.ignored[0]
         names = [str(self.coco_gt.cats[k].get("name", k)) for k in categories]
         # Where two classes have the same name, their ids tell them apart
@@ -221,6 +235,77 @@ class MaskQuality:
             "all": reliability(predicted[counted], self.true_ious[counted]),
         }
 
+    @cached_property
+    def _targets(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{score: what it should say, which detections count}, see :func:`iou_targets`."""
+        targets = {}
+        for name, scores in self.scores.items():
+            ious, counts = iou_targets(self.average_precision.overlaps, scores, self.max_dets)
+            targets[name] = ious, counts & self._known
+        return targets
+
+    @cached_property
+    def _right(self) -> tuple[np.ndarray, np.ndarray]:
+        """2 x N each, for PROBABILITY_IOUS: which detections are right, which count."""
+        right, counts = right_at(self.average_precision.overlaps, PROBABILITY_IOUS, self.max_dets)
+        return right, counts & self._known
+
+    def _probabilities(self, name: str) -> np.ndarray:
+        """2 x N, what a score says about being right at PROBABILITY_IOUS."""
+        if name == "quality_score" and self.mask_iou_probs is not None:
+            return self.mask_iou_probs[
+                :, [IOU_THRESHOLDS.searchsorted(x) for x in PROBABILITY_IOUS]
+            ].T
+        return np.broadcast_to(self.scores[name], (len(PROBABILITY_IOUS), len(self.results)))
+
+    @cached_property
+    def calibration(self) -> dict[str, CalibrationErrors]:
+        """How honest each score is: {score: errors}, over all detections."""
+        has_objects = np.append(self.num_objects, 0)[self.class_indices] > 0  # -1 is no class
+        errors = {}
+        for name, scores in self.scores.items():
+            targets, counts = self._targets[name]
+            used = counts & has_objects
+            laece, laace = localisation_aware_errors(
+                scores[used], targets[used], self.class_indices[used]
+            )
+            brier, ece = {}, {}
+            for threshold, *arrays in zip(
+                PROBABILITY_IOUS, self._probabilities(name), *self._right
+            ):
+                probs, right, counts = arrays
+                brier[f"{threshold:.2f}"] = brier_score(probs[counts], right[counts])
+                ece[f"{threshold:.2f}"] = expected_calibration_error(
+                    reliability(probs[counts], right[counts])
+                )
+            errors[name] = CalibrationErrors(laece, laace, brier, ece)
+        return errors
+
+    def reliability_of_scores(self) -> dict[str, list[Bin]]:
+        """
+        For each score a reliability diagram over all detections, in ten bins: the mean score beside
+        the mean of what it should say (:func:`iou_targets`).
+        """
+        return {
+            name: reliability(self.scores[name][counts], targets[counts])
+            for name, (targets, counts) in self._targets.items()
+        }
+
+    def reliability_of_probs(self) -> dict[str, list[Bin]]:
+        """
+        For the thresholds "0.50" and "0.75" a reliability diagram of the calibrator's probabilities
+        over all detections, in ten bins: the mean probability beside the share of detections that
+        are right (:func:`right_at`). Empty for a model without a calibrator.
+        """
+        if self.mask_iou_probs is None or "quality_score" not in self.scores:
+            return {}
+        return {
+            f"{threshold:.2f}": reliability(probs[counts], right[counts])
+            for threshold, probs, right, counts in zip(
+                PROBABILITY_IOUS, self._probabilities("quality_score"), *self._right
+            )
+        }
+
     def _part(self, place: tuple, chosen: np.ndarray, threshold: int | None = None) -> Part:
         """
         Args:
@@ -262,7 +347,8 @@ class MaskQuality:
     def headline(self) -> dict[str, float]:
         """
         The numbers that an evaluation shows and logs: AP in percent under each ranking, the shares
-        of the gap closed, and correlations, errors and the number of the matched detections.
+        of the gap closed; correlations, errors and the number of the matched detections; and the
+        calibration errors of each score.
         """
         part, agreement = self.overall, self.overall.matched
         numbers = {f"AP_{name}": value for name, value in part.ap.items()}
@@ -271,10 +357,18 @@ class MaskQuality:
             numbers |= {f"{kind}_{k}": v for k, v in getattr(agreement, kind).items()}
         if "predicted_iou" in self.scores:
             numbers |= {"mae": agreement.mae, "bias": agreement.bias, "ece": agreement.ece}
+        for name, errors in self.calibration.items():
+            numbers |= {f"LaECE_{name}": errors.laece, f"LaACE_{name}": errors.laace}
+            for kind in ("brier", "ece"):
+                of_kind = getattr(errors, kind).items()
+                numbers |= {f"{kind}{t[2:]}_{name}": value for t, value in of_kind}
         return {**numbers, "matched": agreement.count}
 
     def table(self) -> str:
-        """AP and shares of the gap in percent, and correlations, as text to print."""
+        """
+        Text to print: AP and shares of the gap in percent, and correlations; and how honest the
+        scores are.
+        """
         part, agreement = self.overall, self.overall.matched
         columns = {
             "mask AP": (part.ap, ".2f"),
@@ -294,13 +388,22 @@ class MaskQuality:
         formats = ["", *(number for _, number in columns.values())]
         table = tabulate(rows, ["masks ranked by", *columns], "github", floatfmt=formats)
         if not agreement.count:
-            return f"{table}\nNo mask is matched with an object."
-        if "predicted_iou" not in self.scores:
-            return table
+            table += "\nNo mask is matched with an object."
+        elif "predicted_iou" in self.scores:
+            table += (
+                f"\nPredicted IoU of {agreement.count} matched masks: mean absolute error "
+                f"{agreement.mae:.3f}, mean error {agreement.bias:+.3f}, calibration error "
+                f"{agreement.ece:.3f}."
+            )
+        errors = [
+            [TITLES[name], x.laece, x.laace, *(v[t] for t in x.brier for v in (x.brier, x.ece))]
+            for name, x in self.calibration.items()
+        ]
+        headers = ["score", "LaECE_0", "LaACE_0", "Brier @50", "ECE @50", "Brier @75", "ECE @75"]
         return (
-            f"{table}\nPredicted IoU of {agreement.count} matched masks: mean absolute error "
-            f"{agreement.mae:.3f}, mean error {agreement.bias:+.3f}, calibration error "
-            f"{agreement.ece:.3f}."
+            f"{table}\n\nAre the scores honest? Over all detections; 0 is best. Brier score and "
+            "expected calibration\nerror are those of the probability that a mask is right at IoU "
+            "0.50 or 0.75.\n" + tabulate(errors, headers, "github", floatfmt=".3f")
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -315,9 +418,16 @@ class MaskQuality:
             "by_size": {k: asdict(v) for k, v in self.by_size.items()},
             "by_threshold": {k: asdict(v) for k, v in self.by_threshold.items()},
             "precision_recall": self.precision_recall(),
-            "reliability": {k: [asdict(b) for b in v] for k, v in self.reliability().items()},
+            "reliability": _as_dicts(self.reliability()),
+            "calibration": {k: asdict(v) for k, v in self.calibration.items()},
+            "reliability_of_scores": _as_dicts(self.reliability_of_scores()),
+            "reliability_of_probs": _as_dicts(self.reliability_of_probs()),
         }
         return json.loads(json.dumps(numbers), parse_constant=lambda nan: None)
+
+
+def _as_dicts(diagrams: dict[str, list[Bin]]) -> dict[str, list[dict[str, float]]]:
+    return {name: [asdict(b) for b in bins] for name, bins in diagrams.items()}
 
 
 def limit_of(results: Sequence[dict]) -> int:

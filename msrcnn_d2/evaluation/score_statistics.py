@@ -35,12 +35,12 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 @dataclass
 class Bin:
     """
-    The detections whose predicted IoU lies in an interval.
+    The detections whose predicted IoU, or another score, lies in an interval.
 
     Attributes:
         low, high: the interval, without `high` except in the last bin.
         count: number of detections.
-        predicted, true: mean predicted and mean true IoU, NaN without detections.
+        predicted, true: mean predicted and mean true value, NaN without detections.
     """
 
     low: float
@@ -57,7 +57,8 @@ def reliability(predicted: np.ndarray, true: np.ndarray, num_bins: int = NUM_BIN
     [0, 1].
 
     Args:
-        predicted, true: N IoUs each, in [0, 1].
+        predicted, true: N values each, in [0, 1], such as predicted and true IoUs, or a probability
+            and 1 where it came true.
     """
     edges = np.arange(num_bins + 1) / num_bins
     bins = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, num_bins - 1)

@@ -1,6 +1,6 @@
 """Draw the figures of the report, which are readable on a phone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..evaluation.score_statistics import Bin
 from ..evaluation.scores import TITLES
 from ..utils.fonts import drawable
 
-__all__ = ["Chart", "charts", "reliability_figure"]
+__all__ = ["Chart", "charts", "reliability_charts"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; lines differ in style as well
 STYLES: dict[str, dict[str, Any]] = {
@@ -23,6 +23,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "quality_score": {"color": "#009E73", "linestyle": "-."},
     "true_iou": {"color": "black", "linestyle": ":"},
 }
+# Of two lines that are no scores
+MARKED: list[dict[str, Any]] = [
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+]
 SIZE = (4.6, 4.0)  # inches; the report shows about a hundred pixels an inch
 FONT_SIZE = 11
 NUM_POINTS = 5000  # in a scatter plot; a random sample if there are more
@@ -50,9 +55,7 @@ def charts(quality: MaskQuality) -> Iterator[Chart]:
     """All figures of a report, in their order; fewer for a model with fewer scores."""
     for name in quality.scores:
         yield score_against_iou(quality, name)
-    if "predicted_iou" in quality.scores:
-        alt = "Mean true IoU against mean predicted IoU, in ten bins of the predicted IoU."
-        yield Chart("reliability", "reliability", alt, reliability_figure(quality.reliability()))
+    yield from reliability_charts(quality)
     yield ap_by_threshold(quality)
     curves = quality.precision_recall()
     for threshold in PR_THRESHOLDS:
@@ -80,34 +83,52 @@ def score_against_iou(quality: MaskQuality, name: str) -> Chart:
     return Chart(f"iou_{name}", "scores", alt, figure)
 
 
-def reliability_figure(diagrams: dict[str, list[Bin]]) -> Figure:
+def reliability_charts(quality: MaskQuality) -> Iterator[Chart]:
+    """Of the predicted IoU, of all scores, and of a calibrator's probabilities; as far as known."""
+    if "predicted_iou" in quality.scores:
+        diagrams = {
+            f"{name} detections ({sum(b.count for b in bins):,})": bins
+            for name, bins in quality.reliability().items()
+        }
+        figure = _reliability(diagrams, MARKED, "predicted IoU", "mean true IoU")
+        alt = "Mean true IoU against mean predicted IoU, in ten bins of the predicted IoU."
+        yield Chart("reliability", "reliability", alt, figure)
+    by_score = quality.reliability_of_scores()
+    diagrams = {TITLES[name]: bins for name, bins in by_score.items()}
+    looks = [{**STYLES[name], "marker": "o", "markersize": 4} for name in by_score]
+    figure = _reliability(diagrams, looks, "score", "mean IoU, 0 of mistakes")
+    alt = "Mean IoU, with 0 for mistakes, against the mean of each score, in ten bins of the score."
+    yield Chart("reliability_of_scores", "honesty", alt, figure)
+    diagrams = {f"IoU at least {t}": bins for t, bins in quality.reliability_of_probs().items()}
+    if diagrams:
+        figure = _reliability(diagrams, MARKED, "probability", "share of right masks")
+        alt = "Share of right masks against the calibrator's probability that they are."
+        yield Chart("reliability_of_probs", "honesty", alt, figure)
+
+
+def _reliability(
+    diagrams: dict[str, list[Bin]], looks: Sequence[dict[str, Any]], x_label: str, y_label: str
+) -> Figure:
     """
-    Draw mean true IoU against mean predicted IoU, and the number of detections in each bin.
+    Draw mean true against mean predicted values, and the number of detections in each bin.
 
     Args:
-        diagrams: from :meth:`MaskQuality.reliability`.
+        diagrams: {label: bins}.
+        looks: how to draw each of them.
     """
     figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    upper.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="calibrated")
-    looks = {
-        "matched": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-        "all": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    }
-    for k, (name, bins) in enumerate(diagrams.items()):
+    upper.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":", label="right on average")
+    thickness = 0.07 / len(diagrams)
+    for k, ((label, bins), look) in enumerate(zip(diagrams.items(), looks)):
         filled = [b for b in bins if b.count]
-        upper.plot(
-            [b.predicted for b in filled],
-            [b.true for b in filled],
-            label=f"{name} detections ({sum(b.count for b in bins):,})",
-            **looks[name],
-        )
-        middles = [(b.low + b.high) / 2 - 0.0175 + 0.035 * k for b in bins]
-        counts = [b.count for b in bins]
-        lower.bar(middles, counts, 0.035, color=looks[name]["color"])
-    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="mean true IoU")
+        upper.plot([b.predicted for b in filled], [b.true for b in filled], label=label, **look)
+        offset = thickness * (k - (len(diagrams) - 1) / 2)
+        middles = [(b.low + b.high) / 2 + offset for b in bins]
+        lower.bar(middles, [b.count for b in bins], thickness, color=look["color"])
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel=y_label)
     upper.legend(loc="upper left", frameon=False, fontsize=FONT_SIZE - 1)
-    lower.set(xlabel="predicted IoU", ylabel="detections")
+    lower.set(xlabel=x_label, ylabel="detections")
     for axes in (upper, lower):
         _tidy(axes)
     return figure

@@ -127,6 +127,7 @@ def slow_mask_quality(results: list[dict], annotations: dict, max_dets: int = 10
             "matched": _reliability(ious, scores["predicted_iou"]),
             "all": _reliability({i: true_ious[i] for i in counted}, scores["predicted_iou"]),
         }
+    numbers |= _calibration(places, results, scores, true_ious, max_dets)
     return _nan_to_none(numbers)
 
 
@@ -340,6 +341,81 @@ def _agreement(ious: dict[int, float], scores: dict[str, list[float]]) -> dict:
         "mae": _mean([abs(e) for e in errors]),
         "bias": _mean(errors),
         "ece": _mean([abs(b["predicted"] - b["true"]) for b in bins for _ in range(b["count"])]),
+    }
+
+
+def _calibration(
+    places: dict[Any, list[Place]],
+    results: list[dict],
+    scores: dict[str, list[float]],
+    true_ious: list[float],
+    max_dets: int,
+) -> dict:
+    """How far scores are from the IoU of what they find, and probabilities from what happens."""
+    all_places = [place for of_class in places.values() for place in of_class]
+    probs = None
+    if all("mask_iou_probs" in r for r in results) and "quality_score" in scores:
+        probs = {
+            t: [r["mask_iou_probs"][k] for r in results] for t, k in (("0.50", 0), ("0.75", 5))
+        }
+    happened = {t: _happened(all_places, true_ious, float(t), max_dets) for t in ("0.50", "0.75")}
+    of_score = {}
+    for name, values in scores.items():
+        binned, absolute = [], []
+        for of_class in places.values():
+            if not any(not _is_crowd(a) for place in of_class for a in place.objects):
+                continue
+            ious = _happened(of_class, values, 0, max_dets)
+            if not ious:
+                continue
+            absolute.append(_mean([abs(values[i] - iou) for i, iou in ious.items()]))
+            error = 0.0
+            for k in range(25):
+                inside = [
+                    i
+                    for i in ious
+                    if k / 25 < values[i] <= (k + 1) / 25 or (k == 0 and values[i] == 0)
+                ]
+                hits = [ious[i] for i in inside if ious[i] > 0]
+                if inside:
+                    precision_times_iou = len(hits) / len(inside) * (_mean(hits) if hits else 0)
+                    gap = abs(_mean([values[i] for i in inside]) - precision_times_iou)
+                    error += len(inside) / len(ious) * gap
+            binned.append(error)
+        of_score[name] = {"laece": _mean(binned), "laace": _mean(absolute), "brier": {}, "ece": {}}
+        for t, right in happened.items():
+            p = probs[t] if probs and name == "quality_score" else values
+            outcome = {i: float(iou > 0) for i, iou in right.items()}
+            of_score[name]["brier"][t] = _mean([(p[i] - o) ** 2 for i, o in outcome.items()])
+            of_score[name]["ece"][t] = _mean(
+                [
+                    abs(b["predicted"] - b["true"])
+                    for b in _reliability(outcome, p)
+                    for _ in range(b["count"])
+                ]
+            )
+    return {
+        "calibration": of_score,
+        "reliability_of_scores": {
+            name: _reliability(_happened(all_places, values, 0, max_dets), values)
+            for name, values in scores.items()
+        },
+        "reliability_of_probs": {
+            t: _reliability({i: float(iou > 0) for i, iou in happened[t].items()}, p)
+            for t, p in (probs or {}).items()
+        },
+    }
+
+
+def _happened(
+    places: list[Place], scores: Sequence[float], threshold: float, max_dets: int
+) -> dict[int, float]:
+    """{detection that counts: IoU of the object that it finds, 0 if none}."""
+    return {
+        place.detections[k]: 0.0 if g is None else place.ious[k][g]
+        for place in places
+        for k, g in _matches(place, scores, threshold, max_dets, _crowds(place))
+        if g is None or not _is_crowd(place.objects[g])
     }
 
 

@@ -263,6 +263,10 @@ def test_the_quality_of_masks_is_finite_or_nan_and_in_its_range(scene, max_dets,
         for value in part.ap.values():
             assert math.isnan(value) or 0 <= value <= 100 + 1e-9
         assert not any(map(math.isinf, part.gap_closed.values()))
+    for errors in quality.calibration.values():
+        for value in (errors.laece, errors.laace, *errors.brier.values(), *errors.ece.values()):
+            assert math.isnan(value) or 0 <= value <= 1 + 1e-9
+        assert math.isnan(errors.laece) or errors.laece <= errors.laace + 1e-9
     assert (quality.true_ious >= 0).all() and (quality.true_ious <= 1).all()
     assert sum(x.all.count for x in quality.by_class.values()) == quality.overall.all.count
     assert quality.overall.matched.count <= quality.overall.all.count <= len(results)
