@@ -55,7 +55,11 @@ class Detections:
                 "pred_boxes", "scores" and, if the model has a MaskIoU head, "pred_mask_ious".
         """
         boxes = cat([x.pred_boxes.tensor for x in instances]).float()
-        sizes = [boxes.new_tensor(x.image_size).expand(len(x), 2) for x in instances]
+        # Filled in on the device: a tensor that is copied there would make the host wait
+        sizes = [
+            torch.stack([boxes.new_full((len(x),), side) for side in x.image_size], dim=1)
+            for x in instances
+        ]
         has_ious = all(x.has("pred_mask_ious") for x in instances)
         return cls(
             probs=cat([x.pred_masks for x in instances])[:, 0].float(),
@@ -82,14 +86,13 @@ class Detections:
 
     def cells_above(self, level: float) -> torch.Tensor:
         """(N,), number of cells whose probability is above one of `LEVELS`."""
-        return self._cells_above[:, LEVELS.index(level)]
+        return self._cells_above[level]
 
     @cached_property
-    def _cells_above(self) -> torch.Tensor:
-        """(N, L), for all levels at once."""
-        levels = self.probs.new_tensor(LEVELS)[:, None]
+    def _cells_above(self) -> dict[float, torch.Tensor]:
+        probs = self.probs.flatten(1)
         # 1 where a probability is above the level, else 0. A sum of bools takes 6 times as long
-        return (self.probs.flatten(1)[:, None] - levels).ceil().sum(dim=2)
+        return {level: (probs - level).ceil_().sum(dim=1) for level in LEVELS}
 
     @cached_property
     def mass(self) -> torch.Tensor:
