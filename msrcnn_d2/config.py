@@ -176,7 +176,7 @@ def add_mask_calibrator(cfg: Config) -> Config:
     Turn the config of a Mask R-CNN, with or without mask scoring, into that of the same model with
     a calibrator; see :class:`MaskCalibrator`.
 
-    Weights for it are those that :func:`msrcnn_d2.calibrate` writes, together with such a config.
+    :func:`msrcnn_d2.calibration.calibrate` writes weights for it, together with such a config.
 
     Args:
         cfg: a LazyConfig whose `model.roi_heads` are Detectron2's StandardROIHeads or

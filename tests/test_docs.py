@@ -34,6 +34,7 @@ import msrcnn_d2
 import msrcnn_d2_cli
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import find_config_file, load_config
+from msrcnn_d2.modeling import CUES
 from tests.helpers.pages import CONTINUES, NEEDS, Block, blocks_of, commands_of, write_tiny_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ PAGES = [
     for p in sorted(ROOT.glob(pattern))
     if p.relative_to(ROOT).parts[0] != "output"
 ]
+CALIBRATE = ROOT / "docs/calibrate.md"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = [p for p in PAGES if p not in DOCS]  # they take minutes to hours
 SCALING = ROOT / "docs" / "scaling.md"
@@ -325,6 +327,12 @@ def value_of(cfg, key, default):
             return default
         cfg = cfg[name]
     return cfg
+
+
+def test_the_page_on_calibration_lists_all_cues():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) ?\|$", CALIBRATE.read_text(), re.M)
+    cues = [(name, cue.meaning, cue.unit, cue.source) for name, cue in CUES.items()]
+    assert [row for row in rows if row[0] in CUES] == cues
 
 
 def test_roles_in_docstrings_name_what_there_is():

@@ -64,7 +64,7 @@ def collect_detections(
     Predict on images of a dataset, and match the detections with the annotations.
 
     Args, raises:
-        see :func:`msrcnn_d2.calibrate`.
+        see :func:`calibrate`.
 
     Returns:
         the detections of all processes on the main one, and None on others.

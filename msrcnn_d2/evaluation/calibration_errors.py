@@ -72,9 +72,10 @@ def localisation_aware_errors(
     Pitfalls, Evaluation and Baselines", ECCV 2024 (arXiv 2405.20459).
 
     LaECE_0 puts the detections of a class in 25 bins of equal width by their score. The error of a
-    bin is |mean score - mean target|, where the mean target is precision x mean IoU of the true
-    positives; a class has the mean of its bins, weighted by their detections. LaACE_0 is the mean
-    of |score - target| over the detections of a class. Both are averaged over classes.
+    bin is the absolute difference of mean score and mean target, where the mean target is precision
+    x mean IoU of the true positives; a class has the mean of its bins, weighted by their
+    detections. LaACE_0 is the mean absolute difference of score and target over the detections of a
+    class. Both are averaged over classes.
 
     Where the paper leaves a choice: as in the authors' code, a score on the edge of two bins
     belongs to the lower one, and classes without objects or without detections are not in the

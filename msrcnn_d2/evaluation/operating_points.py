@@ -136,7 +136,7 @@ class ThresholdCurve:
         """
         Choose where to accept detections, where to drop them, and what a person should look at.
 
-        Only thresholds in :attr:`thresholds` are considered. *Accept* is the smallest one such that
+        Only the curve's own `thresholds` are considered. *Accept* is the smallest one such that
         at least `precision` of the detections at or above it are right. *Drop* is the largest one
         such that at most 1 - `precision` of the detections below it are right. A threshold counts
         only with 20 or more detections on that side, since fewer do not tell. If drop would be
