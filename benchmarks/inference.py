@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
-from benchmarks.measuring import Stopwatch, time_in_turn, time_steps_in_turn
+from benchmarks.measuring import Stopwatch, Timing, time_in_turn, time_steps_in_turn
 from benchmarks.models import (
     DEVICE,
+    IMAGE_SIZE,
     build_models,
     model_input,
     random_proposals,
@@ -21,6 +22,7 @@ from benchmarks.models import (
 )
 from benchmarks.report import Part, Target
 from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
+from msrcnn_d2.modeling import MaskCalibrator
 from msrcnn_d2.modeling.acceleration import channels_last_on_cpu
 from msrcnn_d2.modeling.postprocessing import rescale_unpasted
 
@@ -101,7 +103,12 @@ def run(options) -> list[Part]:
         SCORING: Pipeline(scoring, inputs, ours=True).prepare(),
     }
     timings = time_steps_in_turn(pipelines, options.rounds)
-    return [_steps_part(timings, inputs), _head_part(scoring, options), *_sync_parts(pipelines)]
+    return [
+        _steps_part(timings, inputs),
+        _head_part(scoring, options),
+        _calibrator_part(timings[SCORING]["total"], options),
+        *_sync_parts(pipelines),
+    ]
 
 
 def _steps_part(timings, inputs) -> Part:
@@ -150,6 +157,32 @@ def _head_part(model: nn.Module, options) -> Part:
         [[name, 1000 * t.median] for name, t in timings.items()],
         targets=[Target("head / arithmetic", ratio, 1.15)],
         data={name: t.as_dict() for name, t in timings.items()},
+    )
+
+
+def _calibrator_part(inference: Timing, options) -> Part:
+    calibrator = MaskCalibrator().to(DEVICE).eval()
+    size = IMAGE_SIZE
+    corners = torch.rand(NUM_DETECTIONS, 2, device=DEVICE) * min(size) / 2
+    found = Instances(
+        size,
+        pred_boxes=Boxes(torch.cat([corners, 2 * corners + 16], dim=1)),
+        scores=torch.rand(NUM_DETECTIONS, device=DEVICE),
+        pred_mask_ious=torch.rand(NUM_DETECTIONS, device=DEVICE),
+        pred_masks=torch.rand(NUM_DETECTIONS, 1, 28, 28, device=DEVICE),
+    )
+    with torch.no_grad():
+        timing = time_in_turn({"calibrator": lambda: calibrator([found])}, 4 * options.rounds)
+    share = timing["calibrator"].median / inference.median
+    return Part(
+        f"A calibrator, for {NUM_DETECTIONS} detections, on {DEVICE}",
+        ["", "ms"],
+        [
+            ["calibrator", 1000 * timing["calibrator"].median],
+            ["inference of MS R-CNN, as above", 1000 * inference.median],
+        ],
+        targets=[Target("calibrator / inference", share, 0.03)],
+        data={name: t.as_dict() for name, t in timing.items()},
     )
 
 
