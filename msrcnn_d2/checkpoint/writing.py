@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from ..utils.errors import UserError
 from ..utils.files import write_whole
+from .compatibility import MASK_CALIBRATOR
 from .conversion import CLASS_NAMES
 from .reading import reason
 
@@ -49,7 +50,8 @@ def write_weights(
         state_dict: tensors by their names in a model.
         target: path of the file, see :func:`check_target`; its suffix decides on the format.
         half: whether to write floating-point numbers as float16. Parameters with numbers that are
-            too large for it, as variances of batch norm can be, keep their type.
+            too large for it, as variances of batch norm can be, keep their type. So does a
+            calibrator, whose thresholds are compared with its probabilities.
         class_names: names to keep with the weights.
 
     Raises:
@@ -57,7 +59,7 @@ def write_weights(
     """
     contents = {}
     for name, value in state_dict.items():
-        if half and value.is_floating_point():
+        if half and value.is_floating_point() and not name.startswith(MASK_CALIBRATOR):
             halved = value.half()
             value = halved if torch.equal(halved.isfinite(), value.isfinite()) else value
         # A copy, as safetensors refuses tensors that share memory
