@@ -99,11 +99,12 @@ def prepare(folder: Path) -> None:
     """Find out whether the folder can be written before the model runs for minutes."""
     from msrcnn_d2.utils.errors import UserError
 
-    if (folder / "model.pth").exists():
-        raise UserError(
-            f"'{folder}' has a calibrated model already: give another folder with --output, or "
-            "delete that one."
-        )
+    for file in ("model.pth", "config.yaml"):
+        if (folder / file).exists():
+            raise UserError(
+                f"'{folder}' has a {file} already, of a calibration or a training: give another "
+                "folder with --output."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.pth").touch()
@@ -170,9 +171,12 @@ def answer(calibration: "Calibration", args: argparse.Namespace) -> str:
             f"({100 * point.accepted.precision:.1f} %, 95 % confidence {low:.1f} to {high:.1f}). "
             f"These are {100 * point.accepted.of_detections:.0f} % of the detections, and find "
             f"{100 * point.accepted.of_objects:.0f} % of the objects.",
-            f"In Python: MaskScoringPredictor(cfg, score_threshold="
-            f'"p{100 * args.precision:.0f}@{100 * args.iou:.0f}").',
         ]
+        if round(100 * args.precision, 6).is_integer():  # only these are kept with the model
+            lines.append(
+                f"In Python: MaskScoringPredictor(cfg, score_threshold="
+                f'"p{100 * args.precision:.0f}@{100 * args.iou:.0f}").'
+            )
     if point.drop is not None:
         lines.append(
             f"Below {point.drop:g}, {100 * (1 - point.dropped.precision):.1f} % are wrong: drop "
