@@ -124,7 +124,7 @@ def calibrate_on(
     num_images = len(collected.image_ids)
     roi_heads: Any = collected.model.roi_heads
     calibrator = copy.deepcopy(roi_heads.mask_calibrator).to("cpu")
-    with_detections = len(samples.images.unique())
+    with_detections = len(samples.images[samples.counted].unique())
     num_right = int((samples.right[:, 0] & samples.counted).sum())
     if with_detections < NUM_FOLDS or not num_right:
         raise UserError(

@@ -85,6 +85,7 @@ def fit_calibrator(
     for parameter in calibrator.layers.parameters():
         nn.init.zeros_(parameter)
     _fit_line(calibrator, samples.score_log_odds, right)
+    calibrator.eval()
     if not with_network:
         return
 
