@@ -64,6 +64,11 @@ def train(*args: object) -> None:
     sys.exit(main(["train", *map(str, args)]))
 
 
+def calibrate(*args: object) -> None:
+    """Run `msrcnn-d2 calibrate`."""
+    sys.exit(main(["calibrate", *map(str, args)]))
+
+
 def as_torchrun(function: Callable, *args: object) -> None:
     """
     Call a function in two processes with the variables that torchrun sets. The exit code is 1 if
