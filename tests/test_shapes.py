@@ -193,7 +193,10 @@ def detections(data):
         iou = 0.5 + 0.4 * (i % 2)
         kept = {k: annotation[k] for k in ("image_id", "category_id", "bbox", "segmentation")}
         score = (0.6, 0.7, 0.95)[i % 3]
-        results.append({**kept, "score": score, "pred_mask_iou": iou, "mask_score": score * iou})
+        scored = {"score": score, "pred_mask_iou": iou, "mask_score": score * iou}
+        results.append(
+            {**kept, **scored, "quality_score": iou / 2, "mask_iou_probs": [iou / 2] * 10}
+        )
     return results
 
 
@@ -205,17 +208,20 @@ def test_perfect_masks_have_perfect_metrics(data, detections, tmp_path):
     quality = measure_mask_quality(load_coco(data / "val.json"), loaded)
     metrics = demo.compute_metrics(quality)
     assert metrics["box_ap"] == pytest.approx(100)
-    assert list(metrics["mask_ap"]) == ["class_score", "mask_score", "true_iou"]
+    assert list(metrics["mask_ap"]) == ["class_score", "mask_score", "quality_score", "true_iou"]
     for ap in metrics["mask_ap"].values():
         assert ap == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100, "AP90": 100})
     assert np.isnan(metrics["correlation_with_true_iou"]["mask_score"])  # all are 1
     assert "100.0" in demo.summary(metrics)
 
 
-@pytest.mark.parametrize("found", ["all", "none"])
+@pytest.mark.parametrize("found", ["all", "without calibrated scores", "none"])
 @pytest.mark.parametrize("name", ["draw_predictions", "draw_ranking"])
 def test_pictures_are_drawn(data, detections, tmp_path, name, found):
-    chosen = [{**d, "true_iou": d["pred_mask_iou"]} for d in detections] if found == "all" else []
+    chosen = [{**d, "true_iou": d["pred_mask_iou"]} for d in detections if found != "none"]
+    if found == "without calibrated scores":
+        for detection in chosen:
+            del detection["quality_score"], detection["mask_iou_probs"]
     path = tmp_path / "picture.png"
     getattr(pictures, name)(path, load_coco(data / "val.json"), data / "val", chosen)
     assert min(Image.open(path).size) > 300

@@ -1,46 +1,62 @@
 """
-Trains Mask R-CNN and Mask Scoring R-CNN with several seeds and compares them, since one run of each
-says little: tables with mean and standard deviation, and what the paper claims.
+Trains Mask R-CNN and Mask Scoring R-CNN with several seeds, calibrates their scores, and compares
+them, since one run of each says little: tables with mean and standard deviation.
 
-    compare.py nuclei --data NUCLEI   data from projects/nuclei/prepare.py; two hours on two cores
+    compare.py nuclei --data NUCLEI   data from projects/nuclei/prepare.py; hours on two cores
     compare.py shapes                 draws its data; models of the demo
 
 What it leaves in the output folder::
 
     tables.md, numbers.json   the result
     <model>-<seed>/           a training as of train_net.py, evaluated on val
-    ms_rcnn-<seed>/holdout/   predictions on training images that were held out
-    ms_rcnn-<seed>/train/     and on some that it was trained on
-    ms_rcnn-<seed>/report/    what its mask scores are worth on val
+      detections/             what the model finds in val, in training images and in images held out
+      calibrators.pth         fitted to training images and to images held out
+      measured/               numbers for the tables
+      report/                 what its scores are worth on val, with the first of these calibrators
 
 What is there already is not done again, so that a run can be interrupted and go on.
 """
 
 import argparse
-import contextlib
-import io
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-from pycocotools.coco import COCO
+import numpy as np
+import torch
+from PIL import Image
 
-from msrcnn_d2.evaluation import measure_mask_quality
+from detections import Found, find
+from measures import (
+    calibrate,
+    measure,
+    measure_amounts,
+    measure_cues,
+    measure_rankings,
+    measure_transfer,
+)
+from msrcnn_d2.calibration import fit_calibrator
+from msrcnn_d2.modeling import MaskCalibrator
 from msrcnn_d2.report import write_report
 from msrcnn_d2.utils.errors import UserError, exit_on_user_error
-from tables import Run, tables
+from tables import TITLES, tables
 
 PROJECTS = Path(__file__).resolve().parents[1]
 ROOT = PROJECTS.parent
 MODELS = ("mask_rcnn", "ms_rcnn")
 # With one thread the results do not depend on the number of cores, and runs go on side by side
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-NUM_TRAIN_IMAGES = 100  # to see whether the MaskIoU head knows them better than new ones
+# Mean difference of the largest and the smallest of R, G and B; fluorescence has exactly 0
+MIN_COLOUR = 5
 
 
 @dataclass
@@ -48,14 +64,14 @@ class Study:
     """
     Attributes:
         name: of the project, its configs and its datasets.
-        max_dets: detections per image that count.
-        parts: {part: (annotations, folder of images)} of "train", "val", "holdout" and "seen",
-            some of the training images; for each seed.
+        parts: {part: (annotations, folder of images)} of "train", "val" and "holdout"; for each
+            seed.
+        groups: {kind of images: ids}, for which a calibrator is fitted to one and used on others.
     """
 
     name: str
-    max_dets: int
     parts: dict[int, dict[str, tuple[Path, Path]]] = field(default_factory=dict)
+    groups: dict[str, Collection] = field(default_factory=dict)
 
     def config(self, model: str) -> Path:
         return PROJECTS / self.name / f"{model}_{self.name}.py"
@@ -63,15 +79,18 @@ class Study:
 
 def main() -> None:
     args = parse_args()
+    os.environ.update(ENVIRONMENT)
     with exit_on_user_error():
         study = PREPARE[args.study](args)
         output = args.output or Path("output") / f"{args.study}-seeds"
         jobs = [(model, seed) for seed in args.seeds for model in args.models]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = list(pool.map(lambda job: make_run(study, output, *job), jobs))
-        text, numbers = tables(runs, study.max_dets)
+        # PyTorch does not work in forked processes
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, context) as pool:
+            runs = list(pool.map(partial(make_run, study, output, args.other), *zip(*jobs)))
+        text = tables(runs)
         (output / "tables.md").write_text(text)
-        (output / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        (output / "numbers.json").write_text(json.dumps(runs, indent=1) + "\n")
         print(f"\n{text}\ntables: {output / 'tables.md'}")
 
 
@@ -82,9 +101,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("study", choices=PREPARE, help="which data and configs")
     parser.add_argument("--data", type=Path, metavar="DIR", help="nuclei: folder of prepare.py")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default output/STUDY-seeds")
+    parser.add_argument(
+        "--other",
+        type=Path,
+        metavar="DIR",
+        help="output of the other study, whose calibrators are tried on this one's images",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
     args = parser.parse_args()
     if "ms_rcnn" not in args.models:
         parser.error("--models needs ms_rcnn, which all tables are about")
@@ -101,12 +126,21 @@ def prepare_nuclei(args: argparse.Namespace) -> Study:
         part: (args.data / "annotations" / f"nuclei_{part}.json", args.data / folder)
         for part, folder in (("train", "train"), ("holdout", "train"), ("val", "val"))
     }
-    parts["seen"] = first_images(parts["train"])
-    return Study("nuclei", 200, dict.fromkeys(args.seeds, parts))
+    groups: dict[str, list] = {"fluorescence": [], "stained": []}
+    for annotations, folder in parts.values():
+        for image in json.loads(annotations.read_text())["images"]:
+            kind = "stained" if is_coloured(folder / image["file_name"]) else "fluorescence"
+            groups[kind].append(image["id"])
+    return Study("nuclei", dict.fromkeys(args.seeds, parts), groups)
+
+
+def is_coloured(path: Path) -> bool:
+    with Image.open(path) as image:
+        return float(np.ptp(np.asarray(image.convert("RGB")), axis=2).mean()) > MIN_COLOUR
 
 
 def prepare_shapes(args: argparse.Namespace) -> Study:
-    study = Study("shapes", 100)
+    study = Study("shapes")
     for seed in args.seeds:
         data = (args.data or Path("output/shapes-seeds")) / f"data-{seed}"
         draw = PROJECTS / "shapes" / "draw.py"
@@ -115,7 +149,6 @@ def prepare_shapes(args: argparse.Namespace) -> Study:
         run(draw, data / "more", "--seed", 1000 + seed, "--num-train", 1, "--num-val", 200)
         parts = {part: (data / f"{part}.json", data / part) for part in ("train", "val")}
         parts["holdout"] = (data / "more" / "val.json", data / "more" / "val")
-        parts["seen"] = first_images(parts["train"])
         study.parts[seed] = parts
     return study
 
@@ -123,59 +156,84 @@ def prepare_shapes(args: argparse.Namespace) -> Study:
 PREPARE = {"nuclei": prepare_nuclei, "shapes": prepare_shapes}
 
 
-def first_images(part: tuple[Path, Path]) -> tuple[Path, Path]:
-    """A part of the first NUM_TRAIN_IMAGES images only."""
-    annotations, images = part
-    dataset = json.loads(annotations.read_text())
-    dataset["images"] = dataset["images"][:NUM_TRAIN_IMAGES]
-    ids = {image["id"] for image in dataset["images"]}
-    dataset["annotations"] = [a for a in dataset["annotations"] if a["image_id"] in ids]
-    path = annotations.with_name(f"{annotations.stem}_first_{NUM_TRAIN_IMAGES}.json")
-    path.write_text(json.dumps(dataset))
-    return path, images
-
-
-def make_run(study: Study, output: Path, model: str, seed: int) -> Run:
-    """Train and evaluate, as far as it is not done yet, and read what came out."""
+def make_run(
+    study: Study, output: Path, other: Path | None, model: str, seed: int
+) -> dict[str, Any]:
+    """Train, calibrate and measure, as far as it is not done yet."""
+    torch.set_num_threads(1)
     folder, parts = output / f"{model}-{seed}", study.parts[seed]
-    command = [ROOT / "train_net.py", "--config-file", study.config(model)]
-    for part in ("train", "val", "holdout", "seen"):
-        command += ["--dataset", f"{study.name}_{part}", *parts[part]]
-    weights = folder / "model_final.pth"
-    if not weights.is_file() or not predictions_of(folder).is_file():
+    config, weights = study.config(model), folder / "model_final.pth"
+    if not weights.is_file():
+        command = [ROOT / "train_net.py", "--config-file", config]
+        for part in ("train", "val"):
+            command += ["--dataset", f"{study.name}_{part}", *parts[part]]
         resume = ["--resume"] if (folder / "last_checkpoint").is_file() else []
         run(*command, *resume, f"train.output_dir={folder}", f"train.seed={seed}")
-    predicted = {"val": folder}
-    if model == "ms_rcnn":
-        for part, name in (("holdout", "holdout"), ("seen", "train")):
-            predicted[part] = folder / name
-            if not predictions_of(predicted[part]).is_file():
-                run(
-                    *(*command, "--eval-only", f"train.output_dir={predicted[part]}"),
-                    f"train.init_checkpoint={weights}",
-                    f"dataloader.test.dataset.names={study.name}_{part}",
-                )
-    measured = {
-        part: measure_mask_quality(
-            read_truth(parts[part][0]),
-            json.loads(predictions_of(where).read_text()),
-            max_dets=study.max_dets,
+
+    @cache
+    def found(part: str) -> Found:
+        file = folder / "detections" / f"{part}.pth"
+        return find(config, weights, *parts[part], file, seed=seed)
+
+    calibrators_file = folder / "calibrators.pth"
+    if not calibrators_file.is_file():
+        calibrators, fits = {}, {}
+        for part in ("holdout", "train"):
+            calibrators[part], fits[part] = calibrate(found(part), seed)
+        for group, ids in study.groups.items():
+            calibrators[group] = MaskCalibrator()
+            samples = found("train").in_images(ids).samples
+            fit_calibrator(calibrators[group], samples, seed=seed)
+        states = {name: calibrator.state_dict() for name, calibrator in calibrators.items()}
+        torch.save({"states": states, "fits": fits}, calibrators_file)
+    calibrators, fits = load_calibrators(calibrators_file)
+    measured = folder / "measured"
+    measured.mkdir(exist_ok=True)
+
+    def rankings() -> dict:
+        both = {part: calibrators[part] for part in ("holdout", "train")}
+        numbers, quality = measure_rankings(found("val"), both)
+        title = f"{TITLES[model]} on {study.name}, seed {seed}"
+        write_report(quality, folder / "report", title, str(parts["val"][1]))
+        return numbers
+
+    numbers = {"model": model, "seed": seed, "fits": fits}
+    numbers |= kept(measured / "scores.json", lambda: measure({k: found(k) for k in parts}))
+    numbers["rankings"] = kept(measured / "rankings.json", rankings)
+    numbers["cues"] = kept(
+        measured / "cues.json", lambda: measure_cues(found("holdout"), found("val"), seed)
+    )
+    numbers["amounts"] = kept(
+        measured / "amounts.json", lambda: measure_amounts({k: found(k) for k in parts}, seed)
+    )
+    if study.groups or other:
+        tried = {name: x for name, x in calibrators.items() if name != "holdout"}
+        if other:
+            file = other / folder.name / "calibrators.pth"
+            if not file.is_file():
+                raise UserError(f"There is no '{file}': let compare.py make that study first.")
+            tried["other"] = load_calibrators(file)[0]["train"]
+        groups = {"all": found("val").image_ids, **study.groups}
+        numbers["transfer"] = kept(
+            measured / f"transfer{'_other' if other else ''}.json",
+            lambda: measure_transfer(found("val"), tried, groups),
         )
-        for part, where in predicted.items()
-    }
-    title = f"{'Mask R-CNN' if model == 'mask_rcnn' else 'Mask Scoring R-CNN'} on {study.name}, "
-    title += f"seed {seed}"
-    write_report(measured["val"], folder / "report", title, str(parts["val"][1]))
-    return Run(model, seed, measured)
+    return numbers
 
 
-def predictions_of(folder: Path) -> Path:
-    return folder / "inference" / "coco_instances_results.json"
+def load_calibrators(file: Path) -> tuple[dict[str, MaskCalibrator], dict[str, dict]]:
+    content = torch.load(file, weights_only=True)
+    calibrators = {name: MaskCalibrator() for name in content["states"]}
+    for name, state in content["states"].items():
+        calibrators[name].load_state_dict(state)
+    return calibrators, content["fits"]
 
 
-def read_truth(path: Path) -> COCO:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(path)
+def kept(file: Path, measure: Callable[[], Any]) -> Any:
+    """What is measured, or has been before."""
+    if not file.is_file():
+        file.write_text(json.dumps(measure(), indent=1) + "\n")
+    return json.loads(file.read_text())
 
 
 def run(script: Path, *arguments) -> None:

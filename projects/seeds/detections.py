@@ -51,12 +51,22 @@ class Found:
         return Found(ranking, self.samples[inside], ids)
 
 
-def find(config: Path, weights: Path, annotations: Path, images: Path, file: Path) -> Found:
+def find(
+    config: Path,
+    weights: Path,
+    annotations: Path,
+    images: Path,
+    file: Path,
+    max_images: int = 1000,
+    seed: int = 0,
+) -> Found:
     """
     Args:
         config, weights: of the model.
         annotations, images: the dataset, in COCO's format.
-        file: holds the detections, if they have been found before, and is written otherwise.
+        file: holds the detections if they have been found before, and is written otherwise.
+        max_images: how many images to use at most; a random sample if there are more.
+        seed: of the sample.
     """
     if not file.is_file():
         name = str(file)  # there is one for each model
@@ -64,7 +74,7 @@ def find(config: Path, weights: Path, annotations: Path, images: Path, file: Pat
             register_coco_instances(name, {}, str(annotations), str(images))
         cfg = LazyConfig.load(str(config))
         cfg.train.init_checkpoint = str(weights)
-        collected = collect_detections(cfg, name, max_images=len(DatasetCatalog.get(name)))
+        collected = collect_detections(cfg, name, max_images=max_images, seed=seed)
         assert collected is not None  # there are no other processes
         content = {
             "results": list(collected.ranking.overlaps.results),

@@ -1,19 +1,15 @@
 """What several seeds of Mask R-CNN and Mask Scoring R-CNN say together, as tables."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
-from msrcnn_d2.evaluation import MaskQuality
-from msrcnn_d2.evaluation.average_precision import AveragePrecision
+__all__ = ["TITLES", "tables"]
 
-__all__ = ["Run", "tables"]
-
+TITLES = {"mask_rcnn": "Mask R-CNN", "ms_rcnn": "Mask Scoring R-CNN"}
 # The columns of the main table: title, model, ranking
 COLUMNS = [
     ("Mask R-CNN", "mask_rcnn", "class_score"),
@@ -22,92 +18,198 @@ COLUMNS = [
     ("ceiling, by true IoU", "ms_rcnn", "true_iou"),
 ]
 THRESHOLDS = (50, 75, 90)
+# The scores of a model itself, and calibrated ones by what they were fitted to
+SCORES = {
+    "class_score": "class score",
+    "mask_score": "mask score (the paper)",
+    "train": "calibrated on training images",
+    "holdout": "calibrated on held-out images",
+    "true_iou": "true IoU (ceiling)",
+}
 
 
-@dataclass
-class Run:
-    """
-    Attributes:
-        model: "mask_rcnn" or "ms_rcnn".
-        seed: of the training.
-        quality: {part: what was measured on it}; "val", and of an MS R-CNN "holdout" and "seen".
-    """
-
-    model: str
-    seed: int
-    quality: dict[str, MaskQuality]
-
-
-def tables(runs: Sequence[Run], max_dets: int) -> tuple[str, dict[str, Any]]:
+def tables(runs: Sequence[dict[str, Any]]) -> str:
     """
     Args:
-        runs: with at least one of "ms_rcnn".
-        max_dets: detections per image that count.
+        runs: what was measured of each model: its "model" and "seed", and the numbers of
+            `measures.py`. At least one is of "ms_rcnn".
 
     Returns:
-        Markdown; and the numbers of each run, by "<model>-<seed>".
+        Markdown.
     """
-    numbers = {f"{run.model}-{run.seed}": _numbers(run, max_dets) for run in runs}
-    scoring = [n for name, n in numbers.items() if name.startswith("ms_rcnn")]
-    plain = [n for name, n in numbers.items() if name.startswith("mask_rcnn")]
+    by_model = {name: [r for r in runs if r["model"] == name] for name in TITLES}
+    plain, scoring = by_model["mask_rcnn"], by_model["ms_rcnn"]
+    by_model = {name: of_model for name, of_model in by_model.items() if of_model}
     parts = [
         ("Results on val", _main_table(plain, scoring)),
         ("What the paper claims", _claims(plain, scoring)),
         ("The MaskIoU head on images it was trained on, held-out ones and val", _heads(scoring)),
         ("What better predictions of the IoU would bring", _better_heads(scoring)),
+        ("Calibrated scores", _calibrated(by_model)),
+        ("Are the scores honest?", _honesty(by_model)),
+        ("What holds for calibrated scores", _calibrated_claims(runs)),
+        ("Which cues a calibrator needs", _cues(by_model)),
+        ("How many images a calibrator needs", _amounts(by_model)),
     ]
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n", numbers
+    if "transfer" in runs[0]:
+        parts.append(("Calibrators on images of another kind", _transfer(by_model)))
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n"
 
 
-def _numbers(run: Run, max_dets: int) -> dict[str, Any]:
-    quality = run.quality["val"]
-    boxes = AveragePrecision(quality.coco_gt, quality.results, "bbox", max_dets=[max_dets])
-    numbers = {
-        "model": run.model,
-        "seed": run.seed,
-        "box_ap": 100 * boxes.evaluate(quality.scores["class_score"]).numbers["AP"],
-        "ap": quality.overall.ap,
-        "gap_closed": quality.overall.gap_closed,
-        **{f"ap{k}": quality.by_threshold[f"0.{k}"].ap for k in THRESHOLDS},
-        "pearson": quality.overall.matched.pearson,
-        "spearman": quality.overall.matched.spearman,
-        "head": {part: _head(q) for part, q in run.quality.items()},
-    }
-    if run.model == "ms_rcnn":
-        numbers["better_heads"] = _better_head_aps(quality)
-    return numbers
+def own_ranking(rankings: dict) -> dict[str, float]:
+    """The numbers of the score that a model ranks by without a calibrator."""
+    return rankings.get("mask_score", rankings["class_score"])
 
 
-def _head(quality: MaskQuality) -> dict[str, float]:
-    """How well IoUs are predicted, over matched detections and over all."""
-    matched, everything = quality.overall.matched, quality.overall.all
-    return {
-        "correlation": matched.pearson.get("predicted_iou", float("nan")),
-        "mae": matched.mae,
-        "bias": matched.bias,
-        "ece": matched.ece,
-        "ece_all": everything.ece,
-    }
+def _calibrated(by_model: dict[str, list[dict]]) -> str:
+    rows = []
+    for model, runs in by_model.items():
+        for name, title in SCORES.items():
+            if name not in runs[0]["rankings"]:
+                continue
+            of_score = [r["rankings"][name] for r in runs]
+            gains = [x["ap"] - own_ranking(r["rankings"])["ap"] for x, r in zip(of_score, runs)]
+            shares = [100 * x["gap_closed"] for x in of_score if "gap_closed" in x]
+            rows.append(
+                [
+                    TITLES[model],
+                    title,
+                    _spread([x["ap"] for x in of_score], 2),
+                    _spread(gains, 2, True) if any(gains) else "",
+                    _spread([x["ap50"] for x in of_score], 1),
+                    _spread([x["ap75"] for x in of_score], 1),
+                    _spread(shares, 0),
+                    _spread([x.get("laece") for x in of_score], 3),
+                ]
+            )
+    headers = ["model", "masks ranked by", "mask AP", "gain", "AP50", "AP75", "% of the gap"]
+    return tabulate(rows, [*headers, "LaECE_0"], "github", disable_numparse=True)
 
 
-def _better_head_aps(quality: MaskQuality) -> dict[str, float]:
-    """Mask AP if the predicted IoU were the true one, of some detections or of all."""
-    scores, predicted = quality.scores["class_score"], quality.scores["predicted_iou"]
-    found = quality.true_ious >= 0.5
-    rankings = {
-        "class score x predicted IoU": predicted,
-        "the same, with the true IoU where that is at least 0.5": np.where(
-            found, quality.true_ious, predicted
-        ),
-        "the same, with the true IoU where that is below 0.5": np.where(
-            found, predicted, quality.true_ious
-        ),
-        "class score x true IoU": quality.true_ious,
-    }
-    ranking = quality.average_precision
-    return {
-        name: 100 * ranking.evaluate(scores * ious).numbers["AP"] for name, ious in rankings.items()
-    }
+def _honesty(by_model: dict[str, list[dict]]) -> str:
+    keys = [f"{kind}{k}" for k in (50, 75) for kind in ("ece", "brier")]
+    rows = [
+        [
+            TITLES[model],
+            title,
+            *(_spread([r["rankings"][name][key] for r in runs], 3) for key in keys),
+        ]
+        for model, runs in by_model.items()
+        for name, title in SCORES.items()
+        if name in runs[0]["rankings"] and name != "true_iou"
+    ]
+    headers = [
+        f"P(IoU >= 0.{k}): {kind}"
+        for k in (50, 75)
+        for kind in ("calibration error", "Brier score")
+    ]
+    return tabulate(rows, ["model", "score", *headers], "github", disable_numparse=True)
+
+
+def _calibrated_claims(runs: Sequence[dict]) -> str:
+    rows = []
+    for part in ("train", "holdout"):
+        new = [r["rankings"][part] for r in runs]
+        own = [own_ranking(r["rankings"]) for r in runs]
+        gains = [n["ap"] - o["ap"] for n, o in zip(new, own)]
+        halves = [n["laece"] / o["laece"] for n, o in zip(new, own)]
+        rows += [
+            [
+                f"{SCORES[part]}: mask AP is higher than by the model's own score",
+                f"{min(gains):+.2f} to {max(gains):+.2f}",
+                _answer((g > 0 for g in gains), "models"),
+            ],
+            [
+                f"{SCORES[part]}: LaECE_0 is at most half of that of the model's own score",
+                f"{min(halves):.2f} to {max(halves):.2f} of it",
+                _answer((h <= 0.5 for h in halves), "models"),
+            ],
+        ]
+    same_number = [next(x for x in r["amounts"] if x["part"] == "train") for r in runs]
+    for claim, of_train in (
+        ("training images are better than held-out ones", [r["rankings"]["train"] for r in runs]),
+        ("the same, with as many training images as held-out ones", same_number),
+    ):
+        gains = [t["ap"] - r["rankings"]["holdout"]["ap"] for t, r in zip(of_train, runs)]
+        answer = _answer((g > 0 for g in gains), "models")
+        rows.append([claim, f"{_spread(gains, 2, True)} mask AP", answer])
+    return tabulate(rows, ["claim", "measured", "holds"], "github", disable_numparse=True)
+
+
+def _gain(run: dict, ap: float) -> float:
+    return ap - own_ranking(run["rankings"])["ap"]
+
+
+def _cues(by_model: dict[str, list[dict]]) -> str:
+    rows = []
+    for name in next(iter(by_model.values()))[0]["cues"]:
+        row = [name]
+        for model, runs in by_model.items():
+            says_nothing = model == "mask_rcnn" and "predicted IoU" in name
+            gains = [_gain(r, r["cues"][name]) for r in runs]
+            row.append("" if says_nothing else _spread(gains, 2, True))
+        rows.append(row)
+    headers = ["a calibrator knows", *(f"{TITLES[m]}: gain" for m in by_model)]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def _amounts(by_model: dict[str, list[dict]]) -> str:
+    fits = {name: [_fits(run) for run in runs] for name, runs in by_model.items()}
+    everything = [of_run for runs in fits.values() for of_run in runs]
+    rows = []
+    for k, first in enumerate(everything[0]):
+        of_fit = [of_run[k] for of_run in everything]
+        rows.append(
+            [
+                {"holdout": "held-out images", "train": "training images"}[first["part"]],
+                first["images"],
+                round(mean(fit["detections"] for fit in of_fit)),
+                *(_spread([of_run[k]["gain"] for of_run in x], 2, True) for x in fits.values()),
+                f"{min(fit['gain'] for fit in of_fit):+.2f}",
+                f"{sum(not fit['with_network'] for fit in of_fit)} of {len(of_fit)}",
+                f"{min(fit['gain_with_network'] for fit in of_fit):+.2f}",
+            ]
+        )
+    headers = [
+        *("fitted to", "number", "detections", *(f"{TITLES[m]}: gain" for m in fits)),
+        *("smallest gain", "models that keep their ranking", "smallest gain if none did"),
+    ]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def _fits(run: dict) -> list[dict]:
+    """A run's fits to few images and those to all, the smallest first."""
+    fits = list(run["amounts"])
+    for part, fit in run["fits"].items():
+        ap = run["rankings"][part]["ap"]
+        fits.append({**fit, "part": part, "ap": ap, "ap_with_network": ap})
+    own = own_ranking(run["rankings"])["ap"]
+    for k, fit in enumerate(fits):
+        gains = {"gain": fit["ap"] - own, "gain_with_network": fit["ap_with_network"] - own}
+        fits[k] = {**fit, **gains}
+    return sorted(fits, key=lambda fit: (fit["part"], fit["images"]))
+
+
+def _transfer(by_model: dict[str, list[dict]]) -> str:
+    """For each group of images, what calibrators bring that were fitted to several groups."""
+    first = next(iter(by_model.values()))[0]["transfer"]
+    titles = {"train": "all training images", "other": "the other study's training images"}
+    rows = []
+    for group, rankings in first.items():
+        for name in rankings.keys() - SCORES.keys() | {"train"}:
+            row = [group, titles.get(name, f"{name} training images")]
+            for runs in by_model.values():
+                new = [r["transfer"][group][name] for r in runs]
+                own = [own_ranking(r["transfer"][group]) for r in runs]
+                laece, own_laece = (_spread([x["laece"] for x in part], 3) for part in (new, own))
+                gains = [n["ap"] - o["ap"] for n, o in zip(new, own)]
+                row += [_spread(gains, 2, True), f"{laece} ({own_laece})"]
+            rows.append(row)
+    rows.sort(key=lambda row: (list(first).index(row[0]), row[1]))
+    headers = ["used on", "fitted to"]
+    for model in by_model:
+        headers += [f"{TITLES[model]}: gain", "LaECE_0 (own score)"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def _better_heads(scoring: list[dict]) -> str:
@@ -187,7 +289,7 @@ def _claims(plain: list[dict], scoring: list[dict]) -> str:
 
 
 def _heads(scoring: list[dict]) -> str:
-    titles = {"seen": "trained on", "holdout": "held out", "val": "val"}
+    titles = {"train": "trained on", "holdout": "held out", "val": "val"}
     columns = {
         "correlation": "correlation",
         "mae": "mean absolute error",
@@ -221,6 +323,6 @@ def _answer_on_change(change: list[float]) -> str:
     return "no" if seen else "yes, within 2 standard errors"
 
 
-def _answer(holds) -> str:
+def _answer(holds: Iterable[bool], of: str = "seeds") -> str:
     holds = list(holds)
-    return {len(holds): "yes", 0: "no"}.get(sum(holds), f"for {sum(holds)} of {len(holds)} seeds")
+    return {len(holds): "yes", 0: "no"}.get(sum(holds), f"for {sum(holds)} of {len(holds)} {of}")

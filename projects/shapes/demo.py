@@ -1,15 +1,16 @@
 """
 The whole of Mask Scoring R-CNN in a few minutes on a CPU: draws a dataset, trains a small model on
-it, evaluates it, and shows what it brings to rank masks by mask score.
+it, calibrates its scores, evaluates it, and shows what it brings to rank masks by these scores.
 
 What it leaves in the output folder::
 
-    metrics.json      mask AP by class score, by mask score and by true IoU; box AP; seconds
+    metrics.json      mask AP by each score and by true IoU; box AP; seconds
     predictions.png   predicted masks and their scores, beside the true outlines
-    ranking.png       the same masks, ranked by class score and by mask score
-    report/           report.html, what the mask scores are worth; its figures and numbers
+    ranking.png       the same masks, ranked by class score and by calibrated score
+    report/           report.html, what the scores are worth; its figures and numbers
     data/             the dataset in COCO format, written by draw.py
-    training/         log, checkpoint and detections, written by train_net.py
+    training/         log and checkpoint, written by train_net.py
+    calibrated/       the model with calibrated scores, and its detections
 """
 
 import argparse
@@ -41,21 +42,35 @@ CONFIG = "ms_rcnn_shapes.py"
 # One thread trains and another process loads images. At this size a second thread brings nothing
 # (measured: README.md), and with one the results do not depend on the number of cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+COMMAND = ("-m", "msrcnn_d2_cli")  # msrcnn-d2, also where it is not in the PATH
+NUM_CALIBRATION_IMAGES = 600  # of the training images
 
 
 def main() -> None:
     args = parse_args()
     data, training = args.output / "data", args.output / "training"
+    calibrated = args.output / "calibrated"
     size = ["--num-train", args.num_train, "--num-val", args.num_val]
-    # train_net.py does not mix a training with an earlier one's checkpoints
-    for checkpoint in [*training.glob("model_*.pth"), *training.glob("last_checkpoint")]:
-        checkpoint.unlink()
+    # Neither a training nor a calibration mixes its files with an earlier one's
+    for folder in (training, calibrated):
+        for file in (
+            *folder.glob("model*.pth"),
+            folder / "last_checkpoint",
+            folder / "config.yaml",
+        ):
+            file.unlink(missing_ok=True)
     seconds = {"draw": run(HERE / "draw.py", data, "--seed", args.seed, *size)}
     seconds["train and evaluate"] = run(*train_command(data, training, args.seed, args.max_iter))
+    # After a few iterations no mask is right, and there is nothing to calibrate
+    command = calibrate_command(data, training, calibrated, args.seed)
+    seconds["calibrate"] = run(*command, needed=False)
+    is_calibrated = (calibrated / "config.yaml").is_file()
+    if is_calibrated:
+        seconds["evaluate again"] = run(*evaluate_command(data, calibrated))
 
     start = time.perf_counter()
     coco_gt = silently(COCO, data / "val.json")
-    detections = load_detections(training)
+    detections = load_detections(calibrated if is_calibrated else training)
     if not detections:
         sys.exit("The model found nothing, so there is nothing to show: it needs more iterations.")
     quality = measure_mask_quality(coco_gt, detections)
@@ -89,20 +104,26 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(script: Path, *arguments) -> float:
+def run(script: Path | str, *arguments, needed: bool = True) -> float:
     """
     Runs a script of the project, and shows the command for the reader to repeat.
+
+    Args:
+        script: a path, or an option of Python.
+        arguments: what follows.
+        needed: whether to stop if the script fails.
 
     Returns:
         how long it took, in seconds
     """
-    command = [os.path.relpath(script), *map(str, arguments)]
+    script = os.path.relpath(script) if isinstance(script, Path) else script
+    command = [script, *map(str, arguments)]
     shown = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
     print(f"\n$ {' '.join(shown)} python {shlex.join(command)}\n", flush=True)
     start = time.perf_counter()
     environment = {**os.environ, **ENVIRONMENT}
     code = subprocess.run([sys.executable, *command], env=environment).returncode
-    if code:
+    if code and needed:
         sys.exit(code)  # the script has said why
     return time.perf_counter() - start
 
@@ -110,10 +131,27 @@ def run(script: Path, *arguments) -> float:
 def train_command(data: Path, training: Path, seed: int, max_iter: int | None) -> list:
     """The script to train and evaluate with, and its arguments."""
     command = [ROOT / "train_net.py", "--config-file", os.path.relpath(HERE / CONFIG)]
-    for split in ("train", "val"):
-        command += ["--dataset", f"shapes_{split}", data / f"{split}.json", data / split]
+    command += [*dataset(data, "train"), *dataset(data, "val")]
     command += [f"train.output_dir={training}", f"train.seed={seed}"]
     return command + ([f"train.max_iter={max_iter}"] if max_iter else [])
+
+
+def calibrate_command(data: Path, training: Path, calibrated: Path, seed: int) -> list:
+    """What fits calibrated scores to some of the training images."""
+    command = [*COMMAND, "calibrate", "--config-file", os.path.relpath(HERE / CONFIG)]
+    command += ["--weights", training / "model_final.pth", *dataset(data, "train")]
+    command += ["--max-images", NUM_CALIBRATION_IMAGES]
+    return [*command, "--seed", seed, "--output", calibrated]
+
+
+def evaluate_command(data: Path, calibrated: Path) -> list:
+    """What evaluates the model with calibrated scores."""
+    command = [*COMMAND, "evaluate", "--config-file", calibrated / "config.yaml"]
+    return [*command, *dataset(data, "train"), *dataset(data, "val")]
+
+
+def dataset(data: Path, split: str) -> list:
+    return ["--dataset", f"shapes_{split}", data / f"{split}.json", data / split]
 
 
 def silently(function, *args):
@@ -122,9 +160,9 @@ def silently(function, *args):
         return function(*args)
 
 
-def load_detections(training: Path) -> list[dict]:
-    """The detections that train_net.py wrote."""
-    return json.loads((training / "inference" / "coco_instances_results.json").read_text())
+def load_detections(folder: Path) -> list[dict]:
+    """The detections that an evaluation wrote."""
+    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
 
 
 def compute_metrics(quality: MaskQuality) -> dict:
