@@ -32,6 +32,7 @@ __all__ = [
     "add_mask_calibrator",
     "add_mask_scoring",
     "add_msrcnn_config",
+    "has_mask_calibrator",
     "retrofit",
     "target_of",
 ]
@@ -222,6 +223,13 @@ def add_mask_calibrator(cfg: Config) -> Config:
     return cfg
 
 
+def has_mask_calibrator(cfg: DictConfig | CfgNode) -> bool:
+    """Whether the model of a config has a calibrator."""
+    if isinstance(cfg, CfgNode):
+        return bool(cfg.MODEL.get("ROI_MASK_CALIBRATOR", CfgNode({"NAME": ""})).NAME)
+    return OmegaConf.select(cfg, "model.roi_heads.mask_calibrator") is not None
+
+
 def _check_head_args(head_args: dict[str, Any]) -> None:
     for name in head_args:
         if name not in HEAD_ARGS:
@@ -255,18 +263,14 @@ def retrofit(cfg: Config, **head_args: Any) -> Config:
         >>> cfg.MODEL.WEIGHTS = "mask_rcnn.pth"
     """
     _check_head_args(head_args)
-    is_yaml = isinstance(cfg, CfgNode)
-    calibrator = (
-        cfg.MODEL.get("ROI_MASK_CALIBRATOR", CfgNode({"NAME": ""})).NAME
-        if is_yaml
-        else OmegaConf.select(cfg, "model.roi_heads.mask_calibrator")
-    )
-    if calibrator:
+    if has_mask_calibrator(cfg):
         raise ValueError(
             "The model has a calibrator, which a new MaskIoU head would not fit: give the config "
-            "without it, and calibrate the new model."
+            "that the model had before it was calibrated, and calibrate the new model."
         )
-    return _retrofit_yacs(cfg, head_args) if is_yaml else _retrofit_lazy(cfg, head_args)
+    if isinstance(cfg, CfgNode):
+        return _retrofit_yacs(cfg, head_args)
+    return _retrofit_lazy(cfg, head_args)
 
 
 def _retrofit_lazy(cfg: DictConfig, head_args: dict[str, Any]) -> DictConfig:

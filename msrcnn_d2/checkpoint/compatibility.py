@@ -169,9 +169,8 @@ def _parameters_missing(fit: Fit, missing: list[str], training: bool) -> str:
     if all(name.startswith(MASK_CALIBRATOR) for name in missing):
         return (
             "it has no calibrator, which the model of the config has. A calibrator is fitted to a "
-            "trained model: run `msrcnn-d2 calibrate` and use the config that it writes. To train "
-            "or evaluate without one, leave model.roi_heads.mask_calibrator out (yaml: set "
-            "MODEL.ROI_MASK_CALIBRATOR.NAME to '')."
+            "trained model: run `msrcnn-d2 calibrate` and use the config that it writes, or use "
+            "the config that the model had before for a model without a calibrator."
         )
     if not training and all(name.startswith(MASK_IOU_HEAD) for name in missing):
         return (

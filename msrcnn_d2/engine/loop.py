@@ -41,12 +41,6 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         results of the evaluation at the end, as :func:`evaluate` returns them.
     """
     model = build_model(recipe)
-    if getattr(getattr(model, "roi_heads", None), "mask_calibrator", None) is not None:
-        raise UserError(
-            "The config has a calibrator, which is fitted after the training: leave "
-            "model.roi_heads.mask_calibrator out (yaml: set MODEL.ROI_MASK_CALIBRATOR.NAME to ''), "
-            "train, and run `msrcnn-d2 calibrate`."
-        )
     scaled = recipe.amp and recipe.device.startswith("cuda")
     if recipe.amp and not scaled:
         logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")

@@ -55,7 +55,8 @@ MOST_WRONG_BOXES = 0.01
 def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
     """
     Check that the datasets exist and fit the model, that the output folder can be written, that
-    there is a compiler if one is needed, and that batches divide evenly.
+    there is a compiler if one is needed, that batches divide evenly, and that no calibrator is
+    trained.
 
     Args:
         num_processes: of the whole job.
@@ -71,6 +72,11 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
         raise UserError(
             f"train.compile (yaml: SOLVER.COMPILE) needs a C++ compiler, but there is no "
             f"'{compiler}': install it, set CXX to another one, or leave train.compile at False."
+        )
+    if training and recipe.has_calibrator:
+        raise UserError(
+            "The model has a calibrator, which is fitted after the training: train with the config "
+            "that the model had before, and run `msrcnn-d2 calibrate` again."
         )
     if not training and not recipe.test_sets:
         raise UserError(

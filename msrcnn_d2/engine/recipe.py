@@ -27,7 +27,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 
-from ..config import target_of
+from ..config import has_mask_calibrator, target_of
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.average_precision import choose_engine
 from ..evaluation.coco_evaluator import check_settings
@@ -116,6 +116,7 @@ class Recipe:
             say. For checks only.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
         ddp: arguments of `create_ddp_model`.
+        has_calibrator: whether the model has one, which is no part of a training.
         verify_results: called with the results at the end of a run.
     """
 
@@ -147,6 +148,7 @@ class Recipe:
     images: ImageSettings = field(default_factory=ImageSettings)
     detections_per_image: int | None = None
     precise_bn_iters: int = 0
+    has_calibrator: bool = False
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
 
@@ -173,6 +175,7 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
         "test_amp": value_of(cfg, "train.amp.test"),
         "max_skipped_steps": value_of(cfg, "train.amp.max_skipped_steps"),
         "num_classes": value_of(cfg, "model.roi_heads.num_classes"),
+        "has_calibrator": has_mask_calibrator(cfg),
         "total_batch_size": value_of(cfg, "dataloader.train.total_batch_size"),
         "images": image_settings(cfg),
     }
