@@ -53,7 +53,8 @@ def of_a_plain_model():
 
 def ranked(ap, laece):
     honesty = {f"{kind}{k}": laece for kind in ("ece", "brier") for k in (50, 75)}
-    return {"ap": ap, "ap50": ap, "ap75": ap, "gap_closed": 0.5, "laece": laece, **honesty}
+    numbers = {"ap": ap, "ap50": ap, "ap75": ap, "gap_closed": 0.5, "laece": laece, **honesty}
+    return {**numbers, "laece_iou": laece / 2}
 
 
 def run_of(model, seed, wrong_iou=0.1, train_ap=34.0):
@@ -136,8 +137,8 @@ def test_gains_are_paired_per_seed():
     score = "Mask Scoring R-CNN, calibrated on training images"
     # 34 and 36; 2 and 4 more than by mask score
     assert rows[score][:2] == ["35.00 ± 1.41", "+3.00 ± 1.41"]
-    assert rows[score][-2:] == ["50 ± 0", "0.050 ± 0.000"]
-    assert rows["Mask Scoring R-CNN, true IoU (ceiling)"][-2:] == ["", ""]
+    assert rows[score][-3:] == ["50 ± 0", "0.050 ± 0.000", "0.025 ± 0.000"]
+    assert rows["Mask Scoring R-CNN, true IoU (ceiling)"][-3:] == ["", "", ""]
 
 
 def test_a_model_that_loses_by_calibration_is_counted():
@@ -147,8 +148,9 @@ def test_a_model_that_loses_by_calibration_is_counted():
         "calibrated on training images: mask AP is higher than by the model's own score"
     ]
     assert measured == "-0.50 to +2.00" and holds == "for 3 of 4 models"
-    # 0.05 of 0.2, and 0.12 of 0.2
-    assert [row[-1] for name, row in rows.items() if "LaECE_0" in name] == ["yes", "no"]
+    # 0.05, 0.025, 0.12 and 0.06 of 0.2
+    answers = [row[-1] for name, row in rows.items() if "LaECE_0" in name]
+    assert answers == ["yes", "yes", "no", "yes"]
 
 
 def test_few_images_and_all():
@@ -178,8 +180,8 @@ def test_transfer():
         "stained, all training images",
         "stained, fluorescence training images",
     ]
-    loss, laece = rows["stained, fluorescence training images"][:2]
-    assert loss == "-1.00 ± 0.00" and laece == "0.400 ± 0.000 (0.300 ± 0.000)"
+    loss, error = rows["stained, fluorescence training images"][:2]
+    assert loss == "-1.00 ± 0.00" and error == "0.400 ± 0.000 (0.300 ± 0.000)"
 
 
 def test_a_calibrator_that_knows_no_iou_gets_none():
@@ -206,6 +208,12 @@ def test_rankings_of_calibrators():
     # Mask scores 0.72, 0.56 and 0.855 of masks that are right, right and wrong
     assert numbers["same"]["brier50"] == pytest.approx((0.28**2 + 0.44**2 + 0.855**2) / 3)
     assert quality.overall.ap["quality_score"] == pytest.approx(100)  # of the last one
+
+
+def test_expected_ious():
+    # Surely 0.70 to 0.75; at least 0.95 or else below 0.5; surely below 0.5
+    probs = np.array([[1] * 5 + [0] * 5, [0.4] * 10, [0] * 10])
+    assert measures.expected_ious(probs) == pytest.approx([0.725, 0.4 * 0.975, 0])
 
 
 def test_amounts():

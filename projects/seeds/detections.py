@@ -57,7 +57,7 @@ def find(
     annotations: Path,
     images: Path,
     file: Path,
-    max_images: int = 1000,
+    max_images: int = 2000,
     seed: int = 0,
 ) -> Found:
     """

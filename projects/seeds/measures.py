@@ -12,6 +12,8 @@ from detections import Found
 from msrcnn_d2.calibration import Samples, fit_calibrator, fit_if_better
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
+from msrcnn_d2.evaluation.calibration_errors import iou_targets, localisation_aware_errors
+from msrcnn_d2.evaluation.matching import IOU_THRESHOLDS
 from msrcnn_d2.modeling import CUES, MaskCalibrator
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
 
 THRESHOLDS = (50, 75, 90)
 NUM_IMAGES = (10, 20, 50, 100)  # that a calibrator is fitted to, to see how many it needs
+MAX_IMAGES = 1000  # the default of `msrcnn-d2 calibrate`
 
 SCORE, IOU = {"class_log_odds"}, {"mask_iou"}
 SHAPE = {
@@ -140,7 +143,8 @@ def measure_rankings(
         for the model's own rankings, for that of each calibrator and for "true_iou": mask AP in
         percent ("ap", "ap50", "ap75"), and for all but the last how honest the score is ("laece",
         and the calibration error and Brier score of the probability of an IoU of 0.5 or 0.75 or
-        more); and the quality of masks with the scores of the last calibrator.
+        more); for a calibrator also "laece_iou", LaECE_0 of the IoU that its probabilities expect.
+        And the quality of masks with the scores of the last calibrator.
     """
     numbers: dict[str, dict[str, float]] = {}
     for name, calibrator in calibrators.items():
@@ -164,7 +168,28 @@ def _numbers_of(quality: MaskQuality, ranking: str) -> dict[str, float]:
         numbers["laece"] = errors.laece
         for k in (50, 75):
             numbers |= {f"ece{k}": errors.ece[f"0.{k}"], f"brier{k}": errors.brier[f"0.{k}"]}
+    if ranking == "quality_score":
+        assert quality.mask_iou_probs is not None
+        scores = expected_ious(quality.mask_iou_probs)
+        overlaps, limit = quality.average_precision.overlaps, quality.max_dets
+        targets, counts = iou_targets(overlaps, scores, limit)
+        classes = quality.class_indices
+        numbers["laece_iou"], _ = localisation_aware_errors(
+            scores[counts], targets[counts], classes[counts]
+        )
     return numbers
+
+
+def expected_ious(probs: np.ndarray) -> np.ndarray:
+    """
+    The mean IoU of a true positive, 0 for a false one, that probabilities expect.
+
+    Args:
+        probs: N x 10, P(IoU >= t) for t = 0.50, 0.55, ..., 0.95. Between two thresholds an IoU is
+            taken to be in the middle; one below 0.5 counts as 0.
+    """
+    at_least = np.pad(probs, ((0, 0), (0, 1)))
+    return (at_least[:, :-1] - at_least[:, 1:]) @ (IOU_THRESHOLDS + 0.025)
 
 
 def measure_cues(holdout: Found, val: Found, seed: int) -> dict[str, float]:
@@ -191,12 +216,15 @@ def measure_amounts(found: Mapping[str, Found], seed: int) -> list[dict[str, Any
     How much a calibrator gains on val that was fitted to few images.
 
     Returns:
-        for each number of images of "holdout", and for as many images of "train" as "holdout" has,
-        what :func:`calibrate` returns, the "part", "ap" and "ap_with_network". The last is that of
-        a calibrator that ranks anew even if cross-validation advises against it.
+        for each number of images of "holdout"; for as many images of "train" as "holdout" has, and
+        for as many as `msrcnn-d2 calibrate` takes, if there are more: what :func:`calibrate`
+        returns, the "part", "ap" and "ap_with_network". The last is that of a calibrator that ranks
+        anew even if cross-validation advises against it.
     """
     val, num_holdout = found["val"], len(found["holdout"].image_ids)
     sizes = [("holdout", n) for n in NUM_IMAGES if n < num_holdout] + [("train", num_holdout)]
+    if len(found["train"].image_ids) > MAX_IMAGES:
+        sizes.append(("train", MAX_IMAGES))
     rows = []
     for part, number in sizes:
         ids = random.Random(seed).sample(found[part].image_ids, number)

@@ -80,10 +80,12 @@ def _calibrated(by_model: dict[str, list[dict]]) -> str:
                     _spread([x["ap75"] for x in of_score], 1),
                     _spread(shares, 0),
                     _spread([x.get("laece") for x in of_score], 3),
+                    _spread([x.get("laece_iou") for x in of_score], 3),
                 ]
             )
     headers = ["model", "masks ranked by", "mask AP", "gain", "AP50", "AP75", "% of the gap"]
-    return tabulate(rows, [*headers, "LaECE_0"], "github", disable_numparse=True)
+    headers += ["LaECE_0", "LaECE_0 of the expected IoU"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def _honesty(by_model: dict[str, list[dict]]) -> str:
@@ -112,19 +114,22 @@ def _calibrated_claims(runs: Sequence[dict]) -> str:
         new = [r["rankings"][part] for r in runs]
         own = [own_ranking(r["rankings"]) for r in runs]
         gains = [n["ap"] - o["ap"] for n, o in zip(new, own)]
-        halves = [n["laece"] / o["laece"] for n, o in zip(new, own)]
-        rows += [
+        rows.append(
             [
                 f"{SCORES[part]}: mask AP is higher than by the model's own score",
                 f"{min(gains):+.2f} to {max(gains):+.2f}",
                 _answer((g > 0 for g in gains), "models"),
-            ],
-            [
-                f"{SCORES[part]}: LaECE_0 is at most half of that of the model's own score",
-                f"{min(halves):.2f} to {max(halves):.2f} of it",
-                _answer((h <= 0.5 for h in halves), "models"),
-            ],
-        ]
+            ]
+        )
+        for key, title in (("laece", "LaECE_0"), ("laece_iou", "LaECE_0 of the expected IoU")):
+            ratios = [n[key] / o["laece"] for n, o in zip(new, own)]
+            rows.append(
+                [
+                    f"{SCORES[part]}: {title} is at most half of LaECE_0 of the model's own score",
+                    f"{min(ratios):.2f} to {max(ratios):.2f} of it",
+                    _answer((ratio <= 0.5 for ratio in ratios), "models"),
+                ]
+            )
     same_number = [next(x for x in r["amounts"] if x["part"] == "train") for r in runs]
     for claim, of_train in (
         ("training images are better than held-out ones", [r["rankings"]["train"] for r in runs]),
@@ -201,14 +206,14 @@ def _transfer(by_model: dict[str, list[dict]]) -> str:
             for runs in by_model.values():
                 new = [r["transfer"][group][name] for r in runs]
                 own = [own_ranking(r["transfer"][group]) for r in runs]
-                laece, own_laece = (_spread([x["laece"] for x in part], 3) for part in (new, own))
+                errors, own_errors = (_spread([x["ece50"] for x in part], 3) for part in (new, own))
                 gains = [n["ap"] - o["ap"] for n, o in zip(new, own)]
-                row += [_spread(gains, 2, True), f"{laece} ({own_laece})"]
+                row += [_spread(gains, 2, True), f"{errors} ({own_errors})"]
             rows.append(row)
     rows.sort(key=lambda row: (list(first).index(row[0]), row[1]))
     headers = ["used on", "fitted to"]
     for model in by_model:
-        headers += [f"{TITLES[model]}: gain", "LaECE_0 (own score)"]
+        headers += [f"{TITLES[model]}: gain", "calibration error of P(IoU >= 0.50) (own score's)"]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
