@@ -21,6 +21,7 @@ from detectron2.utils.registry import locate
 
 from .evaluation import MaskScoringCOCOEvaluator
 from .modeling import (
+    LEARN_FROM,
     CascadeMaskScoringROIHeads,
     MaskCalibrator,
     MaskIoUHead,
@@ -85,6 +86,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     # Width of the two hidden layers, and number of networks that are averaged
     cfg.MODEL.ROI_MASK_CALIBRATOR.HIDDEN_DIM = 64
     cfg.MODEL.ROI_MASK_CALIBRATOR.NUM_MEMBERS = 3
+    # What a retrofit learns from: foreground "proposals", as in the paper, or "detections", which
+    # include mistakes
+    cfg.MODEL.RETROFIT = CfgNode({"LEARN_FROM": "proposals"})
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Number of unreadable images that training may leave out; 0 stops at the first
@@ -236,7 +240,7 @@ def _check_head_args(head_args: dict[str, Any]) -> None:
             raise ValueError(f"The MaskIoU head has no '{name}', only {', '.join(HEAD_ARGS)}.")
 
 
-def retrofit(cfg: Config, **head_args: Any) -> Config:
+def retrofit(cfg: Config, learn_from: str | None = None, **head_args: Any) -> Config:
     """
     Turn the config of a trained Mask R-CNN into one that trains a MaskIoU head for it and changes
     none of its other weights and outputs; see :class:`RetrofitRCNN`.
@@ -249,10 +253,14 @@ def retrofit(cfg: Config, **head_args: Any) -> Config:
     Args:
         cfg: a LazyConfig or yacs config of a Mask R-CNN, with or without mask scoring. It is not
             modified.
+        learn_from: "proposals" of objects, as in the paper, or "detections", which include
+            mistakes; see :class:`RetrofitRCNN`. By default as in `cfg`, where it is "proposals" if
+            nothing else is said.
         head_args: arguments of :class:`MaskIoUHead` that differ from the defaults.
 
     Returns:
-        the new config, of the same kind. If `cfg` is a retrofit already, only `head_args` change.
+        the new config, of the same kind. If `cfg` is a retrofit already, only `learn_from` and
+        `head_args` change.
 
     Raises:
         ValueError: `cfg` has no such model; the message says what was found instead.
@@ -263,14 +271,21 @@ def retrofit(cfg: Config, **head_args: Any) -> Config:
         >>> cfg.MODEL.WEIGHTS = "mask_rcnn.pth"
     """
     _check_head_args(head_args)
+    if learn_from is not None and learn_from not in LEARN_FROM:
+        raise ValueError(f"learn_from is {learn_from!r}, not {' or '.join(LEARN_FROM)}.")
     if has_mask_calibrator(cfg):
         raise ValueError(
             "The model has a calibrator, which a new MaskIoU head would not fit: give the config "
             "that the model had before it was calibrated, and calibrate the new model."
         )
-    if isinstance(cfg, CfgNode):
-        return _retrofit_yacs(cfg, head_args)
-    return _retrofit_lazy(cfg, head_args)
+    is_yaml = isinstance(cfg, CfgNode)
+    cfg = _retrofit_yacs(cfg, head_args) if is_yaml else _retrofit_lazy(cfg, head_args)
+    if learn_from is not None:
+        if is_yaml:
+            cfg.MODEL.RETROFIT.LEARN_FROM = learn_from
+        else:
+            cfg.model.learn_from = learn_from
+    return cfg
 
 
 def _retrofit_lazy(cfg: DictConfig, head_args: dict[str, Any]) -> DictConfig:

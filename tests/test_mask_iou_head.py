@@ -215,6 +215,24 @@ def test_logged_means_are_over_the_masks_that_count(event_storage):
     assert logged["mask_iou/mean_abs_error"][0] == pytest.approx(0.4)
 
 
+def test_all_detections_count(event_storage):
+    # IoUs 0.5 and 0.5, but the second detection has no object of its class; and one that misses
+    crops = torch.ones(3, 28, 28, dtype=torch.bool)
+    crops[2, :, :14] = False
+    head = constant_head([0.9, 0.2, 0.6])
+    detections = foreground(crops, [0, 1, 2])
+    detections.has_object = torch.tensor([True, False, True])
+    left_halves = halves()[[0, 1, 1]]
+
+    losses = head(torch.randn(3, 8, 14, 14), left_halves, [detections])
+
+    # 0.5 * (0.4^2 + 0.2^2 + 0.6^2) / 3
+    assert losses["loss_mask_iou"].item() == pytest.approx(0.28 / 3)
+    logged = event_storage.latest()
+    assert logged["mask_iou/mean_target"][0] == pytest.approx(0.5 / 3)
+    assert logged["mask_iou/mean_abs_error"][0] == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("count", [0, 2], ids=["no-foreground", "all-masks-miss"])
 def test_a_step_without_masks_that_count_reaches_every_parameter(count, event_storage):
     head = build_head()

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import detectron2.data.transforms as T
@@ -17,7 +18,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import PanopticFPN, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.solver.build import get_default_optimizer_params
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
@@ -25,6 +26,7 @@ from msrcnn_d2 import add_mask_scoring, retrofit
 from msrcnn_d2.engine import find_config_file, load_config
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads, RetrofitRCNN
+from msrcnn_d2.modeling.mask_iou_target import crop_gt_masks
 from msrcnn_d2.utils.errors import UserError
 from msrcnn_d2_cli import main
 from tests.helpers.toy import (
@@ -201,6 +203,113 @@ def test_what_the_head_does_not_need_is_not_computed(model, monkeypatch):
     assert loss_of(model) > 0
 
 
+# Learning from detections
+
+
+def learner_from_detections(kind="lazy"):
+    """A model in training that was trained a little, and the same one without retrofit."""
+    plain = train_plain(plain_config(kind))
+    cfg = retrofit(plain_config(kind), learn_from="detections", **SMALL)
+    model = build(cfg)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    return model.train(), plain
+
+
+def test_the_head_learns_from_the_detections_of_inference(kind, monkeypatch):
+    model, plain = learner_from_detections(kind)
+    learnt = []
+    monkeypatch.setattr(
+        model.roi_heads,
+        "mask_iou_losses",
+        lambda features, instances: learnt.extend(instances) or {"loss_mask_iou": torch.zeros(())},
+    )
+    inputs = toy_inputs()
+    loss_of(model, inputs)
+    with torch.no_grad():
+        found = plain.inference(inputs, do_postprocess=False)
+    assert len(learnt) == len(found) == 2 and min(map(len, found)) > 10
+    for a, b in zip(learnt, found):
+        assert torch.equal(a.proposal_boxes.tensor, b.pred_boxes.tensor)
+        assert torch.equal(a.gt_classes, b.pred_classes)
+
+
+def test_only_the_head_learns_from_detections(kind):
+    model, plain = learner_from_detections(kind)
+    head = model.roi_heads.mask_iou_head
+    before = {k: v.clone() for k, v in head.named_parameters()}
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    train_steps(model, optimizer)
+    assert all(not torch.equal(v, before[k]) for k, v in head.named_parameters())
+    after = model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in plain.state_dict().items())
+
+
+def test_a_head_that_learns_from_mistakes_predicts_lower_ious():
+    """Where no image has an object, every detection is a mistake: the predictions approach 0."""
+    model, _ = learner_from_detections()
+    nn.init.constant_(model.roi_heads.mask_iou_head.predictor.bias, 0.7)
+    inputs = [{**x, "instances": without_objects()} for x in toy_inputs()]
+    optimizer = torch.optim.SGD(model.roi_heads.mask_iou_head.predictor.parameters(), lr=0.1)
+    losses = []
+    for _ in range(40):
+        loss = loss_of(model, inputs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # half the mean squared error of predictions near 0.7, then of ones near 0
+    assert losses[0] == pytest.approx(0.5 * 0.7**2, rel=0.3) and losses[-1] < 0.1 * losses[0]
+
+
+def test_objects_of_detections():
+    boxes = [
+        [8, 8, 40, 38],  # finds the square of class 0
+        [8, 8, 24, 40],  # finds it again
+        [70, 20, 96, 60],  # nearest to the triangle of class 1, but called 0
+        [50, 10, 90, 48],  # finds the triangle
+        [50, 10, 90, 48],  # class 2, of which there is no object
+    ]
+    detections = Instances(
+        (64, 96),
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)),
+        pred_classes=torch.tensor([0, 0, 0, 1, 2]),
+    )
+    heads = build(retrofit(tiny_mask_rcnn(), **SMALL)).roi_heads
+    truths = [toy_inputs()[0]["instances"], without_objects()]
+    some, none = heads.label_detections([detections, detections], truths)
+
+    assert some.gt_masks.indices[:4].tolist() == [0, 0, 0, 1]
+    assert some.has_object.tolist() == [True] * 4 + [False]
+    assert none.has_object.tolist() == [False] * 5
+    (empty,) = crop_gt_masks([none], 28)
+    assert not empty.gt_masks.crops.any() and not empty.gt_masks.areas.any()
+    for labeled in (some, none):
+        assert torch.equal(labeled.proposal_boxes.tensor, detections.pred_boxes.tensor)
+        assert torch.equal(labeled.gt_classes, detections.pred_classes)
+    (nothing,) = heads.label_detections([detections[:0]], truths[:1])
+    assert len(nothing) == 0
+
+
+@pytest.mark.parametrize("what", ["no objects", "no detections", "one image without detections"])
+def test_a_step_without_detections_has_a_gradient_for_each_parameter(what, monkeypatch):
+    model, _ = learner_from_detections()
+    inputs = toy_inputs()
+    if what == "no objects":
+        inputs = [{**x, "instances": without_objects()} for x in inputs]
+    else:
+        find = model.roi_heads._forward_box
+        kept = 0 if what == "no detections" else 1
+
+        def find_less(*args):
+            return [x if n < kept else x[:0] for n, x in enumerate(find(*args))]
+
+        monkeypatch.setattr(model.roi_heads, "_forward_box", find_less)
+    loss = loss_of(model, inputs)
+    loss.backward()
+    assert all(p.grad is not None for p in model.roi_heads.mask_iou_head.parameters())
+    assert (loss == 0) if what == "no detections" else (loss > 0)
+
+
 def test_the_loss_is_that_of_full_training():
     torch.manual_seed(0)
     heads = instantiate(add_mask_scoring(tiny_mask_rcnn(), **SMALL).model).roi_heads.train()
@@ -369,6 +478,32 @@ def yacs(**keys):
 def test_other_models_are_refused(cfg, message):
     with pytest.raises(ValueError, match=message):
         retrofit(cfg())
+
+
+def test_what_the_head_learns_from_is_part_of_the_config(kind):
+    cfg = plain_config(kind)
+    assert build(retrofit(cfg)).learn_from == "proposals"
+    once = retrofit(cfg, learn_from="detections")
+    assert build(once).learn_from == "detections"
+    assert retrofit(once) == once
+    assert build(retrofit(once, learn_from="proposals")).learn_from == "proposals"
+    with pytest.raises(ValueError, match="'boxes', not proposals or detections"):
+        retrofit(cfg, learn_from="boxes")
+
+
+@pytest.mark.parametrize(
+    "suffix, weights, key",
+    [
+        ("1x.py", "train.init_checkpoint", "model.learn_from"),
+        ("3x.yaml", "MODEL.WEIGHTS", "MODEL.RETROFIT.LEARN_FROM"),
+    ],
+)
+def test_overrides_say_what_the_head_learns_from(suffix, weights, key):
+    path = find_config_file(f"{FOLDER}/mask_rcnn_R_50_FPN_{suffix}")
+    cfg = load_config(path, [f"{weights}=m.pth", f"{key}=detections"], retrofitted=True)
+    assert build(cfg).learn_from == "detections"
+    with pytest.raises(UserError, match=f"{key} .* takes proposals or detections"):
+        load_config(path, [f"{weights}=m.pth", f"{key}=boxes"], retrofitted=True)
 
 
 def test_an_argument_that_the_head_does_not_have_is_refused():

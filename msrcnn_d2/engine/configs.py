@@ -30,7 +30,7 @@ from detectron2.data.datasets import load_coco_json
 from .. import model_zoo
 from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
 from ..image_reading import IMAGE_KEYS
-from ..modeling import RetrofitRCNN
+from ..modeling import LEARN_FROM, RetrofitRCNN
 from ..utils.errors import UserError
 from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader
 
@@ -86,6 +86,7 @@ FROM_0 = (_whole(0), "a whole number from 0 on")
 NOT_NEGATIVE = (_number(0), "a number from 0 on")
 SEED = (_whole(-(2**31), 2**32 - 1), "a whole number below 2^32 (negative: a random one)")
 SHARE = (_number(0, 1), "a share of the run, from 0 to 1")
+SOURCE = (lambda x: x in LEARN_FROM, " or ".join(LEARN_FROM))
 SWITCH = (lambda x: isinstance(x, bool), "True or False")
 FOLDER = (lambda x: isinstance(x, str) and x != "", "the path of a folder")
 FILE = (lambda x: isinstance(x, str), "the path of a file, or '' for none")
@@ -133,6 +134,7 @@ SETTINGS = [
         Setting(f"model.roi_heads.mask_iou_head.{arg}", f"MODEL.ROI_MASK_IOU_HEAD.{arg.upper()}")
         for arg in HEAD_ARGS
     ),
+    Setting("model.learn_from", "MODEL.RETROFIT.LEARN_FROM", *SOURCE),
     Setting("optimizer.lr", "SOLVER.BASE_LR", *NOT_NEGATIVE, required=True),
     Setting("optimizer.momentum", "SOLVER.MOMENTUM", *NOT_NEGATIVE),
     Setting("optimizer.weight_decay", "SOLVER.WEIGHT_DECAY", *NOT_NEGATIVE),

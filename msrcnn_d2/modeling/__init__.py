@@ -15,12 +15,13 @@ from .mask_iou_head import (
 )
 from .mask_iou_target import mask_iou_targets
 from .postprocessing import UnpastedMasks
-from .retrofit import RetrofitRCNN
+from .retrofit import LEARN_FROM, RetrofitRCNN
 from .roi_heads import CascadeMaskScoringROIHeads, MaskScoringROIHeads
 from .test_time_augmentation import MaskScoringRCNNWithTTA
 
 __all__ = [
     "CUES",
+    "LEARN_FROM",
     "ROI_MASK_CALIBRATOR_REGISTRY",
     "ROI_MASK_IOU_HEAD_REGISTRY",
     "CascadeMaskScoringROIHeads",

@@ -43,24 +43,28 @@ The registered object will be called with `obj(cfg, input_shape)`, where `input_
 MAX_QUADRATIC_ERROR = 10.0
 
 
-def mask_iou_loss(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mask_iou_loss(
+    pred_mask_ious: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Half the mean squared error over the masks that overlap their object (their IoU is above 0).
+    Half the mean squared error over the masks that are counted.
 
     Beyond `MAX_QUADRATIC_ERROR`, far outside the range of an IoU, it grows linearly.
 
     Args:
         pred_mask_ious: Tensor of shape (N,), the IoU predicted for the ground-truth class of
-            each foreground proposal, unbounded.
+            each foreground proposal or the predicted class of each detection, unbounded.
         targets: Tensor of shape (N,), the true IoU in [0, 1].
+        counted: bool Tensor of shape (N,); by default the masks that overlap their object (their
+            IoU is above 0), as in the paper.
 
     Returns:
         a scalar. Without such masks it is a zero that still depends on `pred_mask_ious`, because
         distributed training needs a gradient for each parameter in each step.
     """
-    valid = (targets > 0).to(targets.dtype)
+    weights = (targets > 0 if counted is None else counted).to(targets.dtype)
     losses = F.huber_loss(pred_mask_ious, targets, reduction="none", delta=MAX_QUADRATIC_ERROR)
-    return (losses * valid).sum() / valid.sum().clamp(min=1)
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
 
 
 def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instances]) -> None:
@@ -192,7 +196,10 @@ class MaskIoUHead(nn.Module):
                 The mask is that of the ground-truth class in training, and of the predicted class
                 in inference.
             instances: one Instances per image. In training the foreground proposals, with
-                "proposal_boxes", "gt_classes" and "gt_masks" from :func:`crop_gt_masks`.
+                "proposal_boxes", "gt_classes" and "gt_masks" from :func:`crop_gt_masks`; or
+                detections with "has_object" besides, see
+                :meth:`MaskScoringROIHeads.label_detections`. All detections count in the loss, with
+                the target 0 if they have no object. Of the proposals, those with an IoU above 0 do.
                 In inference the predictions, with "pred_classes".
 
         Returns:
@@ -217,32 +224,38 @@ class MaskIoUHead(nn.Module):
             cat([x.gt_masks.areas for x in instances]),
             cat([x.proposal_boxes.tensor for x in instances]),
         )
+        counted = targets > 0
+        if instances[0].has("has_object"):
+            targets = targets * cat([x.has_object for x in instances])
+            counted = torch.ones_like(counted)
         classes = cat([x.gt_classes for x in instances])
         pred_mask_ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
-        _log_mask_ious(pred_mask_ious.detach(), targets)
-        return mask_iou_loss(pred_mask_ious, targets) * self.loss_weight
+        _log_mask_ious(pred_mask_ious.detach(), targets, counted)
+        return mask_iou_loss(pred_mask_ious, targets, counted) * self.loss_weight
 
 
-def _log_mask_ious(pred_mask_ious: torch.Tensor, targets: torch.Tensor) -> None:
+def _log_mask_ious(
+    pred_mask_ious: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+) -> None:
     """
     Log the mean true IoU and the mean absolute error over the masks that count in the loss.
 
     Raises:
         FloatingPointError: a target is NaN. To find it here costs no synchronisation of its own.
     """
-    valid = (targets > 0).to(targets.dtype)
+    weights = counted.to(targets.dtype)
     errors = (pred_mask_ious - targets).abs()
-    sums = torch.stack([valid.sum(), targets.sum(), (errors * valid).sum()])
-    num_valid, sum_targets, sum_errors = sums.tolist()  # one synchronisation for all of them
+    sums = torch.stack([weights.sum(), targets.sum(), (errors * weights).sum()])
+    num_counted, sum_targets, sum_errors = sums.tolist()  # one synchronisation for all of them
     if math.isnan(sum_targets):
         raise FloatingPointError(
             "The box of a proposal is not finite, so its mask has no IoU: look for such numbers in "
             "the annotations, or training has diverged."
         )
-    if num_valid:
+    if num_counted:
         storage = get_event_storage()
-        storage.put_scalar("mask_iou/mean_target", sum_targets / num_valid)
-        storage.put_scalar("mask_iou/mean_abs_error", sum_errors / num_valid)
+        storage.put_scalar("mask_iou/mean_target", sum_targets / num_counted)
+        storage.put_scalar("mask_iou/mean_abs_error", sum_errors / num_counted)
 
 
 def build_mask_iou_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:

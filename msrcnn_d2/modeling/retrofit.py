@@ -4,13 +4,15 @@ from typing import Any
 
 import torch
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import Instances
 
 from .roi_heads import MaskScoringROIHeads
 
-__all__ = ["RetrofitRCNN"]
+__all__ = ["LEARN_FROM", "RetrofitRCNN"]
+
+LEARN_FROM = ("proposals", "detections")
 
 
 @META_ARCH_REGISTRY.register()
@@ -19,20 +21,29 @@ class RetrofitRCNN(GeneralizedRCNN):
     :class:`GeneralizedRCNN` that trains only its MaskIoU head.
 
     All other parameters are frozen, and all other parts are always in evaluation mode: batch norm
-    keeps its statistics. Training runs them without autograd, skips the box head (even if
-    `train_on_pred_boxes` is set) and all other losses, and returns only "loss_mask_iou". Inference
-    and the names in the state dict are those of :class:`GeneralizedRCNN`, so weights can be
-    exchanged between the two.
+    keeps its statistics. Training runs them without autograd, skips all other losses, and returns
+    only "loss_mask_iou". Inference and the names in the state dict are those of
+    :class:`GeneralizedRCNN`, so weights can be exchanged between the two.
+
+    By default the head learns from foreground proposals, as in the paper, and the box head does not
+    run, even if `train_on_pred_boxes` is set. Such a head never sees a mistake. With
+    `learn_from="detections"` it learns from what inference finds, after non-maximum suppression:
+    from duplicates and from detections without an object (IoU 0), too. projects/retrofit/README.md
+    compares the two.
     """
 
     @configurable
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, learn_from: str = "proposals", **kwargs: Any):
         """
         Args:
+            learn_from: "proposals" or "detections".
             kwargs: the arguments of :class:`GeneralizedRCNN`; `roi_heads` are
                 :class:`MaskScoringROIHeads`, :class:`CascadeMaskScoringROIHeads` or derived ones.
         """
         super().__init__(**kwargs)
+        if learn_from not in LEARN_FROM:
+            raise ValueError(f"learn_from is {learn_from!r}, not {' or '.join(LEARN_FROM)}.")
+        self.learn_from = learn_from
         if getattr(self.roi_heads, "mask_iou_head", None) is None:
             raise ValueError(
                 f"{type(self).__name__} trains the mask_iou_head of its ROI heads, but "
@@ -44,6 +55,10 @@ class RetrofitRCNN(GeneralizedRCNN):
             if parameter not in trained:
                 parameter.requires_grad_(False)
         self.train(self.training)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {**super().from_config(cfg), "learn_from": cfg.MODEL.RETROFIT.LEARN_FROM}
 
     def train(self, mode: bool = True) -> "RetrofitRCNN":
         super().train(False)
@@ -62,14 +77,14 @@ class RetrofitRCNN(GeneralizedRCNN):
         """
         if not self.training:
             return self.inference(batched_inputs)
-        features, proposals = self._features_and_proposals(batched_inputs)
-        return self.roi_heads.mask_iou_losses(features, proposals)
+        features, instances = self._features_and_instances(batched_inputs)
+        return self.roi_heads.mask_iou_losses(features, instances)
 
     @torch.no_grad()
-    def _features_and_proposals(
+    def _features_and_instances(
         self, batched_inputs: list[dict]
     ) -> tuple[dict[str, torch.Tensor], list[Instances]]:
-        """Feature maps, and the proposals of each image as they are sampled in training."""
+        """Feature maps, and what the head learns from in each image, with its objects."""
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         if self.proposal_generator is not None:
@@ -77,4 +92,7 @@ class RetrofitRCNN(GeneralizedRCNN):
         else:
             proposals = [x["proposals"].to(self.device) for x in batched_inputs]
         targets = [x["instances"].to(self.device) for x in batched_inputs]
-        return features, self.roi_heads.label_and_sample_proposals(proposals, targets)
+        if self.learn_from == "proposals":
+            return features, self.roi_heads.label_and_sample_proposals(proposals, targets)
+        detections = self.roi_heads._forward_box(features, proposals)
+        return features, self.roi_heads.label_detections(detections, targets)

@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads import (
     select_foreground_proposals,
 )
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference, mask_rcnn_loss
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
 
 from .indexed_masks import with_indexed_masks
 from .mask_calibrator import build_mask_calibrator
@@ -123,6 +123,49 @@ class MaskScoringROIHeads(StandardROIHeads):
         targets = [with_indexed_masks(x) for x in targets]
         return super().label_and_sample_proposals(proposals, targets)
 
+    def label_detections(
+        self, detections: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """
+        What the MaskIoU head can learn from detections: for each the object of the predicted class
+        whose box it overlaps most. Duplicates share an object.
+
+        Args:
+            detections: one Instances per image, with "pred_boxes" and "pred_classes".
+            targets: the ground truth of these images, with "gt_boxes", "gt_classes" and, unless it
+                is empty, "gt_masks".
+
+        Returns:
+            one Instances per image, like foreground proposals: "proposal_boxes" and "gt_classes"
+            are those of the detections, "gt_masks" are :class:`IndexedMasks` of their objects. The
+            bool "has_object" is False if the image has no object of the class; the mask is then
+            that of another object, or empty.
+        """
+        labeled = []
+        for found, truth in zip(detections, targets):
+            if not len(truth):
+                # One object that covers no pixel
+                nothing = found.pred_boxes.tensor.new_zeros(1, *truth.image_size, dtype=torch.bool)
+                truth = Instances(
+                    truth.image_size,
+                    gt_boxes=Boxes(found.pred_boxes.tensor.new_zeros(1, 4)),
+                    gt_classes=found.pred_classes.new_full((1,), -1),
+                    gt_masks=BitMasks(nothing),
+                )
+            overlaps = pairwise_iou(found.pred_boxes, truth.gt_boxes)
+            same_class = found.pred_classes[:, None] == truth.gt_classes
+            overlaps, nearest = torch.where(same_class, overlaps, -1.0).max(dim=1)
+            labeled.append(
+                Instances(
+                    found.image_size,
+                    proposal_boxes=found.pred_boxes,
+                    gt_classes=found.pred_classes,
+                    gt_masks=with_indexed_masks(truth).gt_masks[nearest],
+                    has_object=overlaps >= 0,
+                )
+            )
+        return labeled
+
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
         """
         Args and returns as in the base class. In inference, a MaskIoU head adds "pred_mask_ious"
@@ -178,8 +221,9 @@ class MaskScoringROIHeads(StandardROIHeads):
 
         Args:
             features: feature maps by their name, as in the base class.
-            proposals: sampled and labeled, one Instances per image, as
-                `label_and_sample_proposals` returns them.
+            proposals: one Instances per image: proposals, sampled and labeled, as
+                `label_and_sample_proposals` returns them, or detections from
+                `label_detections`.
 
         Returns:
             {"loss_mask_iou": a scalar}. The MaskIoU head has to be in training mode; the other
