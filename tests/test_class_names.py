@@ -107,6 +107,7 @@ def dataset(tmp_path):
 
 def recipe_on(folder, train, test):
     return SimpleNamespace(
+        has_calibrator=False,
         output_dir=str(folder / "output"),
         train_names=tuple(train),
         test_sets=[SimpleNamespace(names=(name,), batch_size=None) for name in test],

@@ -208,6 +208,7 @@ def recipe_on(tmp_path, name, **attributes):
         num_classes=3,
         total_batch_size=16,
         compile=False,
+        has_calibrator=False,
     )
     return SimpleNamespace(**{**defaults, **attributes})
 

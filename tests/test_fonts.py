@@ -59,7 +59,7 @@ def test_figures_and_pictures_have_the_names(installed):
     names = [IN_STIX, NOWHERE, "cat"]
     ap = {"class_score": 30.0, "true_iou": 50.0}
     quality = SimpleNamespace(
-        by_class={name: SimpleNamespace(ap=ap) for name in names}, evaluations={"class_score": 1}
+        by_class={name: SimpleNamespace(ap=ap) for name in names}, rankings=("class_score",)
     )
     instances = Instances((60, 200))
     instances.pred_boxes = Boxes(torch.tensor([[10.0, 20, 60, 50], [80, 20, 150, 50]]))
