@@ -215,13 +215,10 @@ def test_perfect_masks_have_perfect_metrics(data, detections, tmp_path):
     assert "100.0" in demo.summary(metrics)
 
 
-@pytest.mark.parametrize("found", ["all", "without calibrated scores", "none"])
+@pytest.mark.parametrize("found", ["all", "none"])
 @pytest.mark.parametrize("name", ["draw_predictions", "draw_ranking"])
 def test_pictures_are_drawn(data, detections, tmp_path, name, found):
-    chosen = [{**d, "true_iou": d["pred_mask_iou"]} for d in detections if found != "none"]
-    if found == "without calibrated scores":
-        for detection in chosen:
-            del detection["quality_score"], detection["mask_iou_probs"]
+    chosen = [{**d, "true_iou": d["pred_mask_iou"]} for d in detections if found == "all"]
     path = tmp_path / "picture.png"
     getattr(pictures, name)(path, load_coco(data / "val.json"), data / "val", chosen)
     assert min(Image.open(path).size) > 300

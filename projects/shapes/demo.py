@@ -6,7 +6,7 @@ What it leaves in the output folder::
 
     metrics.json      mask AP by each score and by true IoU; box AP; seconds
     predictions.png   predicted masks and their scores, beside the true outlines
-    ranking.png       the same masks, ranked by class score and by calibrated score
+    ranking.png       the same masks, ranked by class score and by mask score
     report/           report.html, what the scores are worth; its figures and numbers
     data/             the dataset in COCO format, written by draw.py
     training/         log and checkpoint, written by train_net.py
@@ -43,7 +43,7 @@ CONFIG = "ms_rcnn_shapes.py"
 # (measured: README.md), and with one the results do not depend on the number of cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 COMMAND = ("-m", "msrcnn_d2_cli")  # msrcnn-d2, also where it is not in the PATH
-NUM_CALIBRATION_IMAGES = 600  # of the training images
+NUM_CALIBRATION_IMAGES = 400  # of the training images
 
 
 def main() -> None:

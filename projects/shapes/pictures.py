@@ -21,11 +21,10 @@ NUM_RANKED = 10
 MIN_CLASS_SCORE = 0.9  # of the masks that are ranked: all look certain to the class score
 IOU_COLORS = "cividis"  # a colour map that looks the same to colour-blind readers
 IOU_RANGE = (0.4, 1.0)  # true IoU of its darkest and its brightest colour
-# What a detection has a score under -> title of a row of the ranking
+# The rows of the ranking: title -> what a detection has the score under
 RANKINGS = {
-    "score": "ranked by class score",
-    "mask_score": "ranked by mask score = class score × predicted mask IoU",
-    "quality_score": "ranked by calibrated score = expected precision",
+    "ranked by class score": "score",
+    "ranked by mask score = class score × predicted mask IoU": "mask_score",
 }
 BADGE_DISTANCE = 10  # between the numbers on two masks, pixels
 MARGIN = 8  # around a thumbnail's mask, pixels
@@ -151,8 +150,7 @@ def _badge_position(mask: np.ndarray, badges: list[tuple[float, float]]) -> tupl
 
 def draw_ranking(path: Path, coco_gt: COCO, image_dir: Path, detections: list[dict]) -> None:
     """
-    Draws the same masks twice, from the best to the worst: by class score, and by the calibrated
-    score or, if there is none, by the mask score.
+    Draws the same masks twice, from the best to the worst: by class score and by mask score.
 
     A frame's colour and the number below tell a mask's true IoU, so that a good ranking runs
     from bright to dark. Arguments as in :func:`draw_predictions`.
@@ -161,16 +159,13 @@ def draw_ranking(path: Path, coco_gt: COCO, image_dir: Path, detections: list[di
     figure = Figure(figsize=(1.5 * NUM_RANKED, 5.6), dpi=90)
     grid = figure.subplots(2, NUM_RANKED)
     places = []
-    keys = [key for key in RANKINGS if all(key in d for d in chosen)]
-    for row, key in zip(grid, (keys[0], keys[-1])):
+    for row, (title, key) in zip(grid, RANKINGS.items()):
         order = sorted(range(len(chosen)), key=lambda i: -chosen[i][key])
         for axes, i in zip(row, order):
             image = _load_image(coco_gt, image_dir, chosen[i]["image_id"])
             _show_thumbnail(axes, image, chosen[i], key)
         places.append({i: axes for axes, i in zip(row, order)})
-        row[0].annotate(
-            RANKINGS[key], (0, 1.27), xycoords="axes fraction", fontsize=14, weight="bold"
-        )
+        row[0].annotate(title, (0, 1.27), xycoords="axes fraction", fontsize=14, weight="bold")
     _connect(figure, *places, chosen)
     figure.subplots_adjust(0.008, 0.055, 0.992, 0.885, wspace=0.1, hspace=0.72)
     _save_small(figure, path)
@@ -187,7 +182,7 @@ def _masks_of_every_quality(detections: list[dict]) -> list[dict]:
     """
     Confident detections at equal steps of the true IoU, between nearly the worst and the best.
 
-    The choice does not look at the other scores, so it does not favour either ranking.
+    The choice does not look at the mask scores, so it does not favour either ranking.
     """
     confident = [d for d in detections if d["score"] >= MIN_CLASS_SCORE and d["true_iou"] > 0]
     if not confident:
