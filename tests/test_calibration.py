@@ -147,9 +147,29 @@ def test_the_number_of_threads_does_not_matter(monkeypatch):
 
 def test_a_fitted_calibrator_is_ready_for_use():
     for with_network in (True, False):
-        calibrator = fitted(noise(20), with_network=with_network)
-        assert not calibrator.training
+        samples = noise(20)
+        calibrator = fitted(samples, with_network=with_network)
+        one, other = (
+            calibrator.train(mode).probs(samples.cues, samples.score_log_odds)
+            for mode in (True, False)
+        )
+        assert torch.equal(one, other)
         assert not any(p.requires_grad for p in calibrator.parameters())
+
+
+def test_images_that_do_not_count_leave_something_to_fit_to():
+    """Two images of thirty count. In the same part, they would leave the others nothing."""
+    samples = noise(120)
+    samples.counted = samples.images < 2
+    for seed in range(10):
+        probs = cross_validated_probs(MaskCalibrator(), samples, with_network=False, seed=seed)
+        assert probs.isfinite().all()
+        for k in range(2):  # what is held out does not matter
+            changed = copy.deepcopy(samples)
+            changed.right[samples.images == k] ^= True
+            again = cross_validated_probs(MaskCalibrator(), changed, with_network=False, seed=seed)
+            assert torch.equal(again[samples.images == k], probs[samples.images == k])
+            assert not torch.equal(again, probs)
 
 
 def test_detections_that_do_not_count_change_nothing():

@@ -21,14 +21,12 @@ from ..evaluation.scores import scores_of
 from ..modeling import MaskCalibrator
 from ..utils.errors import UserError
 from ..utils.text import plural
-from .collect import CollectedDetections, collect_detections
+from .collect import MAX_IMAGES, CollectedDetections, collect_detections
 from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
 
 __all__ = ["Calibration", "CheckedFit", "calibrate", "calibrate_on", "fit_if_better"]
 
 logger = logging.getLogger(__name__)
-
-MAX_IMAGES = 1000
 
 
 @dataclass

@@ -30,7 +30,9 @@ from ..modeling import Detections, MaskCalibrator, mask_cues
 from ..utils.errors import UserError, agree_on_user_errors
 from .fit import Samples
 
-__all__ = ["CollectedDetections", "collect_detections"]
+__all__ = ["MAX_IMAGES", "CollectedDetections", "collect_detections"]
+
+MAX_IMAGES = 1000  # by default; also in msrcnn_d2_cli, where importing this would take seconds
 
 
 @dataclass
@@ -58,7 +60,11 @@ class CollectedDetections:
 
 
 def collect_detections(
-    cfg: DictConfig | CfgNode, dataset: str | None = None, *, max_images: int = 1000, seed: int = 0
+    cfg: DictConfig | CfgNode,
+    dataset: str | None = None,
+    *,
+    max_images: int = MAX_IMAGES,
+    seed: int = 0,
 ) -> CollectedDetections | None:
     """
     Predict on images of a dataset, and match the detections with the annotations.

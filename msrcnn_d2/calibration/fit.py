@@ -85,7 +85,6 @@ def fit_calibrator(
     for parameter in calibrator.layers.parameters():
         nn.init.zeros_(parameter)
     _fit_line(calibrator, samples.score_log_odds, right)
-    calibrator.eval()
     if not with_network:
         return
 
@@ -103,7 +102,6 @@ def fit_calibrator(
     num_steps = min(EPOCHS * steps_per_epoch, MAX_STEPS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     calibrator.layers.requires_grad_(True)
-    calibrator.train()
     # Dropout has no generator of its own
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
@@ -118,13 +116,14 @@ def fit_calibrator(
                     ]
                 )
             batch = order[:, position : position + BATCH_SIZE]
-            log_odds = calibrator.log_odds(cues[batch], samples.score_log_odds[batch])
+            log_odds = calibrator.log_odds(
+                cues[batch], samples.score_log_odds[batch], with_dropout=True
+            )
             losses = F.binary_cross_entropy_with_logits(log_odds, right[batch], reduction="none")
             optimizer.zero_grad()
             losses.mean(dim=(1, 2)).sum().backward()  # the networks do not depend on each other
             optimizer.step()
             schedule.step()
-    calibrator.eval()
     calibrator.requires_grad_(False)
 
 

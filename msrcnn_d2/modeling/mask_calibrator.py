@@ -103,17 +103,21 @@ class MaskCalibrator(nn.Module):
         cues = (cues - self.cue_mean) / self.cue_std
         return cues.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
-    def log_odds(self, cues: torch.Tensor, score_log_odds: torch.Tensor) -> torch.Tensor:
+    def log_odds(
+        self, cues: torch.Tensor, score_log_odds: torch.Tensor, with_dropout: bool = False
+    ) -> torch.Tensor:
         """
         Args:
             cues: Tensor of shape (M, N, C), standardised, for each of M networks.
             score_log_odds: Tensor of shape (M, N), the log-odds of the mask scores.
+            with_dropout: for the fit only. It does not depend on the mode of the module, because
+                a calibrator takes no part in training.
 
         Returns:
             Tensor of shape (M, N, 10), the log-odds of a true positive at each IoU threshold.
         """
         for layer in self.layers[:-1]:
-            cues = F.dropout(layer(cues).relu(), DROPOUT, self.training)
+            cues = F.dropout(layer(cues).relu(), DROPOUT, training=with_dropout)
         line = self.slope.float() * score_log_odds[..., None] + self.offset.float()
         return line + self.layers[-1](cues)
 

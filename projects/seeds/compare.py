@@ -226,7 +226,6 @@ def load_calibrators(file: Path) -> tuple[dict[str, MaskCalibrator], dict[str, d
     calibrators = {name: MaskCalibrator() for name in content["states"]}
     for name, state in content["states"].items():
         calibrators[name].load_state_dict(state)
-        calibrators[name].eval()
     return calibrators, content["fits"]
 
 
