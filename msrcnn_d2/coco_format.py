@@ -94,8 +94,8 @@ def read_results(path: str) -> list[dict]:
     Returns:
         At least one detection, each with "image_id", "category_id", a finite "score" and a
         "segmentation", which is compressed RLE, or polygons as in the file. All have a finite
-        "pred_mask_iou", "mask_score" or "quality_score" or none has. The last one is in [0, 1], and
-        so are the ten numbers of "mask_iou_probs". Other keys stay.
+        "pred_mask_iou", "mask_score", "quality_score" or "expected_iou" or none has. The last two
+        are in [0, 1], and so are the ten numbers of "mask_iou_probs". Other keys stay.
 
     Raises:
         UserError: the file cannot be read, or an entry breaks a rule.
@@ -114,7 +114,7 @@ def read_results(path: str) -> list[dict]:
             return  # no polygons: an empty mask
         raise UserError(f"Prediction {k + 1} in '{path}': {message} ({kind}); {RESULTS_ADVICE}.")
 
-    scores = ("pred_mask_iou", "mask_score", "quality_score")
+    scores = ("pred_mask_iou", "mask_score", "quality_score", "expected_iou")
     for k, result in enumerate(results):
         for key in ("image_id", "category_id"):
             if not is_id(result.get(key)):
@@ -122,8 +122,9 @@ def read_results(path: str) -> list[dict]:
         for key in ("score", *(key for key in scores if key in result)):
             if not _is_finite(result.get(key)):
                 refuse("", k, key, f"the {key} is {said(result, key)}, not a finite number")
-        if not _is_probability(result.get("quality_score", 0)):
-            refuse("", k, "quality_score", f"{said(result, 'quality_score')} is not from 0 to 1")
+        for key in ("quality_score", "expected_iou"):
+            if not _is_probability(result.get(key, 0)):
+                refuse("", k, key, f"{said(result, key)} is not from 0 to 1")
         probs = result.get("mask_iou_probs", [0] * NUM_PROBS)
         if not (isinstance(probs, list) and len(probs) == NUM_PROBS):
             found = plural(len(probs), "number") if isinstance(probs, list) else shown(probs)

@@ -41,7 +41,7 @@ from tests.helpers.toy import (
 
 OF_MASK_RCNN = {"pred_boxes", "scores", "pred_classes", "pred_masks"}
 OF_MASK_IOU_HEAD = {"pred_mask_ious", "mask_scores"}
-OF_CALIBRATOR = {"mask_iou_probs", "quality_scores"}
+OF_CALIBRATOR = {"mask_iou_probs", "quality_scores", "expected_mask_ious"}
 NUM_CUES = len(CUES)
 
 
@@ -128,6 +128,18 @@ def test_the_fields_of_instances():
     assert found.mask_iou_probs.dtype == found.quality_scores.dtype == torch.float32
     expected = [sum(row) / 10 for row in found.mask_iou_probs.tolist()]
     assert found.quality_scores.tolist() == pytest.approx(expected)
+    assert found.expected_mask_ious.shape == (5,)
+    assert found.expected_mask_ious.dtype == torch.float32
+
+
+def test_expected_ious():
+    calibrator = MaskCalibrator()
+    # Surely 0.70 to 0.75; at least 0.95 or else below 0.5; surely below 0.5
+    probs = torch.tensor([[1.0] * 5 + [0.0] * 5, [0.4] * 10, [0.0] * 10])
+    expected = [0.725, 0.4 * 0.975, 0]
+    assert calibrator.expected_ious(probs).tolist() == pytest.approx(expected)
+    calibrator.iou_weights.zero_()[[0, 3]] = torch.tensor([0.3, 0.8])  # 0.3 + 0.8 P(IoU >= 0.6)
+    assert calibrator.expected_ious(probs).tolist() == pytest.approx([1, 0.62, 0.3])
 
 
 @pytest.mark.parametrize("with_ious", [True, False])
@@ -257,7 +269,8 @@ def test_the_rest_of_the_model_stays_as_it_was(kind, cascade, scoring):
     assert not before.keys() - after.keys()
     assert all(name.startswith("roi_heads.mask_calibrator.") for name in new)
     assert {name.split(".")[2] for name in new} == {
-        *("cue_mean", "cue_std", "slope", "offset", "layers", "accept_thresholds")
+        *("cue_mean", "cue_std", "slope", "offset", "layers"),
+        *("accept_thresholds", "iou_weights"),
     }
     assert all(torch.equal(before[name], after[name]) for name in before)
 

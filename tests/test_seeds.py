@@ -210,12 +210,6 @@ def test_rankings_of_calibrators():
     assert quality.overall.ap["quality_score"] == pytest.approx(100)  # of the last one
 
 
-def test_expected_ious():
-    # Surely 0.70 to 0.75; at least 0.95 or else below 0.5; surely below 0.5
-    probs = np.array([[1] * 5 + [0] * 5, [0.4] * 10, [0] * 10])
-    assert measures.expected_ious(probs) == pytest.approx([0.725, 0.4 * 0.975, 0])
-
-
 def test_amounts():
     both = [*results(), found((40, 0, 20, 16), 0.3, 0.5)]
     parts = {part: found_in(both, n) for part, n in (("val", 1), ("holdout", 12), ("train", 14))}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,29 @@ from detectron2.config import CfgNode, LazyConfig
 from ..checkpoint.writing import write_weights
 from ..evaluation import MaskQuality
 from ..evaluation.average_precision import AveragePrecision
+from ..evaluation.calibration_errors import iou_targets
 from ..evaluation.operating_points import accept_thresholds, right_detections
 from ..evaluation.scores import scores_of
 from ..modeling import MaskCalibrator
 from ..utils.errors import UserError
 from ..utils.text import plural
 from .collect import MAX_IMAGES, CollectedDetections, collect_detections
-from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
+from .fit import (
+    NUM_FOLDS,
+    Samples,
+    cross_validated_probs,
+    fit_calibrator,
+    fit_expected_ious,
+)
 
-__all__ = ["Calibration", "CheckedFit", "calibrate", "calibrate_on", "fit_if_better"]
+__all__ = [
+    "Calibration",
+    "CheckedFit",
+    "add_scores",
+    "calibrate",
+    "calibrate_on",
+    "fit_if_better",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -138,22 +153,8 @@ def calibrate_on(
     title = "fitting" if progress else ""
     fit = fit_if_better(calibrator, ranking, samples, seed=seed, progress=title)
     probs = fit.probs
-    for result, row, score in zip(
-        ranking.overlaps.results, probs.tolist(), probs.mean(dim=1).tolist()
-    ):
-        result.update(mask_iou_probs=row, quality_score=score)
-
-    # What is right at an IoU depends on who chooses first, so each column has its own matching
-    matchings = [
-        right_detections(ranking.overlaps, column, ranking.max_dets[-1])
-        for column in probs.T.numpy()
-    ]
-    right, counted = (
-        np.stack([matching[part][k] for k, matching in enumerate(matchings)], axis=1)
-        for part in (0, 1)
-    )
-    thresholds = accept_thresholds(probs.numpy(), right, counted)
-    calibrator.accept_thresholds.copy_(torch.from_numpy(thresholds))
+    add_scores(ranking.overlaps.results, calibrator, probs)
+    _fit_accept_thresholds(calibrator, ranking, probs.numpy())
     roi_heads.mask_calibrator = calibrator.to(next(roi_heads.parameters()).device)
     return Calibration(
         cfg=collected.cfg,
@@ -166,6 +167,35 @@ def calibrate_on(
         with_network=fit.with_network,
         ap_of_network=fit.ap_of_network,
     )
+
+
+def _fit_accept_thresholds(
+    calibrator: MaskCalibrator, ranking: AveragePrecision, probs: np.ndarray
+) -> None:
+    # What is right at an IoU depends on who chooses first, so each column has its own matching
+    matchings = [
+        right_detections(ranking.overlaps, column, ranking.max_dets[-1]) for column in probs.T
+    ]
+    right, counted = (
+        np.stack([matching[part][k] for k, matching in enumerate(matchings)], axis=1)
+        for part in (0, 1)
+    )
+    thresholds = accept_thresholds(probs, right, counted)
+    calibrator.accept_thresholds.copy_(torch.from_numpy(thresholds))
+
+
+def add_scores(results: Iterable[dict], calibrator: MaskCalibrator, probs: torch.Tensor) -> None:
+    """
+    Add to results in COCO's format what a model with this calibrator predicts.
+
+    Args:
+        results: N detections, which are modified.
+        probs: (N, 10), their "mask_iou_probs".
+    """
+    values = probs, probs.mean(dim=1), calibrator.expected_ious(probs)
+    keys = "mask_iou_probs", "quality_score", "expected_iou"
+    for result, *row in zip(results, *(x.tolist() for x in values)):
+        result.update(zip(keys, row))
 
 
 @dataclass
@@ -213,4 +243,6 @@ def fit_if_better(
     if not with_network:
         probs = cross_validated_probs(calibrator, samples, with_network=False, seed=seed)
     fit_calibrator(calibrator, samples, with_network=with_network, seed=seed, progress=progress)
+    ious, counted = iou_targets(ranking.overlaps, probs.mean(dim=1).numpy(), ranking.max_dets[-1])
+    fit_expected_ious(calibrator, probs[counted], torch.from_numpy(ious[counted]))
     return CheckedFit(probs, with_network, ap_of_network)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from ..modeling import MaskCalibrator
 
-__all__ = ["Samples", "cross_validated_probs", "fit_calibrator"]
+__all__ = ["Samples", "cross_validated_probs", "fit_calibrator", "fit_expected_ious"]
 
 # Chosen on images of shapes that no result is reported on; none of them is critical
 EPOCHS = 60
@@ -22,6 +23,7 @@ BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-2
 NUM_FOLDS = 5
+NUM_SWEEPS = 1000  # over eleven weights: milliseconds
 
 
 @dataclass
@@ -133,6 +135,10 @@ def _fit_line(
     log_slope = torch.zeros(right.shape[1], dtype=torch.float64, requires_grad=True)
     offset = torch.zeros_like(log_slope, requires_grad=True)
     x, y = score_log_odds.double()[:, None], right.double()
+    # Platt's targets: one detection more of either kind. So a score that separates them does not
+    # give probabilities of 0 and 1, which would be ties.
+    num_right = y.sum(dim=0)
+    y = torch.where(right.bool(), (num_right + 1) / (num_right + 2), 1 / (len(y) - num_right + 2))
     optimizer = torch.optim.LBFGS(
         [log_slope, offset], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9
     )
@@ -140,7 +146,7 @@ def _fit_line(
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         value = F.binary_cross_entropy_with_logits(log_slope.exp() * x + offset, y)
-        # Where all detections are right, or none, the best line would be infinitely steep or far
+        # With few detections, the best line can still be very steep, or far away
         value = value + 1e-4 * (log_slope.square().mean() + offset.square().mean())
         value.backward()
         return value
@@ -160,6 +166,25 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(number)
+
+
+def fit_expected_ious(calibrator: MaskCalibrator, probs: torch.Tensor, ious: torch.Tensor) -> None:
+    """
+    Fit the expected IoU by least squares, in place. No weight is negative, so that it never falls
+    where a probability rises.
+
+    Args:
+        probs: (N, 10), what calibrators say that have not seen the images.
+        ious: (N,), the IoU of each true positive, 0 for false ones.
+    """
+    columns = torch.cat([torch.ones(len(probs), 1), probs], dim=1).double().numpy()
+    gram, product = columns.T @ columns, columns.T @ ious.double().numpy()
+    weights = np.zeros(len(gram))
+    for _ in range(NUM_SWEEPS):  # coordinate descent
+        for k, row in enumerate(gram):
+            step = (product[k] - row @ weights) / max(row[k], 1e-12)  # 0 if no probability is
+            weights[k] = max(weights[k] + step, 0)
+    calibrator.iou_weights.copy_(torch.from_numpy(weights))
 
 
 def cross_validated_probs(
@@ -184,7 +209,10 @@ def cross_validated_probs(
         float32 Tensor of shape (N, 10), as :meth:`MaskCalibrator.probs` returns them.
     """
     images, index = samples.images.unique(return_inverse=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    # Images without anything to fit to are in any part, the others evenly in all
+    usable = torch.isin(images, samples.images[samples.counted])
+    order = torch.zeros(len(images), dtype=torch.int64)
+    order[usable] = torch.randperm(int(usable.sum()), generator=torch.Generator().manual_seed(seed))
     fold = (order % NUM_FOLDS)[index]
     probs = torch.zeros(samples.right.shape)
     for k in fold.unique().tolist():

@@ -30,9 +30,9 @@ class CalibrationErrors:
         laece, laace: LaECE_0 and LaACE_0, see :func:`localisation_aware_errors`; NaN where no class
             with objects has detections.
         brier: {IoU threshold: Brier score}, for "0.50" and "0.75", of the probability that a
-            detection is right at this threshold, see :func:`right_at`. A calibrated score has
-            probabilities of its own, its "mask_iou_probs". Other scores are read as if they were
-            this probability. NaN without detections.
+            detection is right at this threshold, see :func:`right_at`. For the scores of a
+            calibrator these are its "mask_iou_probs". Other scores are read as if they were this
+            probability. NaN without detections.
         ece: {IoU threshold: expected calibration error over ten bins} of the same probability.
     """
 

@@ -252,7 +252,7 @@ class MaskQuality:
 
     def _probabilities(self, name: str) -> np.ndarray:
         """2 x N, what a score says about being right at PROBABILITY_IOUS."""
-        if name == "quality_score" and self.mask_iou_probs is not None:
+        if name in ("quality_score", "expected_iou") and self.mask_iou_probs is not None:
             return self.mask_iou_probs[
                 :, [IOU_THRESHOLDS.searchsorted(x) for x in PROBABILITY_IOUS]
             ].T

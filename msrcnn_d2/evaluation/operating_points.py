@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from ..modeling.mask_calibrator import NUM_PERCENTS, UNREACHED
 from ..utils.errors import UserError
 from .matching import Overlaps
 
@@ -24,7 +25,6 @@ __all__ = [
 MIN_COUNT = 20  # detections from which a precision is estimated; one of 20 is 5 %
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
-UNREACHED = 2.0  # a threshold above every probability: nothing is accepted
 
 
 @dataclass
@@ -286,8 +286,8 @@ def accept_thresholds(
         that :meth:`ThresholdCurve.operating_point` accepts from; 2 where there is none.
     """
     probs = np.asarray(probs, dtype=np.float32)
-    table = np.full((probs.shape[1], 99), UNREACHED, dtype=np.float32)
-    wanted = np.arange(1, 100) / 100
+    table = np.full((probs.shape[1], NUM_PERCENTS), UNREACHED, dtype=np.float32)
+    wanted = np.arange(1, NUM_PERCENTS + 1) / 100
     for row, column, is_right, counts in zip(
         table,
         probs.T,

@@ -30,6 +30,7 @@ SCORES = {
     "predicted_iou": Score("pred_mask_iou", "pred_mask_ious", "predicted IoU", ranks=False),
     "mask_score": Score("mask_score", "mask_scores", "mask score"),
     "quality_score": Score("quality_score", "quality_scores", "calibrated score"),
+    "expected_iou": Score("expected_iou", "expected_mask_ious", "expected IoU", ranks=False),
 }
 # The probabilities that the calibrated score is the mean of have the same name in both places
 MASK_IOU_PROBS = "mask_iou_probs"

@@ -21,6 +21,7 @@ __all__ = [
     "NUM_PERCENTS",
     "NUM_THRESHOLDS",
     "ROI_MASK_CALIBRATOR_REGISTRY",
+    "UNREACHED",
     "MaskCalibrator",
     "build_mask_calibrator",
 ]
@@ -34,6 +35,7 @@ The registered object will be called with `obj(cfg)`.
 
 NUM_THRESHOLDS = 10  # IoU 0.50, 0.55, ..., 0.95, as in COCO
 NUM_PERCENTS = 99  # precisions of 1 % to 99 %
+UNREACHED = 2.0  # a threshold above every probability: nothing is accepted
 DROPOUT = 0.1  # after each hidden layer, while the network is fitted
 MAX_DEVIATIONS = 5.0  # cues are clamped to that many standard deviations
 
@@ -65,11 +67,15 @@ class MaskCalibrator(nn.Module):
         slope, offset: (10,), the line for each threshold.
         accept_thresholds: (10, 99), for each IoU threshold and for a precision of 1 % to 99 % the
             probability from which on detections have this precision; 2 where it is not reached.
+        iou_weights: (11,), the expected IoU: a constant, and what each probability adds to it.
+            Before the fit, an IoU between two thresholds counts as the middle, and one below 0.5
+            as 0.
     """
 
     cue_mean: torch.Tensor
     cue_std: torch.Tensor
     accept_thresholds: torch.Tensor
+    iou_weights: torch.Tensor
 
     @configurable
     def __init__(self, *, hidden_dim: int = 64, num_members: int = 3):
@@ -86,7 +92,11 @@ class MaskCalibrator(nn.Module):
         self.num_members = num_members
         sizes = (len(CUES), hidden_dim, hidden_dim, NUM_THRESHOLDS)
         self.layers = nn.ModuleList(_SideBySide(num_members, *x) for x in zip(sizes, sizes[1:]))
-        self.register_buffer("accept_thresholds", torch.full((NUM_THRESHOLDS, NUM_PERCENTS), 2.0))
+        unreached = torch.full((NUM_THRESHOLDS, NUM_PERCENTS), UNREACHED)
+        self.register_buffer("accept_thresholds", unreached)
+        iou_weights = torch.full((1 + NUM_THRESHOLDS,), 0.05)
+        iou_weights[:2] = torch.tensor([0, 0.525])
+        self.register_buffer("iou_weights", iou_weights)
         # Neither training nor its processes know the calibrator
         self.requires_grad_(False)
 
@@ -136,6 +146,18 @@ class MaskCalibrator(nn.Module):
         )
         return self.log_odds(cues, score_log_odds).sigmoid().mean(dim=0).cummin(dim=1).values
 
+    def expected_ious(self, probs: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            probs: Tensor of shape (N, 10), from :meth:`probs`.
+
+        Returns:
+            Tensor of shape (N,) in [0, 1], the IoU to expect of each mask with its object, where
+            a false positive has the IoU 0.
+        """
+        weights = self.iou_weights.float()
+        return (weights[0] + probs @ weights[1:]).clamp(0, 1)
+
     def forward(self, instances: list[Instances]) -> list[Instances]:
         """
         Args:
@@ -143,9 +165,10 @@ class MaskCalibrator(nn.Module):
                 image that the model sees.
 
         Returns:
-            the same instances. Where they have "scores", they get "mask_iou_probs" (N, 10) and
-            their mean, "quality_scores" (N,): the expected precision of the detection over COCO's
-            thresholds. Boxes that the user gives have no scores.
+            the same instances. Where they have "scores", they get "mask_iou_probs" (N, 10); their
+            mean, "quality_scores" (N,): the expected precision of the detection over COCO's
+            thresholds; and "expected_mask_ious" (N,), see :meth:`expected_ious`. Boxes that the
+            user gives have no scores.
         """
         if not all(x.has("scores") for x in instances):
             return instances
@@ -156,6 +179,7 @@ class MaskCalibrator(nn.Module):
         for x, probs_per_image in zip(instances, probs.split([len(x) for x in instances])):
             x.mask_iou_probs = probs_per_image
             x.quality_scores = probs_per_image.mean(dim=1)
+            x.expected_mask_ious = self.expected_ious(probs_per_image)
         return instances
 
 

@@ -18,9 +18,10 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import same
-from ..evaluation.operating_points import UNREACHED, iou_index, parse_operating_point
+from ..evaluation.operating_points import iou_index, parse_operating_point
 from ..image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
 from ..modeling.acceleration import use_channels_last_on_cpu
+from ..modeling.mask_calibrator import UNREACHED
 from ..utils.errors import UserError
 from ..utils.text import listed
 

@@ -21,6 +21,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "predicted_iou": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     "mask_score": {"color": "#0072B2", "linestyle": "-"},
     "quality_score": {"color": "#009E73", "linestyle": "-."},
+    "expected_iou": {"color": "#E69F00", "linestyle": (0, (2, 1))},
     "true_iou": {"color": "black", "linestyle": ":"},
 }
 # Of two lines that are no scores

@@ -89,7 +89,7 @@ def thresholded_scores(
         score and the probability of a mask IoU of at least `iou`.
     """
     chosen = IOUS.index(f"{iou:.2f}")
-    scores = {k: v for k, v in quality.scores.items() if k != "predicted_iou"}
+    scores = {name: quality.scores[name] for name in quality.rankings}
     titles = dict(TITLES)
     if all("mask_iou_probs" in r for r in quality.results):
         scores["mask_iou_prob"] = np.array([r["mask_iou_probs"][chosen] for r in quality.results])

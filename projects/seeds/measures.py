@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from detections import Found
-from msrcnn_d2.calibration import Samples, fit_calibrator, fit_if_better
+from msrcnn_d2.calibration import Samples, add_scores, fit_calibrator, fit_if_better
+from msrcnn_d2.calibration.collect import MAX_IMAGES
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
-from msrcnn_d2.evaluation.calibration_errors import iou_targets, localisation_aware_errors
-from msrcnn_d2.evaluation.matching import IOU_THRESHOLDS
 from msrcnn_d2.modeling import CUES, MaskCalibrator
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
 
 THRESHOLDS = (50, 75, 90)
 NUM_IMAGES = (10, 20, 50, 100)  # that a calibrator is fitted to, to see how many it needs
-MAX_IMAGES = 1000  # the default of `msrcnn-d2 calibrate`
 
 SCORE, IOU = {"class_log_odds"}, {"mask_iou"}
 SHAPE = {
@@ -126,8 +124,7 @@ def calibrate(found: Found, seed: int) -> tuple[MaskCalibrator, dict[str, Any]]:
 def calibrated_quality(calibrator: MaskCalibrator, found: Found) -> MaskQuality:
     """What the scores of a calibrator are worth. They are written into the results."""
     probs = calibrator.probs(found.samples.cues, found.samples.score_log_odds)
-    for result, row, score in zip(found.results, probs.tolist(), probs.mean(dim=1).tolist()):
-        result.update(mask_iou_probs=row, quality_score=score)
+    add_scores(found.results, calibrator, probs)
     return MaskQuality(found.ranking)
 
 
@@ -143,7 +140,7 @@ def measure_rankings(
         for the model's own rankings, for that of each calibrator and for "true_iou": mask AP in
         percent ("ap", "ap50", "ap75"), and for all but the last how honest the score is ("laece",
         and the calibration error and Brier score of the probability of an IoU of 0.5 or 0.75 or
-        more); for a calibrator also "laece_iou", LaECE_0 of the IoU that its probabilities expect.
+        more); for a calibrator also "laece_iou", LaECE_0 of the expected IoU.
         And the quality of masks with the scores of the last calibrator.
     """
     numbers: dict[str, dict[str, float]] = {}
@@ -169,27 +166,8 @@ def _numbers_of(quality: MaskQuality, ranking: str) -> dict[str, float]:
         for k in (50, 75):
             numbers |= {f"ece{k}": errors.ece[f"0.{k}"], f"brier{k}": errors.brier[f"0.{k}"]}
     if ranking == "quality_score":
-        assert quality.mask_iou_probs is not None
-        scores = expected_ious(quality.mask_iou_probs)
-        overlaps, limit = quality.average_precision.overlaps, quality.max_dets
-        targets, counts = iou_targets(overlaps, scores, limit)
-        classes = quality.class_indices
-        numbers["laece_iou"], _ = localisation_aware_errors(
-            scores[counts], targets[counts], classes[counts]
-        )
+        numbers["laece_iou"] = quality.calibration["expected_iou"].laece
     return numbers
-
-
-def expected_ious(probs: np.ndarray) -> np.ndarray:
-    """
-    The mean IoU of a true positive, 0 for a false one, that probabilities expect.
-
-    Args:
-        probs: N x 10, P(IoU >= t) for t = 0.50, 0.55, ..., 0.95. Between two thresholds an IoU is
-            taken to be in the middle; one below 0.5 counts as 0.
-    """
-    at_least = np.pad(probs, ((0, 0), (0, 1)))
-    return (at_least[:, :-1] - at_least[:, 1:]) @ (IOU_THRESHOLDS + 0.025)
 
 
 def measure_cues(holdout: Found, val: Found, seed: int) -> dict[str, float]:
