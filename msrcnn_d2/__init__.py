@@ -16,7 +16,7 @@ Data flow, top to bottom (``=`` Detectron2 unchanged, ``+`` ours; training | inf
       + mask_iou_loss | mask_iou_inference -> loss_mask_iou | pred_mask_ious,
                                               mask_scores = scores x pred_mask_ious
       + MaskCalibrator (if there is one)   -> mask_iou_probs: P(IoU >= 0.50, 0.55, ... 0.95),
-                                              quality_scores = their mean
+                                              quality_scores = their mean, expected_mask_ious
       + MaskScoringCOCOEvaluator           -> box AP by scores, mask AP by mask_scores,
                                               MaskQuality: what the scores say about the masks
       + write_report                       -> a page that shows it

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         metavar="RESULTS.json",
         help='list of predictions with "image_id", "category_id", "score", "segmentation" and, if '
-        'the model predicts them, "pred_mask_iou", "mask_score", "quality_score", "mask_iou_probs"',
+        'the model predicts them, "pred_mask_iou", "mask_score", "quality_score", "expected_iou", '
+        '"mask_iou_probs"',
     )
     parser.add_argument(
         "annotations", metavar="ANNOTATIONS.json", help="ground truth in COCO's format"

@@ -51,7 +51,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     server takes: "coco_bbox_results.json" with class scores, "coco_segm_results.json" with mask
     scores, and "coco_segm_by_quality_score_results.json" with calibrated scores. The entries of
     "coco_instances_results.json" have all scores of the model ("score", "pred_mask_iou",
-    "mask_score", "quality_score") and its "mask_iou_probs", rounded to six digits.
+    "mask_score", "quality_score", "expected_iou") and its "mask_iou_probs", rounded to six digits.
 
     If more than 100 detections of an image count, "AP" and the other numbers without a limit in
     their names count all of them. "AP@100", "AP50@100" and "AP75@100" are comparable with published

@@ -47,8 +47,8 @@ class MaskScoringROIHeads(StandardROIHeads):
 
     A MaskIoU head predicts each mask's IoU with its object. It adds the loss "loss_mask_iou" in
     training, and the fields "pred_mask_ious" and "mask_scores" in inference. A calibrator adds
-    "mask_iou_probs" and "quality_scores" in inference. Boxes, classes, masks and "scores" are those
-    of Mask R-CNN.
+    "mask_iou_probs", "quality_scores" and "expected_mask_ious" in inference. Boxes, classes, masks
+    and "scores" are those of Mask R-CNN.
     """
 
     @configurable
@@ -170,7 +170,7 @@ class MaskScoringROIHeads(StandardROIHeads):
         """
         Args and returns as in the base class. In inference, a MaskIoU head adds "pred_mask_ious"
         to the instances and, where they have "scores", "mask_scores"; a calibrator adds
-        "mask_iou_probs" and "quality_scores".
+        "mask_iou_probs", "quality_scores" and "expected_mask_ious".
         """
         if not self.mask_on:  # test-time augmentation switches masks off to find boxes
             return {} if self.training else instances

@@ -147,8 +147,8 @@ class MaskScoringPredictor:
             "pred_mask_ious", "mask_scores", "pred_classes", "pred_boxes" in pixels of the given
             image, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
             "pred_mask_ious". A model with a calibrator adds "mask_iou_probs" of shape (N, 10), the
-            probabilities that the mask is a true positive at an IoU of 0.50, 0.55, ..., 0.95, and
-            their mean, "quality_scores".
+            probabilities that the mask is a true positive at an IoU of 0.50, 0.55, ..., 0.95;
+            their mean, "quality_scores"; and "expected_mask_ious".
 
         Raises:
             UserError: a file is missing or not an image.
