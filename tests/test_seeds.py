@@ -131,6 +131,25 @@ def test_better_heads():
     assert aps["class score x true IoU"] == "100.0"
 
 
+def test_retrofits_have_a_table_of_their_own():
+    def retrofit_of(learned_from, seed, ap):
+        run = run_of("ms_rcnn", seed)
+        run["rankings"]["mask_score"] = {**ranked(ap, 0.2), "gap_closed": (ap - 32) / 4}
+        return {**run, "model": f"retrofit_on_{learned_from}"}
+
+    retrofits = [retrofit_of("proposals", 0, 32.5), retrofit_of("detections", 0, 33.0)]
+    retrofits += [retrofit_of("proposals", 1, 32.7), retrofit_of("detections", 1, 33.4)]
+    text = tables.tables([*RUNS, *retrofits])
+    found = rows_of(text, "What a head learns from", key=2)
+    assert len(found) == 7
+    expected = ["33.20 ± 0.28", "+1.20 ± 0.28", "33.2 ± 0.3", "33.2 ± 0.3", "30 ± 7"]
+    assert found["mask score (the paper), from detections"] == expected
+    assert found["class score, none"][:2] == ["32.00 ± 0.00", ""]
+    assert found["calibrated on training images, none"][1] == "+2.00 ± 0.00"
+    assert len(rows_of(text, "What its predictions are worth")) == 2
+    assert text.startswith(tables.tables(RUNS))  # nothing else changes
+
+
 def test_gains_are_paired_per_seed():
     text = tables.tables([run_of("ms_rcnn", 0, train_ap=34.0), run_of("ms_rcnn", 1, train_ap=36.0)])
     rows = rows_of(text, "Calibrated scores", key=2)

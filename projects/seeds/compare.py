@@ -4,6 +4,7 @@ them, since one run of each says little: tables with mean and standard deviation
 
     compare.py nuclei --data NUCLEI   data from projects/nuclei/prepare.py; hours on two cores
     compare.py shapes                 draws its data; models of the demo
+    compare.py shapes --retrofit      also mask IoU heads for the Mask R-CNNs, trained afterwards
 
 What it leaves in the output folder::
 
@@ -53,6 +54,8 @@ from tables import TITLES, tables
 PROJECTS = Path(__file__).resolve().parents[1]
 ROOT = PROJECTS.parent
 MODELS = ("mask_rcnn", "ms_rcnn")
+# What the head of a retrofitted Mask R-CNN of the same seed learns from
+RETROFITS = {"retrofit_on_proposals": "proposals", "retrofit_on_detections": "detections"}
 # With one thread the results do not depend on the number of cores, and runs go on side by side
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 # Mean difference of the largest and the smallest of R, G and B; fluorescence has exactly 0
@@ -74,6 +77,8 @@ class Study:
     groups: dict[str, Collection] = field(default_factory=dict)
 
     def config(self, model: str) -> Path:
+        if model in RETROFITS:
+            return PROJECTS / "retrofit" / f"retrofit_{self.name}.py"
         return PROJECTS / self.name / f"{model}_{self.name}.py"
 
 
@@ -83,11 +88,13 @@ def main() -> None:
     with exit_on_user_error():
         study = PREPARE[args.study](args)
         output = args.output or Path("output") / f"{args.study}-seeds"
-        jobs = [(model, seed) for seed in args.seeds for model in args.models]
         # PyTorch does not work in forked processes
         context = multiprocessing.get_context("spawn")
+        runs: list[dict[str, Any]] = []
         with ProcessPoolExecutor(args.jobs, context) as pool:
-            runs = list(pool.map(partial(make_run, study, output, args.other), *zip(*jobs)))
+            for models in (args.models, RETROFITS if args.retrofit else ()):
+                jobs = [(model, seed) for seed in args.seeds for model in models]
+                runs += pool.map(partial(make_run, study, output, args.other), *zip(*jobs))
         text = tables(runs)
         (output / "tables.md").write_text(text)
         (output / "numbers.json").write_text(json.dumps(runs, indent=1) + "\n")
@@ -109,10 +116,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
+    parser.add_argument(
+        "--retrofit",
+        action="store_true",
+        help="also train mask IoU heads for the Mask R-CNNs, on proposals and on detections",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
     args = parser.parse_args()
     if "ms_rcnn" not in args.models:
         parser.error("--models needs ms_rcnn, which all tables are about")
+    if args.retrofit and "mask_rcnn" not in args.models:
+        parser.error("--retrofit needs the models of mask_rcnn")
     args.seeds = sorted(set(args.seeds))
     return args
 
@@ -168,7 +182,12 @@ def make_run(
         for part in ("train", "val"):
             command += ["--dataset", f"{study.name}_{part}", *parts[part]]
         resume = ["--resume"] if (folder / "last_checkpoint").is_file() else []
-        run(*command, *resume, f"train.output_dir={folder}", f"train.seed={seed}")
+        command += [*resume, f"train.output_dir={folder}", f"train.seed={seed}"]
+        if model in RETROFITS:
+            trained = output / f"mask_rcnn-{seed}" / "model_final.pth"
+            command += [f"train.init_checkpoint={trained}"]
+            command += [f"model.learn_from={RETROFITS[model]}"]
+        run(*command)
 
     @cache
     def found(part: str) -> Found:
@@ -200,6 +219,8 @@ def make_run(
     numbers = {"model": model, "seed": seed, "fits": fits}
     numbers |= kept(measured / "scores.json", lambda: measure({k: found(k) for k in parts}))
     numbers["rankings"] = kept(measured / "rankings.json", rankings)
+    if model in RETROFITS:
+        return numbers
     numbers["cues"] = kept(
         measured / "cues.json", lambda: measure_cues(found("holdout"), found("val"), seed)
     )

@@ -10,6 +10,11 @@ from tabulate import tabulate
 __all__ = ["TITLES", "tables"]
 
 TITLES = {"mask_rcnn": "Mask R-CNN", "ms_rcnn": "Mask Scoring R-CNN"}
+RETROFITS = {
+    "mask_rcnn": "none",
+    "retrofit_on_proposals": "from foreground proposals",
+    "retrofit_on_detections": "from detections",
+}
 # The columns of the main table: title, model, ranking
 COLUMNS = [
     ("Mask R-CNN", "mask_rcnn", "class_score"),
@@ -18,6 +23,13 @@ COLUMNS = [
     ("ceiling, by true IoU", "ms_rcnn", "true_iou"),
 ]
 THRESHOLDS = (50, 75, 90)
+HEAD_COLUMNS = {
+    "correlation": "correlation",
+    "mae": "mean absolute error",
+    "bias": "mean error",
+    "ece": "calibration error",
+    "ece_all": "calibration error, all detections",
+}
 # The scores of a model itself, and calibrated ones by what they were fitted to
 SCORES = {
     "class_score": "class score",
@@ -37,7 +49,10 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
     Returns:
         Markdown.
     """
-    by_model = {name: [r for r in runs if r["model"] == name] for name in TITLES}
+    by_model = {name: [r for r in runs if r["model"] == name] for name in TITLES | RETROFITS}
+    retrofits = {name: of_model for name in RETROFITS if (of_model := by_model[name])}
+    by_model = {name: by_model[name] for name in TITLES}
+    runs = [r for of_model in by_model.values() for r in of_model]
     plain, scoring = by_model["mask_rcnn"], by_model["ms_rcnn"]
     by_model = {name: of_model for name, of_model in by_model.items() if of_model}
     parts = [
@@ -53,6 +68,9 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
     ]
     if "transfer" in runs[0]:
         parts.append(("Calibrators on images of another kind", _transfer(by_model)))
+    if len(retrofits) > 1:
+        parts.append(("What a head learns from that is trained afterwards", _retrofits(retrofits)))
+        parts.append(("What its predictions are worth on val", _heads_of_retrofits(retrofits)))
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts) + "\n"
 
 
@@ -69,22 +87,58 @@ def _calibrated(by_model: dict[str, list[dict]]) -> str:
                 continue
             of_score = [r["rankings"][name] for r in runs]
             gains = [x["ap"] - own_ranking(r["rankings"])["ap"] for x, r in zip(of_score, runs)]
-            shares = [100 * x["gap_closed"] for x in of_score if "gap_closed" in x]
             rows.append(
                 [
                     TITLES[model],
                     title,
-                    _spread([x["ap"] for x in of_score], 2),
-                    _spread(gains, 2, True) if any(gains) else "",
-                    _spread([x["ap50"] for x in of_score], 1),
-                    _spread([x["ap75"] for x in of_score], 1),
-                    _spread(shares, 0),
+                    *_aps(of_score, gains),
                     _spread([x.get("laece") for x in of_score], 3),
                     _spread([x.get("laece_iou") for x in of_score], 3),
                 ]
             )
     headers = ["model", "masks ranked by", "mask AP", "gain", "AP50", "AP75", "% of the gap"]
     headers += ["LaECE_0", "LaECE_0 of the expected IoU"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def _aps(of_score: list[dict], gains: list[float]) -> list[str]:
+    """The cells "mask AP", "gain", "AP50", "AP75" and "% of the gap" of a score in several runs."""
+    return [
+        _spread([x["ap"] for x in of_score], 2),
+        _spread(gains, 2, True) if any(gains) else "",
+        _spread([x["ap50"] for x in of_score], 1),
+        _spread([x["ap75"] for x in of_score], 1),
+        _spread([100 * x["gap_closed"] for x in of_score if "gap_closed" in x], 0),
+    ]
+
+
+def _retrofits(by_model: dict[str, list[dict]]) -> str:
+    rows = []
+    for name in ("class_score", "mask_score", "train", "true_iou"):
+        for model, runs in by_model.items():
+            if name not in runs[0]["rankings"]:
+                continue
+            if name in ("class_score", "true_iou") and model != "mask_rcnn":
+                continue  # the masks and these scores are the same
+            of_score = [r["rankings"][name] for r in runs]
+            gains = [x["ap"] - r["rankings"]["class_score"]["ap"] for x, r in zip(of_score, runs)]
+            rows.append([SCORES[name], RETROFITS[model], *_aps(of_score, gains)])
+    headers = ["masks ranked by", "the head learned", "mask AP", "gain over class score"]
+    headers += ["AP50", "AP75", "% of the gap"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def _heads_of_retrofits(by_model: dict[str, list[dict]]) -> str:
+    heads = {
+        RETROFITS[model]: [r["head"]["val"] for r in runs]
+        for model, runs in by_model.items()
+        if "head" in runs[0]
+    }
+    rows = [
+        [title, *(_spread([head[column] for head in of_model], 3) for column in HEAD_COLUMNS)]
+        for title, of_model in heads.items()
+    ]
+    headers = ["the head learned", *HEAD_COLUMNS.values()]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
@@ -295,18 +349,11 @@ def _claims(plain: list[dict], scoring: list[dict]) -> str:
 
 def _heads(scoring: list[dict]) -> str:
     titles = {"train": "trained on", "holdout": "held out", "val": "val"}
-    columns = {
-        "correlation": "correlation",
-        "mae": "mean absolute error",
-        "bias": "mean error",
-        "ece": "calibration error",
-        "ece_all": "calibration error, all detections",
-    }
     rows = [
-        [title, *(_spread([n["head"][part][c] for n in scoring], 3) for c in columns)]
+        [title, *(_spread([n["head"][part][c] for n in scoring], 3) for c in HEAD_COLUMNS)]
         for part, title in titles.items()
     ]
-    return tabulate(rows, ["images", *columns.values()], "github", disable_numparse=True)
+    return tabulate(rows, ["images", *HEAD_COLUMNS.values()], "github", disable_numparse=True)
 
 
 def _spread(values: list, digits: int, signed: bool = False) -> str:
