@@ -123,10 +123,11 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
 
     print(
         f"\nFitted to {calibration.num_detections:,} detections in {calibration.num_images:,} "
-        f"images of '{calibration.dataset}'. For the table, each image got its scores from a "
-        "calibrator that had not seen it:\n"
+        f"images of '{calibration.dataset}'."
     )
-    print(calibration.quality.table())
+    if calibration.with_network:
+        print("For the table, each image got its scores from a calibrator that had not seen it.")
+    print(f"\n{calibration.quality.table()}")
     if not calibration.with_network:
         ap = calibration.quality.overall.ap
         print(

@@ -404,6 +404,8 @@ def test_too_little_to_gain_from_leaves_the_ranking_as_it_is(world):
     calibrator = calibration.model.roi_heads.mask_calibrator
     quality = calibrator.probs(samples.cues, samples.score_log_odds).mean(dim=1)
     assert torch.equal(quality.argsort(), scores.argsort())
+    ap = calibration.quality.overall.ap
+    assert ap["quality_score"] == ap["mask_score"]
 
 
 def test_the_dataset_of_the_config_is_the_default(world):

@@ -53,8 +53,8 @@ class Calibration:
         cfg: the config of the model with the calibrator.
         model: the model with the calibrator, in evaluation mode.
         class_names: names of the model's classes, if its weights have them.
-        quality: of the masks under all rankings, over the images that the calibrator was fitted to.
-            Each detection has the calibrated score of a calibrator that has not seen its image.
+        quality: of the masks under all rankings, over the images that the calibrator was fitted to,
+            with the probabilities of :class:`CheckedFit`.
         dataset: name of the dataset.
         num_images, num_detections: what the calibrator was fitted to.
         with_network: whether the calibrator ranks the masks anew. Otherwise there was too little
@@ -203,7 +203,7 @@ class CheckedFit:
     """
     Attributes:
         probs: Tensor of shape (N, 10), for each detection from a calibrator that has not seen its
-            image.
+            image; without networks, from the calibrator itself, which ranks as the model does.
         with_network: whether the networks were fitted, because they rank the masks better.
         ap_of_network: mask AP in percent that the cross-validation promised with the networks.
     """
@@ -240,9 +240,10 @@ def fit_if_better(
         )
     )
     with_network = ap_of_network > ap_of_score
-    if not with_network:
-        probs = cross_validated_probs(calibrator, samples, with_network=False, seed=seed)
     fit_calibrator(calibrator, samples, with_network=with_network, seed=seed, progress=progress)
+    if not with_network:
+        # Five lines would not rank as one does; and one hardly knows the images it was fitted to
+        probs = calibrator.probs(samples.cues, samples.score_log_odds)
     ious, counted = iou_targets(ranking.overlaps, probs.mean(dim=1).numpy(), ranking.max_dets[-1])
     fit_expected_ious(calibrator, probs[counted], torch.from_numpy(ious[counted]))
     return CheckedFit(probs, with_network, ap_of_network)
