@@ -9,7 +9,9 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.font_manager import FontEntry
 
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
@@ -82,6 +84,21 @@ def test_figures_and_pictures_have_the_names(installed):
 def test_numbers_beside_a_name_from_right_to_left_keep_their_order():
     assert fonts.left_to_right("cat") == "cat"
     assert fonts.left_to_right("\u0642\u0637\u0629") == "\u200e\u0642\u0637\u0629\u200e"
+
+
+def test_a_condensed_font_is_only_for_families_without_another(monkeypatch):
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    entries = [
+        FontEntry(fname=f"{name}{stretch}.ttf", name=name, stretch=stretch)
+        for name, stretch in (
+            *(("Sans A", "condensed"), ("Sans A", "normal")),
+            *(("Sans B", "normal"), ("Sans B", "condensed")),
+            *(("Sans C", "condensed"), ("Serif", "normal")),
+        )
+    ]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
+    expected = ["Sans Anormal", "Sans Bnormal", "Serifnormal", "Sans Ccondensed"]
+    assert [file for _, file in fonts._installed()] == [f"{x}.ttf" for x in expected]
 
 
 def test_the_systems_fonts_are_looked_through():

@@ -75,7 +75,10 @@ def _fallbacks(wanted: str) -> list[tuple[str, set[str]]]:
 
 
 def _installed() -> list[tuple[str, str]]:
-    """Families and files of upright fonts of usual weight, those without serifs first."""
+    """
+    Families with upright fonts of usual weight, and the file of each that Matplotlib draws with.
+    Those of usual width come first, and of these the ones without serifs.
+    """
     manager = font_manager.fontManager
     known = {entry.fname for entry in manager.ttflist}
     for path in font_manager.findSystemFonts():  # Matplotlib's list may be older than a font
@@ -90,8 +93,11 @@ def _installed() -> list[tuple[str, str]]:
         if entry.style == "normal" and entry.weight in (400, "normal", "regular", "book")
     ]
     usual = [x for x in usual if LAST_RESORT not in x.name.replace(" ", "").lower()]
-    usual.sort(key=lambda entry: ("sans" not in entry.name.lower(), entry.name))
-    return [(entry.name, entry.fname) for entry in usual]
+    usual.sort(key=lambda x: (x.stretch != "normal", "sans" not in x.name.lower(), x.name))
+    files: dict[str, str] = {}
+    for entry in usual:  # as in Matplotlib, a condensed font counts only if there is no other
+        files.setdefault(entry.name, entry.fname)
+    return list(files.items())
 
 
 @functools.cache
