@@ -307,19 +307,14 @@ def test_the_evaluation_in_training_is_that_of_one_process(both, options):
     )
     results = evaluate_here(args)
     assert len(results["segm"]) > 5
-    assert as_text(first["run"]["results"]) == as_text(results)  # NaN is NaN
+    texts = [json.dumps(x, sort_keys=True) for x in (first["run"]["results"], results)]
+    assert texts[0] == texts[1]  # NaN is NaN
     assert second["run"]["results"] == {}
     assert_same_files(folder, again)
 
 
 def evaluate_here(args) -> dict:
     return evaluate_checkpoint(build_recipe(read_config(args)))
-
-
-def as_text(results: dict) -> str:
-    # The last digits of a sum depend on the order of the images, which processes share out
-    rounded = json.loads(json.dumps(results), parse_float=lambda x: round(float(x), 12))
-    return json.dumps(rounded, sort_keys=True)
 
 
 def assert_same_files(one: Path, other: Path):
@@ -380,7 +375,11 @@ def test_processes_on_gpus_compute_what_those_on_cpus_do(two_gpus, spawn):
     expected = spawn[1]["run"]
     if "refused" in two_gpus[0]:  # simulated
         assert not different(last, expected["last"])
-        assert as_text(first["results"]) == as_text(expected["results"])
+        # On a CPU, evaluation keeps weights in channels-last order, so its convolutions add in
+        # another order than those on a GPU. Scores of float32, with 7 digits, differ in the last
+        assert first["results"].keys() == expected["results"].keys()
+        for task, values in expected["results"].items():
+            assert first["results"][task] == pytest.approx(values, rel=1e-5, nan_ok=True), task
     else:
         for name, value in expected["last"].items():
             assert torch.allclose(last[name], value, rtol=1e-3, atol=1e-4), name
