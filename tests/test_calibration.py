@@ -27,6 +27,7 @@ from msrcnn_d2.calibration import (
     fit_calibrator,
     fit_expected_ious,
 )
+from msrcnn_d2.calibration.collect import CueRecorder
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import load_config, register_dataset
 from msrcnn_d2.evaluation.operating_points import iou_index, parse_operating_point
@@ -388,6 +389,51 @@ def test_a_random_sample_of_the_images(world):
     assert {r["image_id"] for r in first.ranking.overlaps.results} <= set(first.image_ids)
     assert torch.equal(first.samples.cues, again.samples.cues)
     assert first.dataset == "found"
+
+
+def spoilt(world, folder, of_sample):
+    """A dataset of which an image is missing and another has a wrong annotation."""
+    dataset = json.loads((world / "found.json").read_text())
+    sample = collect_detections(config_in(world), register(world), max_images=6).image_ids
+    ids = [x["id"] for x in dataset["images"] if (x["id"] in sample) == of_sample]
+    for image in dataset["images"]:
+        source = world / image["file_name"]
+        if image["id"] != ids[0]:
+            (folder / image["file_name"]).write_bytes(source.read_bytes())
+    next(a for a in dataset["annotations"] if a["image_id"] == ids[1])["area"] = -1
+    (folder / "spoilt.json").write_text(json.dumps(dataset))
+    return folder
+
+
+def test_only_images_that_are_used_are_checked(world, tmp_path):
+    cfg = config_in(world)
+    known = set(DatasetCatalog.list()), set(MetadataCatalog.list())
+    expected = collect_detections(cfg, register(world), max_images=6)
+    dataset = register(spoilt(world, tmp_path, of_sample=False), "spoilt")
+    found = collect_detections(cfg, dataset, max_images=6)
+    assert found.image_ids == expected.image_ids and found.dataset == "spoilt"
+    assert torch.equal(found.samples.cues, expected.samples.cues)
+    assert torch.equal(found.samples.right, expected.samples.right)
+    # What was registered for this is gone
+    added = {"found", "spoilt"}
+    assert (set(DatasetCatalog.list()), set(MetadataCatalog.list())) == tuple(
+        x | added for x in known
+    )
+
+
+def test_an_error_in_an_image_that_is_used_names_the_dataset(world, tmp_path):
+    dataset = register(spoilt(world, tmp_path, of_sample=True), "spoilt")
+    with pytest.raises(UserError, match="Dataset 'spoilt' has"):
+        collect_detections(config_in(world), dataset, max_images=6)
+
+
+def test_an_error_while_images_are_predicted_leaves_no_dataset(world, monkeypatch):
+    register(world)
+    known = set(DatasetCatalog.list()), set(MetadataCatalog.list())
+    monkeypatch.setattr(CueRecorder, "forward", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        collect_detections(config_in(world), "found", max_images=6)
+    assert (set(DatasetCatalog.list()), set(MetadataCatalog.list())) == known
 
 
 def test_too_little_to_gain_from_leaves_the_ranking_as_it_is(world):

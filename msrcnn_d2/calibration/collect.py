@@ -2,7 +2,8 @@
 
 import copy
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..config import add_mask_calibrator
 from ..engine import build_recipe, check_data, check_recipe
 from ..engine.configs import value_of
 from ..engine.evaluate import build_model, run_inference, use_names
+from ..engine.preflight import dicts_of_dataset
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.average_precision import AveragePrecision
 from ..evaluation.mask_quality import limit_of
@@ -87,9 +89,12 @@ def collect_detections(
     recipe = build_recipe(_tested_on(cfg, dataset))
     with agree_on_user_errors():
         check_recipe(recipe, comm.get_world_size(), training=False)
-        check_data(recipe, training=False)
-    sample, image_ids = _sample(dataset, max_images, seed)
-    (test_set,) = build_recipe(_tested_on(cfg, sample)).test_sets
+        images = dicts_of_dataset(dataset)
+        is_sample = len(images) > max_images
+        if is_sample:
+            images = random.Random(seed).sample(images, max_images)
+        image_ids = [x["image_id"] for x in images]
+        check_data(recipe, training=False, image_ids=image_ids if is_sample else None)
 
     model = build_model(recipe).eval()
     roi_heads: Any = model.roi_heads
@@ -105,10 +110,12 @@ def collect_detections(
         checkpointer.load(recipe.init_checkpoint, strict=True)
     class_names = checkpointer.loaded_class_names
     with agree_on_user_errors():
-        collector = DetectionCollector(sample)
-        use_names(collector, test_set, class_names, recipe)
+        collector = DetectionCollector(dataset)
+        use_names(collector, recipe.test_sets[0], class_names, recipe)
     roi_heads.mask_calibrator = CueRecorder()
-    run_inference(recipe, model, test_set, collector)
+    with _registered(images, dataset) as name:
+        (test_set,) = build_recipe(_tested_on(cfg, name)).test_sets
+        run_inference(recipe, model, test_set, collector)
     roi_heads.mask_calibrator = calibrator
     if not comm.is_main_process():
         return None
@@ -211,20 +218,20 @@ def _tested_on(cfg: DictConfig | CfgNode, dataset: str) -> DictConfig | CfgNode:
     return cfg
 
 
-def _sample(dataset: str, max_images: int, seed: int) -> tuple[str, list]:
+@contextmanager
+def _registered(images: list[dict], dataset: str) -> Iterator[str]:
     """
-    The name of a dataset with a random sample of the images, or of the dataset itself if it has no
-    more than `max_images`; and the ids of its images.
+    Register images of a dataset as one of their own, because configs refer to datasets by name.
+
+    Returns:
+        the name, which is known until the end of the block.
     """
-    images = DatasetCatalog.get(dataset)
-    if len(images) <= max_images:
-        return dataset, [x["image_id"] for x in images]
-    images = random.Random(seed).sample(images, max_images)
-    name = f"{dataset} ({max_images} images)"
-    if name in DatasetCatalog.list():
+    name = f"images of {dataset}"
+    DatasetCatalog.register(name, lambda: images)
+    try:
+        metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k != "name"}
+        MetadataCatalog.get(name).set(**metadata)
+        yield name
+    finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: images)
-    metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k != "name"}
-    MetadataCatalog.get(name).set(**metadata)
-    return name, [x["image_id"] for x in images]

@@ -1,6 +1,7 @@
 """Check a dataset in COCO's format before a model is trained on it."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,7 @@ def check_dataset(
     progress: bool = True,
     needs_annotations: bool = True,
     settings: ImageSettings | None = None,
+    image_ids: Collection | None = None,
 ) -> Findings:
     """
     Args:
@@ -59,12 +61,22 @@ def check_dataset(
         needs_annotations: whether to refuse a file without a list of annotations, such as one of
             images to predict on.
         settings: how images are read.
+        image_ids: ids of the images to check, with their annotations; None for all.
 
     Raises:
         UserError: the file cannot be read or is not such a file, or the folder does not exist.
     """
     return find_issues(
-        read_dataset(annotations, images, quick, num_workers, progress, needs_annotations, settings)
+        read_dataset(
+            annotations,
+            images,
+            quick,
+            num_workers,
+            progress,
+            needs_annotations,
+            settings,
+            image_ids,
+        )
     )
 
 
@@ -76,6 +88,7 @@ def read_dataset(
     progress: bool = True,
     needs_annotations: bool = True,
     settings: ImageSettings | None = None,
+    image_ids: Collection | None = None,
 ) -> Dataset:
     """Read annotations and image files; for the arguments see :func:`check_dataset`."""
     if images is not None and not os.path.isdir(images):
@@ -87,6 +100,14 @@ def read_dataset(
     for key in ("images", "annotations", "categories"):
         if not isinstance(contents, dict) or not isinstance(contents.get(key), list):
             raise UserError(f"'{annotations}' has no list of {key}: {ANNOTATIONS_ADVICE}.")
+    if image_ids is not None:
+        kept = frozenset(image_ids)
+        for key, reference in (("images", "id"), ("annotations", "image_id")):
+            contents[key] = [
+                x
+                for x in contents[key]
+                if isinstance(x, dict) and is_id(x.get(reference)) and x[reference] in kept
+            ]
     files = None
     if images is not None:
         entries = (entry for entry in contents["images"] if isinstance(entry, dict))

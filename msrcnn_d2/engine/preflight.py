@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "check_names_of_weights",
     "check_number",
     "check_recipe",
+    "dicts_of_dataset",
     "keep_config_of_training",
     "names_of_dataset",
     "names_of_training",
@@ -167,17 +168,22 @@ def _check_dataset(name: str, num_classes: int | None) -> None:
     metadata = MetadataCatalog.get(name)
     _check_paths(name, metadata)
     if not hasattr(metadata, "thing_classes"):
-        _read_dataset(name, metadata)
+        dicts_of_dataset(name)
     if num_classes is not None:
         check_number(name, metadata.get("thing_classes") or [], num_classes)
 
 
-def _read_dataset(name: str, metadata: Any) -> None:
-    """Detectron2 learns the categories of a dataset when it reads it."""
+def dicts_of_dataset(name: str) -> list[dict]:
+    """
+    The dataset dicts of a registered dataset; Detectron2 learns its categories with them.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     try:
-        DatasetCatalog.get(name)
+        return DatasetCatalog.get(name)
     except Exception as error:  # of any type, depending on what is wrong with the file
-        file = metadata.get("json_file")
+        file = MetadataCatalog.get(name).get("json_file")
         if file:
             findings = check_dataset(PathManager.get_local_path(file), None)
             _refuse(name, findings.of(Level.ERROR), [], 0, "")
@@ -206,11 +212,14 @@ def _check_paths(name: str, metadata: Any) -> None:
 # ---- datasets
 
 
-def check_data(recipe: Recipe, training: bool) -> None:
+def check_data(recipe: Recipe, training: bool, image_ids: Collection[Any] | None = None) -> None:
     """
     Check the datasets that are in COCO's format, on the main process, and log what is found.
 
     Training may leave out up to `max_bad_images` images that cannot be used, an evaluation none.
+
+    Args:
+        image_ids: ids of the images that are used; None for all.
 
     Raises:
         UserError: training or evaluation would fail, or the model would learn nonsense.
@@ -223,7 +232,10 @@ def check_data(recipe: Recipe, training: bool) -> None:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
             continue
-        logger.info("Checking dataset '%s' ...", name)
+        title = f"dataset '{name}'"
+        if image_ids is not None:
+            title = f"{plural(len(image_ids), 'image')} of {title}"
+        logger.info("Checking %s ...", title)
         is_trained_on, is_tested_on = name in train_names, name in test_names
         json_file, image_root = metadata.json_file, metadata.get("image_root")
         looks_at_images = recipe.check_images and image_root
@@ -233,11 +245,12 @@ def check_data(recipe: Recipe, training: bool) -> None:
             quick=True,
             needs_annotations=is_trained_on,
             settings=recipe.images,
+            image_ids=image_ids,
         )
         if not is_tested_on:
             findings.all = [f for f in findings.all if f.kind not in ONLY_IN_EVALUATION]
         if not is_trained_on:
-            _check_that_there_are_objects(name, findings, training)
+            _check_that_there_are_objects(title, findings, training)
         _log(name, findings, recipe.detections_per_image)
         errors = [f for f in findings.of(Level.ERROR) if f.kind not in BAD_IMAGES]
         wrong_boxes = sum(f.kind == "box-elsewhere" for f in errors)
@@ -283,7 +296,7 @@ def _refuse(
         )
 
 
-def _check_that_there_are_objects(name: str, findings: Findings, training: bool) -> None:
+def _check_that_there_are_objects(title: str, findings: Findings, training: bool) -> None:
     """
     A test set without objects makes all results NaN. That stops an evaluation and is a warning
     before a training. A file that has no list of annotations is meant for prediction only.
@@ -292,7 +305,7 @@ def _check_that_there_are_objects(name: str, findings: Findings, training: bool)
     findings.all = [f for f in findings.all if f.kind != "no-objects"]
     if not (reasons and findings.has_annotations):
         return
-    message = f"All results on dataset '{name}' would be nan: {reasons[0]}"
+    message = f"All results on {title} would be nan: {reasons[0]}"
     if not training:
         raise UserError(
             f"{message}. Correct the annotations; to predict only, give a file without "
