@@ -1,8 +1,10 @@
 """Fitting a calibrator: the fit itself, `msrcnn_d2.calibrate`, the command, and what it writes."""
 
 import copy
+import dataclasses
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -514,6 +516,24 @@ def test_the_same_input_gives_the_same_files(calibrated, calibration, tmp_path):
     assert (again / "model.pth").read_bytes() == (calibrated / "model.pth").read_bytes()
     configs = [(x / "config.yaml").read_text().replace(str(x), "") for x in (again, calibrated)]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("is_yaml", [False, True])
+def test_the_config_is_of_use_in_any_folder(is_yaml, calibration, tmp_path, monkeypatch):
+    if is_yaml:
+        calibration = dataclasses.replace(calibration, cfg=add_mask_calibrator(tiny_yacs_config()))
+        calibration.cfg.freeze()
+    before = copy.deepcopy(calibration.cfg)
+    monkeypatch.chdir(tmp_path)
+    assert calibration.write("own") == Path("own", "config.yaml")
+    assert calibration.cfg == before
+    cfg = load_config("own/config.yaml")
+    paths = (
+        (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
+        if is_yaml
+        else (cfg.train.init_checkpoint, cfg.train.output_dir)
+    )
+    assert paths == (str(tmp_path / "own" / "model.pth"), str(tmp_path / "own"))
 
 
 def test_the_weights_of_the_model_stay_as_they_are(world, calibrated):

@@ -75,7 +75,7 @@ class Calibration:
     def write(self, folder: str | Path) -> Path:
         """
         Write "model.pth", the weights with the calibrator, and "config.yaml", a config that uses
-        them.
+        them, from whichever folder it is read.
 
         Returns:
             the path of the config.
@@ -84,12 +84,15 @@ class Calibration:
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = folder / "model.pth", folder / "config.yaml"
         write_weights(self.model.state_dict(), str(weights), class_names=self.class_names)
-        if isinstance(self.cfg, CfgNode):
-            self.cfg.MODEL.WEIGHTS, self.cfg.OUTPUT_DIR = str(weights), str(folder)
-            config.write_text(self.cfg.dump())
+        paths = str(weights.absolute()), str(folder.absolute())
+        cfg = copy.deepcopy(self.cfg)
+        if isinstance(cfg, CfgNode):
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = paths
+            config.write_text(cfg.dump())
         else:
-            self.cfg.train.update(init_checkpoint=str(weights), output_dir=str(folder))
-            LazyConfig.save(self.cfg, str(config))
+            cfg.train.init_checkpoint, cfg.train.output_dir = paths
+            LazyConfig.save(cfg, str(config))
         return config
 
 
