@@ -55,6 +55,12 @@ HEAD_ARGS = [
     for name in inspect.signature(MaskIoUHead).parameters
     if name not in ("input_shape", "num_classes")
 ]
+# Why a calibrated model gets no new MaskIoU head
+CALIBRATED = (
+    "The model has a calibrator, which was fitted without the IoUs that a new MaskIoU head "
+    "predicts: give the config that the model had before it was calibrated, and calibrate the new "
+    "model."
+)
 
 Config = TypeVar("Config", DictConfig, CfgNode)
 
@@ -149,6 +155,8 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     roi_heads = cfg.get("model", {}).get("roi_heads")
     if roi_heads is None:
         raise ValueError("add_mask_scoring expects a LazyConfig with `model.roi_heads`.")
+    if has_mask_calibrator(cfg) and roi_heads.get("mask_iou_head") is None:
+        raise ValueError(CALIBRATED)
     found = target_of(roi_heads)
     if found not in TWINS:
         raise ValueError(
@@ -274,10 +282,7 @@ def retrofit(cfg: Config, learn_from: str | None = None, **head_args: Any) -> Co
     if learn_from is not None and learn_from not in LEARN_FROM:
         raise ValueError(f"learn_from is {learn_from!r}, not {' or '.join(LEARN_FROM)}.")
     if has_mask_calibrator(cfg):
-        raise ValueError(
-            "The model has a calibrator, which a new MaskIoU head would not fit: give the config "
-            "that the model had before it was calibrated, and calibrate the new model."
-        )
+        raise ValueError(CALIBRATED)
     is_yaml = isinstance(cfg, CfgNode)
     cfg = _retrofit_yacs(cfg, head_args) if is_yaml else _retrofit_lazy(cfg, head_args)
     if learn_from is not None:

@@ -11,7 +11,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
-from msrcnn_d2 import add_mask_scoring, model_zoo, published_models
+from msrcnn_d2 import add_mask_calibrator, add_mask_scoring, model_zoo, published_models
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.modeling import CascadeMaskScoringROIHeads, MaskScoringROIHeads
 from msrcnn_d2.utils.errors import UserError
@@ -209,6 +209,15 @@ def test_add_mask_scoring_to_a_saved_config(tmp_path):
 def test_add_mask_scoring_refuses_what_it_cannot_turn(name, message):
     with pytest.raises(ValueError, match=message):
         add_mask_scoring(detectron2_zoo.get_config(name))
+
+
+def test_add_mask_scoring_refuses_a_calibrated_model_without_predicted_ious():
+    cfg = detectron2_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    with pytest.raises(ValueError, match="^The model has a calibrator, .* calibrate the new model"):
+        add_mask_scoring(add_mask_calibrator(cfg))
+    # One that has them needs no second head
+    with pytest.raises(ValueError, match="not MaskScoringROIHeads"):
+        add_mask_scoring(add_mask_calibrator(add_mask_scoring(cfg)))
 
 
 def test_add_mask_scoring_refuses_boxes_only():
