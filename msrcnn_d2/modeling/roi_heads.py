@@ -30,7 +30,7 @@ class DetectedBoxes(Boxes):
     select the same boxes.
 
     Detectron2's `detector_postprocess` uses it to select boxes. With a bool Tensor, each field
-    waits for the GPU to count what is selected, and our models have two more fields; with indices,
+    waits for the GPU to count what is selected, and our models add up to five fields; with indices,
     all fields wait once. This is a type of boxes because postprocessing gets nothing but fields
     from the ROI heads, and calls methods of the boxes only. Indexing, `to` and `clone` return plain
     :class:`Boxes`, so users only see this type in results that are not postprocessed.
