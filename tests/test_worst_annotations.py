@@ -61,6 +61,11 @@ def test_an_object_that_is_missing_is_listed_once():
     assert listed([thing(ELSEWHERE)], results) == [(1, "missing", None, 0)]
 
 
+def test_empty_masks_are_not_listed():
+    empty = found((0, 0, 0, 0), 0.9)
+    assert listed([thing(ELSEWHERE)], [empty, empty, found(BOX, 0.8)]) == [(2, "missing", None, 0)]
+
+
 def test_the_order_is_that_of_the_best_score():
     by_mask_score = [found(BOX, 0.9, iou=0.3), found(ELSEWHERE, 0.6, iou=0.9)]
     assert [x[0] for x in listed([thing(BOX, 2)], by_mask_score)] == [1, 0]

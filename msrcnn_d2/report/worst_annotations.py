@@ -46,9 +46,10 @@ def worst_annotations(quality: MaskQuality, count: int = MAX_DISAGREEMENTS) -> l
     Find detections that have a true IoU below 0.5 in spite of a high score, the highest first. The
     score is the last one in :attr:`MaskQuality.rankings`.
 
-    A detection is left out if another one explains it: if the object that it overlaps has been
-    found by a detection of the object's class with an IoU of at least 0.5 and a higher score; or if
-    it repeats a disagreement, with an IoU of at least 0.5. Crowds are no objects here.
+    A detection is left out if its mask is empty, or if another one explains it: if the object that
+    it overlaps has been found by a detection of the object's class with an IoU of at least 0.5 and
+    a higher score; or if it repeats a disagreement, with an IoU of at least 0.5. Crowds are no
+    objects here.
 
     Args:
         count: largest number of disagreements.
@@ -66,7 +67,8 @@ def _disagreements(quality: MaskQuality) -> Iterator[Disagreement]:
                 objects.setdefault(annotation["image_id"], []).append(annotation)
     rles: dict[Any, list[dict]] = {}  # of these, in the images that are looked at
     listed: dict[Any, list[dict]] = {}  # masks of the disagreements in each image
-    wrong = np.flatnonzero(quality.counted & (quality.true_ious < RIGHT_IOU))
+    is_wrong = quality.counted & (quality.true_ious < RIGHT_IOU) & (overlaps.areas > 0)
+    wrong = np.flatnonzero(is_wrong)
     for index in wrong[np.argsort(-scores[wrong], kind="stable")].tolist():
         result = quality.results[index]
         mask, image = result["segmentation"], result["image_id"]
