@@ -26,6 +26,7 @@ import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
 from .utils.errors import UserError
+from .utils.iou_thresholds import IOU_THRESHOLDS
 from .utils.text import plural, shown
 
 __all__ = [
@@ -72,7 +73,6 @@ TOLERATED = {
 # pycocotools walks along a polygon pixel by pixel, which takes hours for one that is far away
 MAX_COORDINATE = 1e6
 MAX_PIXELS = 2**32  # of an image; pycocotools counts with 32 bits
-NUM_PROBS = 10  # of a prediction: that its IoU is at least 0.50, 0.55, ..., 0.95
 MAX_AREA = 1e5**2  # the end of COCO's range of all sizes
 # pycocotools keeps ids of annotations as floating-point numbers, which are exact up to here
 MAX_ANNOTATION_ID = 2**53
@@ -114,6 +114,7 @@ def read_results(path: str) -> list[dict]:
             return  # no polygons: an empty mask
         raise UserError(f"Prediction {k + 1} in '{path}': {message} ({kind}); {RESULTS_ADVICE}.")
 
+    num_probs = len(IOU_THRESHOLDS)
     scores = ("pred_mask_iou", "mask_score", "quality_score", "expected_iou")
     for k, result in enumerate(results):
         for key in ("image_id", "category_id"):
@@ -125,10 +126,10 @@ def read_results(path: str) -> list[dict]:
         for key in ("quality_score", "expected_iou"):
             if not _is_probability(result.get(key, 0)):
                 refuse("", k, key, f"{said(result, key)} is not from 0 to 1")
-        probs = result.get("mask_iou_probs", [0] * NUM_PROBS)
-        if not (isinstance(probs, list) and len(probs) == NUM_PROBS):
+        probs = result.get("mask_iou_probs", [0] * num_probs)
+        if not (isinstance(probs, list) and len(probs) == num_probs):
             found = plural(len(probs), "number") if isinstance(probs, list) else shown(probs)
-            refuse("", k, "mask_iou_probs", f"{found} in place of a list of {NUM_PROBS}")
+            refuse("", k, "mask_iou_probs", f"{found} in place of a list of {num_probs}")
         if not all(map(_is_probability, probs)):
             refuse("", k, "mask_iou_probs", f"{shown(probs)} has values that are not from 0 to 1")
     for key in (*scores, "mask_iou_probs"):

@@ -10,9 +10,8 @@ from msrcnn_d2.evaluation.calibration_errors import (
     brier_score,
     iou_targets,
     localisation_aware_errors,
-    right_at,
 )
-from msrcnn_d2.evaluation.matching import Overlaps
+from msrcnn_d2.evaluation.matching import Overlaps, right_detections
 from tests.helpers.filled_boxes import build_coco, calibrated, dataset_of, found, measure, thing
 
 NAN = pytest.approx(math.nan, nan_ok=True)
@@ -117,7 +116,7 @@ def test_without_detections_there_are_no_errors():
 def test_the_better_mask_is_right_whatever_the_scores():
     overlaps = overlaps_of([found((0, 0, 14, 20), 0.9), found((0, 0, 18, 20), 0.1)])
 
-    right, counts = right_at(overlaps, [0.5, 0.75, 0.95])
+    right, counts = right_detections(overlaps, overlaps.largest, thresholds=[0.5, 0.75, 0.95])
 
     assert right.tolist() == [[False, True], [False, True], [False, False]]
     assert counts.all()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from msrcnn_d2.evaluation.matching import Overlaps
+from msrcnn_d2.evaluation.matching import Overlaps, right_detections
 from msrcnn_d2.evaluation.operating_points import (
     MIN_COUNT,
     UNREACHED,
@@ -13,7 +13,6 @@ from msrcnn_d2.evaluation.operating_points import (
     accept_thresholds,
     parse_operating_point,
     precision_interval,
-    right_detections,
 )
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.filled_boxes import build_coco, dataset_of, found, thing

@@ -11,6 +11,7 @@ import pytest
 from msrcnn_d2.evaluation import measure_mask_quality
 from msrcnn_d2.report import write_report
 from msrcnn_d2.report.thresholds import readable_thresholds, thresholded_scores
+from msrcnn_d2.utils.errors import UserError
 from tests.helpers.command import exit_code
 from tests.helpers.filled_boxes import build_coco, dataset_of, found, thing
 
@@ -83,6 +84,12 @@ def test_numbers_in_json(quality, tmp_path):
     assert row["detections"] == 10
     assert row["precision"] == {"0.50": 1, "0.75": 0.8, "0.90": 0.8}  # not images 32 and 36
     assert row["found"] == {"0.50": 10 / 40, "0.75": 8 / 40, "0.90": 8 / 40}
+
+
+@pytest.mark.parametrize("iou", [0.52, 0.45, 1.0, float("nan")])
+def test_an_iou_that_is_none_of_cocos(iou, quality, tmp_path):
+    with pytest.raises(UserError, match=rf"{iou} is none .* choose 0\.50, 0\.55"):
+        write_report(quality, tmp_path, iou=iou)
 
 
 def test_scores_that_are_no_probabilities(tmp_path):

@@ -27,7 +27,7 @@ from ..engine.preflight import dicts_of_dataset
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.average_precision import AveragePrecision
 from ..evaluation.mask_quality import limit_of
-from ..evaluation.operating_points import right_detections
+from ..evaluation.matching import right_detections
 from ..modeling import Detections, MaskCalibrator, mask_cues
 from ..utils.errors import UserError, agree_on_user_errors
 from .fit import Samples

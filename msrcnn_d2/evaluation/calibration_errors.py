@@ -1,6 +1,5 @@
 """Are scores honest? Calibration errors of scores, and of the probability that a mask is right."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ __all__ = [
     "brier_score",
     "iou_targets",
     "localisation_aware_errors",
-    "right_at",
 ]
 
 NUM_BINS = 25
@@ -30,9 +28,11 @@ class CalibrationErrors:
         laece, laace: LaECE_0 and LaACE_0, see :func:`localisation_aware_errors`; NaN where no class
             with objects has detections.
         brier: {IoU threshold: Brier score}, for "0.50" and "0.75", of the probability that a
-            detection is right at this threshold, see :func:`right_at`. For the scores of a
-            calibrator these are its "mask_iou_probs". Other scores are read as if they were this
-            probability. NaN without detections.
+            detection is right at this threshold if the best masks choose objects first
+            (:func:`right_detections` of :attr:`Overlaps.largest`), so that no score decides which
+            of two duplicates is right. For the scores of a calibrator these are its
+            "mask_iou_probs". Other scores are read as if they were this probability. NaN without
+            detections.
         ece: {IoU threshold: expected calibration error over ten bins} of the same probability.
     """
 
@@ -101,25 +101,6 @@ def localisation_aware_errors(
     of_classes = np.abs(of_bins).sum(axis=1)[seen] / counts[seen]
     absolute = np.bincount(class_indices, np.abs(errors))[seen] / counts[seen]
     return mean(of_classes), mean(absolute)
-
-
-def right_at(
-    overlaps: Overlaps, thresholds: Sequence[float], max_dets: int = 100
-) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Which detections a perfect ranking makes right. They choose objects in the order of their true
-    IoU, :attr:`Overlaps.largest`, so that no score decides which of two duplicates is right.
-
-    Args:
-        thresholds: T smallest IoUs.
-        max_dets: how many detections of each image and class count, those with the largest IoUs.
-
-    Returns:
-        T x N bools, whether a detection is right; and T x N, whether it counts. Detections that are
-        matched with a crowd or that exceed the limit do not.
-    """
-    matches = overlaps.match(overlaps.largest, thresholds, max_dets)
-    return ~np.isnan(matches.ious), ~matches.ignored & ~matches.beyond
 
 
 def brier_score(probs: np.ndarray, right: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from ..utils.iou_thresholds import IOU_THRESHOLDS, iou_index
 from .average_precision import AveragePrecision, Evaluation, mean_of_defined
 from .calibration_errors import (
     PROBABILITY_IOUS,
@@ -19,9 +20,8 @@ from .calibration_errors import (
     brier_score,
     iou_targets,
     localisation_aware_errors,
-    right_at,
 )
-from .matching import IOU_THRESHOLDS
+from .matching import right_detections
 from .score_statistics import Bin, expected_calibration_error, mean, pearson, reliability, spearman
 from .scores import MASK_IOU_PROBS, RANKINGS, TITLES, scores_of
 
@@ -247,15 +247,16 @@ class MaskQuality:
     @cached_property
     def _right(self) -> tuple[np.ndarray, np.ndarray]:
         """2 x N each, for PROBABILITY_IOUS: which detections are right, which count."""
-        right, counts = right_at(self.average_precision.overlaps, PROBABILITY_IOUS, self.max_dets)
+        overlaps = self.average_precision.overlaps
+        right, counts = right_detections(
+            overlaps, overlaps.largest, self.max_dets, PROBABILITY_IOUS
+        )
         return right, counts & self._known
 
     def _probabilities(self, name: str) -> np.ndarray:
         """2 x N, what a score says about being right at PROBABILITY_IOUS."""
         if name in ("quality_score", "expected_iou") and self.mask_iou_probs is not None:
-            return self.mask_iou_probs[
-                :, [IOU_THRESHOLDS.searchsorted(x) for x in PROBABILITY_IOUS]
-            ].T
+            return self.mask_iou_probs[:, [iou_index(x) for x in PROBABILITY_IOUS]].T
         return np.broadcast_to(self.scores[name], (len(PROBABILITY_IOUS), len(self.results)))
 
     @cached_property
@@ -295,7 +296,7 @@ class MaskQuality:
         """
         For the thresholds "0.50" and "0.75" a reliability diagram of the calibrator's probabilities
         over all detections, in ten bins: the mean probability beside the share of detections that
-        are right (:func:`right_at`). Empty for a model without a calibrator.
+        are right (:class:`CalibrationErrors`). Empty for a model without a calibrator.
         """
         if self.mask_iou_probs is None or "quality_score" not in self.scores:
             return {}

@@ -9,9 +9,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-__all__ = ["IOU_THRESHOLDS", "Matches", "Overlaps", "Place", "true_mask_ious"]
+from ..utils.iou_thresholds import IOU_THRESHOLDS
 
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as in COCO, 0.05 apart
+__all__ = ["Matches", "Overlaps", "Place", "right_detections", "true_mask_ious"]
 
 
 @dataclass
@@ -202,6 +202,32 @@ class Overlaps:
             num_objects += len(place.objects)
         pairs = np.concatenate(parts)
         return pairs[np.lexsort((-pairs["object"], -pairs["iou"], pairs["is_crowd"]))]
+
+
+def right_detections(
+    overlaps: Overlaps,
+    scores: Sequence[float] | np.ndarray,
+    max_dets: int = 100,
+    thresholds: Sequence[float] | np.ndarray = IOU_THRESHOLDS,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which detections are right at each IoU threshold, and which of them count.
+
+    A detection is right if COCO's matching gives it an object, where detections choose in the order
+    of `scores`: see :meth:`Overlaps.match`. Duplicates are wrong. Detections that are matched with
+    a crowd, or that are beyond the limit, do not count.
+
+    Args:
+        scores: N, those that a threshold is applied to; or :attr:`Overlaps.largest`, so that no
+            score decides which of two duplicates is right.
+        max_dets: how many detections of each image and class count.
+        thresholds: T smallest IoUs; by default COCO's, from 0.50 to 0.95.
+
+    Returns:
+        two bool arrays T x N, "right" and "counted".
+    """
+    matches = overlaps.match(scores, thresholds, max_dets)
+    return ~np.isnan(matches.ious), ~matches.ignored & ~matches.beyond
 
 
 def true_mask_ious(coco_gt: COCO, results: Sequence[dict]) -> list[float]:

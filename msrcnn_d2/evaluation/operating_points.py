@@ -9,7 +9,8 @@ import numpy as np
 
 from ..modeling.mask_calibrator import NUM_PERCENTS, UNREACHED
 from ..utils.errors import UserError
-from .matching import Overlaps
+from ..utils.iou_thresholds import iou_index
+from .matching import right_detections
 
 __all__ = [
     "Group",
@@ -99,7 +100,8 @@ class ThresholdCurve:
         """
         Args:
             scores: N finite numbers.
-            right: N bools, whether each detection is right, see :func:`right_detections`.
+            right: N bools, whether each detection is right, see
+                :func:`right_detections`.
             images: N ids, the image of each detection. Images without detections do not matter.
             num_objects: number of objects in all images.
             thresholds: T, ascending; by default every score that occurs.
@@ -249,27 +251,6 @@ def _resamples(num_images: int) -> np.ndarray:
     return counts.reshape(drawn.shape).astype(np.float32)
 
 
-def right_detections(
-    overlaps: Overlaps, scores: np.ndarray, max_dets: int = 100
-) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Which detections are right at each of COCO's IoU thresholds, and which of them count.
-
-    A detection is right if COCO's matching gives it an object, where detections choose in the order
-    of `scores`: see :meth:`Overlaps.match`. Duplicates are wrong. Detections that are matched with
-    a crowd, or that are beyond the limit, do not count.
-
-    Args:
-        scores: N, those that a threshold is applied to.
-        max_dets: how many detections of each image and class count.
-
-    Returns:
-        two bool arrays 10 x N, "right" and "counted", for IoU 0.50, 0.55, ..., 0.95.
-    """
-    matches = overlaps.match(scores, max_dets=max_dets)
-    return ~np.isnan(matches.ious), ~matches.ignored & ~matches.beyond
-
-
 def accept_thresholds(
     probs: np.ndarray, right: np.ndarray, counted: np.ndarray | None = None
 ) -> np.ndarray:
@@ -328,11 +309,6 @@ def parse_operating_point(text: str) -> tuple[float, float]:
             "and an IoU of 50, 55, ... or 95, such as p95@75 for 95 percent at IoU 0.75."
         )
     return int(parts[1]) / 100, int(parts[2]) / 100
-
-
-def iou_index(iou: float) -> int:
-    """The index of an IoU among COCO's thresholds 0.50, 0.55, ..., 0.95."""
-    return round(20 * iou) - 10
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -18,11 +18,13 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import same
-from ..evaluation.operating_points import iou_index, parse_operating_point
+from ..evaluation.operating_points import parse_operating_point
+from ..evaluation.scores import MASK_IOU_PROBS, SCORES
 from ..image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
 from ..modeling.acceleration import use_channels_last_on_cpu
 from ..modeling.mask_calibrator import UNREACHED
 from ..utils.errors import UserError
+from ..utils.iou_thresholds import iou_index
 from ..utils.text import listed
 
 __all__ = ["MaskScoringPredictor", "read_bgr_image"]
@@ -30,8 +32,8 @@ __all__ = ["MaskScoringPredictor", "read_bgr_image"]
 logger = logging.getLogger(__name__)
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
-# What instances can be ranked by, and the field that has it
-RANKINGS = {"quality_score": "quality_scores", "mask_score": "mask_scores", "score": "scores"}
+# {rank_by: the field of instances that has it}
+SCORE_FIELDS = {score.key: score.field for score in SCORES.values() if score.ranks}
 
 
 class MaskScoringPredictor:
@@ -87,8 +89,8 @@ class MaskScoringPredictor:
                 calibrator that is asked for, its detections did not reach the precision, or the
                 number of names is not the number of its classes.
         """
-        if rank_by is not None and rank_by not in RANKINGS:
-            raise ValueError(f"rank_by is one of {', '.join(RANKINGS)}, not '{rank_by}'.")
+        if rank_by is not None and rank_by not in SCORE_FIELDS:
+            raise ValueError(f"rank_by is one of {', '.join(SCORE_FIELDS)}, not '{rank_by}'.")
         if isinstance(score_threshold, str):
             parse_operating_point(score_threshold)  # before the model is built
         if not isinstance(cfg, (CfgNode, DictConfig)):
@@ -123,10 +125,10 @@ class MaskScoringPredictor:
         checkpointer = MaskScoringCheckpointer(self.model)
         checkpointer.load(parts.weights, strict=True)
         # The field that is thresholded, with the index of its column if it has several
-        self._thresholded: tuple[str, int | None] = RANKINGS[self.rank_by], None
+        self._thresholded: tuple[str, int | None] = SCORE_FIELDS[self.rank_by], None
         if isinstance(score_threshold, str):
             precision, iou = parse_operating_point(score_threshold)
-            self._thresholded = "mask_iou_probs", iou_index(iou)
+            self._thresholded = MASK_IOU_PROBS, iou_index(iou)
             score_threshold = _accept_threshold(calibrator.accept_thresholds, precision, iou)
         self.score_threshold = score_threshold
         names = checkpointer.loaded_class_names if class_names is None else class_names
@@ -164,7 +166,7 @@ class MaskScoringPredictor:
         outputs = self.model([self._model_input(x) for x in arrays])
         for output in outputs:
             instances = output["instances"]
-            order = instances.get(RANKINGS[self.rank_by]).argsort(descending=True, stable=True)
+            order = instances.get(SCORE_FIELDS[self.rank_by]).argsort(descending=True, stable=True)
             field, column = self._thresholded
             scores = instances.get(field)
             scores = scores if column is None else scores[:, column]

@@ -64,16 +64,16 @@ def write_report(
         the path of the page.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the IoU is none of COCO's.
     """
     folder = Path(folder)
     with _said_if_it_fails(folder):
         folder.mkdir(parents=True, exist_ok=True)  # before the drawing, which takes seconds
+    thresholds = thresholded_scores(quality, precision, iou)
     rankings = quality.rankings
     drawn = [(chart, _png(chart.figure, PIXELS_PER_INCH)) for chart in charts(quality)]
     nearest_object = quality.average_precision.overlaps.nearest_object
     moves = largest_moves(quality, rankings[-1], NUM_MOVES) if len(rankings) > 1 else ([], [])
-    thresholds = thresholded_scores(quality, precision, iou)
     disagreements = worst_annotations(quality)
     class_names = dict(zip(quality.average_precision.category_ids, quality.classes))
 

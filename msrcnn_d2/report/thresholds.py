@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.mask_quality import MaskQuality
-from ..evaluation.matching import IOU_THRESHOLDS
-from ..evaluation.operating_points import OperatingPoint, ThresholdCurve, right_detections
-from ..evaluation.scores import TITLES
+from ..evaluation.matching import right_detections
+from ..evaluation.operating_points import OperatingPoint, ThresholdCurve
+from ..evaluation.scores import MASK_IOU_PROBS, TITLES
+from ..utils.iou_thresholds import IOU_THRESHOLDS, iou_index
 
 __all__ = ["ThresholdedScore", "readable_thresholds", "thresholded_scores"]
 
@@ -87,12 +88,15 @@ def thresholded_scores(
     Returns:
         an entry for the class score and, if the model has them, for the mask score, the calibrated
         score and the probability of a mask IoU of at least `iou`.
+
+    Raises:
+        UserError: the IoU is none of COCO's.
     """
-    chosen = IOUS.index(f"{iou:.2f}")
+    chosen = iou_index(iou)
     scores = {name: quality.scores[name] for name in quality.rankings}
     titles = dict(TITLES)
-    if all("mask_iou_probs" in r for r in quality.results):
-        scores["mask_iou_prob"] = np.array([r["mask_iou_probs"][chosen] for r in quality.results])
+    if all(MASK_IOU_PROBS in r for r in quality.results):
+        scores["mask_iou_prob"] = np.array([r[MASK_IOU_PROBS][chosen] for r in quality.results])
         titles["mask_iou_prob"] = f"P(IoU ≥ {IOUS[chosen]})"
     ids = np.array([r["image_id"] for r in quality.results])
     known = np.isin(ids, quality.average_precision.image_ids) & (quality.class_indices >= 0)
