@@ -27,7 +27,6 @@ from msrcnn_d2.calibration import (
     cross_validated_probs,
     fit,
     fit_calibrator,
-    fit_expected_ious,
 )
 from msrcnn_d2.calibration.collect import CueRecorder
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
@@ -119,24 +118,6 @@ def test_scores_that_separate_right_from_wrong_have_no_ties():
     samples = samples_of(torch.zeros(60), score, (score > 0).float())
     quality = fitted(samples, with_network=False).probs(samples.cues, score).mean(dim=1)
     assert (quality.diff() > 0).all()
-
-
-def test_expected_ious_are_found_again():
-    probs = torch.rand(500, 10).sort(dim=1, descending=True).values
-    calibrator = MaskCalibrator()
-    fit_expected_ious(calibrator, probs, 0.1 + 0.5 * probs[:, 0] + 0.3 * probs[:, 5])
-    expected = torch.zeros(11)
-    expected[[0, 1, 6]] = torch.tensor([0.1, 0.5, 0.3])
-    torch.testing.assert_close(calibrator.iou_weights, expected, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("probs", [torch.linspace(0, 1, 101), torch.zeros(101), torch.ones(101)])
-def test_expected_ious_never_fall_where_a_probability_rises(probs):
-    """Even if they do in the data; or if all probabilities are the same. The mean remains."""
-    calibrator, probs = MaskCalibrator(), probs[:, None].expand(-1, 10)
-    fit_expected_ious(calibrator, probs, torch.linspace(0.9, 0.5, 101))
-    assert (calibrator.iou_weights >= 0).all()
-    torch.testing.assert_close(calibrator.expected_ious(probs), torch.full((101,), 0.7))
 
 
 @pytest.mark.parametrize("chance", [0.0, 1.0])

@@ -73,6 +73,10 @@ def run_of(model, seed, wrong_iou=0.1, train_ap=34.0):
     return {
         **{"model": model, "seed": seed, **numbers, "rankings": rankings},
         "fits": {"holdout": fit, "train": {**fit, "images": 1000}},
+        "precisions": {
+            part: {iou: [50.5, 60.0, 70.0, 80.0, 90.0 + seed, None] for iou in ("0.50", "0.75")}
+            for part in ("train", "holdout")
+        },
         "cues": {"all cues": 33.0, "class score and predicted IoU": 32.5},
         "amounts": [
             {**few, "part": "holdout", "ap": 32.0 + few["with_network"], "ap_with_network": 31.0},
@@ -170,6 +174,22 @@ def test_a_model_that_loses_by_calibration_is_counted():
     # 0.05, 0.025, 0.12 and 0.06 of 0.2
     answers = [row[-1] for name, row in rows.items() if "LaECE_0" in name]
     assert answers == ["yes", "yes", "no", "yes"]
+
+
+def test_thresholds_that_keep_their_word():
+    found = rows_of(tables.tables(RUNS), "Do thresholds keep their word?", key=3)
+    assert len(found) == 8
+    row = found["Mask R-CNN, 0.75, calibrated on training images"]
+    assert row == ["50 ± 0", "60 ± 0", "70 ± 0", "80 ± 0", "90 ± 1", ""]
+
+
+def test_precisions_are_counted_above_the_threshold():
+    val = found_in(results())  # two of three are right
+    calibrator = MaskCalibrator()  # P = mask score; the wrong one has 0.09
+    calibrator.accept_thresholds[0, [49, 79]] = torch.tensor([0.05, 0.1])
+    measured = measures.measure_precisions(val, {"train": calibrator})["train"]
+    assert measured["0.50"] == [pytest.approx(200 / 3), None, None, 100, None, None]
+    assert measured["0.75"] == [None] * 6
 
 
 def test_few_images_and_all():

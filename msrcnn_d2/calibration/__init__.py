@@ -9,7 +9,7 @@ from .calibrate import (
     fit_if_better,
 )
 from .collect import CollectedDetections, collect_detections
-from .fit import Samples, cross_validated_probs, fit_calibrator, fit_expected_ious
+from .fit import Samples, cross_validated_probs, fit_calibrator
 
 __all__ = [
     "Calibration",
@@ -22,6 +22,5 @@ __all__ = [
     "collect_detections",
     "cross_validated_probs",
     "fit_calibrator",
-    "fit_expected_ious",
     "fit_if_better",
 ]

@@ -17,20 +17,13 @@ from detectron2.config import CfgNode, LazyConfig
 from ..checkpoint.writing import write_weights
 from ..evaluation import MaskQuality
 from ..evaluation.average_precision import AveragePrecision
-from ..evaluation.calibration_errors import iou_targets
 from ..evaluation.operating_points import accept_thresholds, right_detections
 from ..evaluation.scores import scores_of
-from ..modeling import MaskCalibrator
+from ..modeling import MaskCalibrator, expected_ious
 from ..utils.errors import UserError
 from ..utils.text import plural
 from .collect import MAX_IMAGES, CollectedDetections, collect_detections
-from .fit import (
-    NUM_FOLDS,
-    Samples,
-    cross_validated_probs,
-    fit_calibrator,
-    fit_expected_ious,
-)
+from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
 
 __all__ = [
     "Calibration",
@@ -155,9 +148,7 @@ def calibrate_on(
     )
     title = "fitting" if progress else ""
     fit = fit_if_better(calibrator, ranking, samples, seed=seed, progress=title)
-    probs = fit.probs
-    add_scores(ranking.overlaps.results, calibrator, probs)
-    _fit_accept_thresholds(calibrator, ranking, probs.numpy())
+    add_scores(ranking.overlaps.results, fit.probs)
     roi_heads.mask_calibrator = calibrator.to(next(roi_heads.parameters()).device)
     return Calibration(
         cfg=collected.cfg,
@@ -172,30 +163,15 @@ def calibrate_on(
     )
 
 
-def _fit_accept_thresholds(
-    calibrator: MaskCalibrator, ranking: AveragePrecision, probs: np.ndarray
-) -> None:
-    # What is right at an IoU depends on who chooses first, so each column has its own matching
-    matchings = [
-        right_detections(ranking.overlaps, column, ranking.max_dets[-1]) for column in probs.T
-    ]
-    right, counted = (
-        np.stack([matching[part][k] for k, matching in enumerate(matchings)], axis=1)
-        for part in (0, 1)
-    )
-    thresholds = accept_thresholds(probs, right, counted)
-    calibrator.accept_thresholds.copy_(torch.from_numpy(thresholds))
-
-
-def add_scores(results: Iterable[dict], calibrator: MaskCalibrator, probs: torch.Tensor) -> None:
+def add_scores(results: Iterable[dict], probs: torch.Tensor) -> None:
     """
-    Add to results in COCO's format what a model with this calibrator predicts.
+    Add to results in COCO's format what a model with a calibrator predicts.
 
     Args:
         results: N detections, which are modified.
         probs: (N, 10), their "mask_iou_probs".
     """
-    values = probs, probs.mean(dim=1), calibrator.expected_ious(probs)
+    values = probs, probs.mean(dim=1), expected_ious(probs)
     keys = "mask_iou_probs", "quality_score", "expected_iou"
     for result, *row in zip(results, *(x.tolist() for x in values)):
         result.update(zip(keys, row))
@@ -226,7 +202,7 @@ def fit_if_better(
 ) -> CheckedFit:
     """
     Fit a calibrator in place: with the networks if calibrators that have not seen an image rank its
-    masks better than the model does, and without them otherwise.
+    masks better than the model does, and without them otherwise. Then fit its thresholds.
 
     Args:
         calibrator: on the CPU.
@@ -247,6 +223,15 @@ def fit_if_better(
     if not with_network:
         # Five lines would not rank as one does; and one hardly knows the images it was fitted to
         probs = calibrator.probs(samples.cues, samples.score_log_odds)
-    ious, counted = iou_targets(ranking.overlaps, probs.mean(dim=1).numpy(), ranking.max_dets[-1])
-    fit_expected_ious(calibrator, probs[counted], torch.from_numpy(ious[counted]))
+    # What is right at an IoU depends on who chooses first, so each column has its own matching
+    matchings = [
+        right_detections(ranking.overlaps, column, ranking.max_dets[-1])
+        for column in probs.T.numpy()
+    ]
+    right, counted = (
+        np.stack([matching[part][k] for k, matching in enumerate(matchings)], axis=1)
+        for part in (0, 1)
+    )
+    thresholds = accept_thresholds(probs.numpy(), right, counted)
+    calibrator.accept_thresholds.copy_(torch.from_numpy(thresholds))
     return CheckedFit(probs, with_network, ap_of_network)

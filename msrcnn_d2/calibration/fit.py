@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from ..modeling import MaskCalibrator
 
-__all__ = ["Samples", "cross_validated_probs", "fit_calibrator", "fit_expected_ious"]
+__all__ = ["Samples", "cross_validated_probs", "fit_calibrator"]
 
 # Chosen on images of shapes that no result is reported on; none of them is critical
 EPOCHS = 60
@@ -23,7 +22,6 @@ BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-2
 NUM_FOLDS = 5
-NUM_SWEEPS = 1000  # over eleven weights: milliseconds
 
 
 @dataclass
@@ -166,25 +164,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(number)
-
-
-def fit_expected_ious(calibrator: MaskCalibrator, probs: torch.Tensor, ious: torch.Tensor) -> None:
-    """
-    Fit the expected IoU by least squares, in place. No weight is negative, so that it never falls
-    where a probability rises.
-
-    Args:
-        probs: (N, 10), what calibrators say that have not seen the images.
-        ious: (N,), the IoU of each true positive, 0 for false ones.
-    """
-    columns = torch.cat([torch.ones(len(probs), 1), probs], dim=1).double().numpy()
-    gram, product = columns.T @ columns, columns.T @ ious.double().numpy()
-    weights = np.zeros(len(gram))
-    for _ in range(NUM_SWEEPS):  # coordinate descent
-        for k, row in enumerate(gram):
-            step = (product[k] - row @ weights) / max(row[k], 1e-12)  # 0 if no probability is
-            weights[k] = max(weights[k] + step, 0)
-    calibrator.iou_weights.copy_(torch.from_numpy(weights))
 
 
 def cross_validated_probs(

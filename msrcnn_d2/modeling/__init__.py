@@ -4,6 +4,7 @@ from .mask_calibrator import (
     ROI_MASK_CALIBRATOR_REGISTRY,
     MaskCalibrator,
     build_mask_calibrator,
+    expected_ious,
 )
 from .mask_cues import CUES, Cue, Detections, mask_cues
 from .mask_iou_head import (
@@ -35,6 +36,7 @@ __all__ = [
     "UnpastedMasks",
     "build_mask_calibrator",
     "build_mask_iou_head",
+    "expected_ious",
     "mask_cues",
     "mask_iou_inference",
     "mask_iou_loss",

@@ -24,6 +24,7 @@ __all__ = [
     "UNREACHED",
     "MaskCalibrator",
     "build_mask_calibrator",
+    "expected_ious",
 ]
 
 ROI_MASK_CALIBRATOR_REGISTRY = Registry("ROI_MASK_CALIBRATOR")
@@ -67,15 +68,11 @@ class MaskCalibrator(nn.Module):
         slope, offset: (10,), the line for each threshold.
         accept_thresholds: (10, 99), for each IoU threshold and for a precision of 1 % to 99 % the
             probability from which on detections have this precision; 2 where it is not reached.
-        iou_weights: (11,), the expected IoU: a constant, and what each probability adds to it.
-            Before the fit, an IoU between two thresholds counts as the middle, and one below 0.5
-            as 0.
     """
 
     cue_mean: torch.Tensor
     cue_std: torch.Tensor
     accept_thresholds: torch.Tensor
-    iou_weights: torch.Tensor
 
     @configurable
     def __init__(self, *, hidden_dim: int = 64, num_members: int = 3):
@@ -94,9 +91,6 @@ class MaskCalibrator(nn.Module):
         self.layers = nn.ModuleList(_SideBySide(num_members, *x) for x in zip(sizes, sizes[1:]))
         unreached = torch.full((NUM_THRESHOLDS, NUM_PERCENTS), UNREACHED)
         self.register_buffer("accept_thresholds", unreached)
-        iou_weights = torch.full((1 + NUM_THRESHOLDS,), 0.05)
-        iou_weights[:2] = torch.tensor([0, 0.525])
-        self.register_buffer("iou_weights", iou_weights)
         # Neither training nor its processes know the calibrator
         self.requires_grad_(False)
 
@@ -146,18 +140,6 @@ class MaskCalibrator(nn.Module):
         )
         return self.log_odds(cues, score_log_odds).sigmoid().mean(dim=0).cummin(dim=1).values
 
-    def expected_ious(self, probs: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            probs: Tensor of shape (N, 10), from :meth:`probs`.
-
-        Returns:
-            Tensor of shape (N,) in [0, 1], the IoU to expect of each mask with its object, where
-            a false positive has the IoU 0.
-        """
-        weights = self.iou_weights.float()
-        return (weights[0] + probs @ weights[1:]).clamp(0, 1)
-
     def forward(self, instances: list[Instances]) -> list[Instances]:
         """
         Args:
@@ -167,7 +149,7 @@ class MaskCalibrator(nn.Module):
         Returns:
             the same instances. Where they have "scores", they get "mask_iou_probs" (N, 10); their
             mean, "quality_scores" (N,): the expected precision of the detection over COCO's
-            thresholds; and "expected_mask_ious" (N,), see :meth:`expected_ious`. Boxes that the
+            thresholds; and "expected_mask_ious" (N,), see :func:`expected_ious`. Boxes that the
             user gives have no scores.
         """
         if not all(x.has("scores") for x in instances):
@@ -179,8 +161,26 @@ class MaskCalibrator(nn.Module):
         for x, probs_per_image in zip(instances, probs.split([len(x) for x in instances])):
             x.mask_iou_probs = probs_per_image
             x.quality_scores = probs_per_image.mean(dim=1)
-            x.expected_mask_ious = self.expected_ious(probs_per_image)
+            x.expected_mask_ious = expected_ious(probs_per_image)
         return instances
+
+
+def expected_ious(probs: torch.Tensor) -> torch.Tensor:
+    """
+    The IoU to expect of masks with their objects. A false positive has the IoU 0.
+
+    An IoU between two of COCO's thresholds is taken to be in the middle, and one below 0.5 to be 0.
+    A line fitted to true IoUs brought little, and with few images it was far off: on ten models of
+    projects/seeds its LaECE_0 was 0.022 instead of 0.025 (fitted to training images) or 0.024
+    instead of 0.030 (held-out ones), but its LaACE_0 was higher on shapes.
+
+    Args:
+        probs: Tensor of shape (N, 10), from :meth:`MaskCalibrator.probs`.
+
+    Returns:
+        Tensor of shape (N,), in [0, 0.975].
+    """
+    return 0.525 * probs[:, 0] + 0.05 * probs[:, 1:].sum(dim=1)
 
 
 def build_mask_calibrator(cfg: CfgNode) -> nn.Module | None:

@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -42,6 +43,7 @@ from measures import (
     measure,
     measure_amounts,
     measure_cues,
+    measure_precisions,
     measure_rankings,
     measure_transfer,
 )
@@ -189,15 +191,18 @@ def make_run(
             command += [f"model.learn_from={RETROFITS[model]}"]
         run(*command)
 
+    calibrated_on = ("train",) if model in RETROFITS else ("holdout", "train")
+
     @cache
     def found(part: str) -> Found:
         file = folder / "detections" / f"{part}.pth"
         return find(config, weights, *parts[part], file, seed=seed)
 
-    calibrators_file = folder / "calibrators.pth"
+    calibrators_file, measured = folder / "calibrators.pth", folder / "measured"
     if not calibrators_file.is_file():
+        shutil.rmtree(measured, ignore_errors=True)  # of other calibrators
         calibrators, fits = {}, {}
-        for part in ("holdout", "train"):
+        for part in calibrated_on:
             calibrators[part], fits[part] = calibrate(found(part), seed)
         for group, ids in study.groups.items():
             calibrators[group] = MaskCalibrator()
@@ -206,21 +211,24 @@ def make_run(
         states = {name: calibrator.state_dict() for name, calibrator in calibrators.items()}
         torch.save({"states": states, "fits": fits}, calibrators_file)
     calibrators, fits = load_calibrators(calibrators_file)
-    measured = folder / "measured"
+    of_parts = {part: calibrators[part] for part in calibrated_on}
     measured.mkdir(exist_ok=True)
 
     def rankings() -> dict:
-        both = {part: calibrators[part] for part in ("holdout", "train")}
-        numbers, quality = measure_rankings(found("val"), both)
+        numbers, quality = measure_rankings(found("val"), of_parts)
         title = f"{TITLES[model]} on {study.name}, seed {seed}"
         write_report(quality, folder / "report", title, str(parts["val"][1]))
         return numbers
 
     numbers = {"model": model, "seed": seed, "fits": fits}
-    numbers |= kept(measured / "scores.json", lambda: measure({k: found(k) for k in parts}))
+    used = ("val", *calibrated_on)
+    numbers |= kept(measured / "scores.json", lambda: measure({k: found(k) for k in used}))
     numbers["rankings"] = kept(measured / "rankings.json", rankings)
     if model in RETROFITS:
         return numbers
+    numbers["precisions"] = kept(
+        measured / "precisions.json", lambda: measure_precisions(found("val"), of_parts)
+    )
     numbers["cues"] = kept(
         measured / "cues.json", lambda: measure_cues(found("holdout"), found("val"), seed)
     )

@@ -13,6 +13,7 @@ from msrcnn_d2.calibration import Samples, add_scores, fit_calibrator, fit_if_be
 from msrcnn_d2.calibration.collect import MAX_IMAGES
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
+from msrcnn_d2.evaluation.operating_points import iou_index, right_detections
 from msrcnn_d2.modeling import CUES, MaskCalibrator
 
 __all__ = [
@@ -22,12 +23,14 @@ __all__ = [
     "measure",
     "measure_amounts",
     "measure_cues",
+    "measure_precisions",
     "measure_rankings",
     "measure_transfer",
     "with_cues",
 ]
 
 THRESHOLDS = (50, 75, 90)
+PRECISIONS = (50, 60, 70, 80, 90, 95)  # percent, that a user wants
 NUM_IMAGES = (10, 20, 50, 100)  # that a calibrator is fitted to, to see how many it needs
 
 SCORE, IOU = {"class_log_odds"}, {"mask_iou"}
@@ -124,7 +127,7 @@ def calibrate(found: Found, seed: int) -> tuple[MaskCalibrator, dict[str, Any]]:
 def calibrated_quality(calibrator: MaskCalibrator, found: Found) -> MaskQuality:
     """What the scores of a calibrator are worth. They are written into the results."""
     probs = calibrator.probs(found.samples.cues, found.samples.score_log_odds)
-    add_scores(found.results, calibrator, probs)
+    add_scores(found.results, probs)
     return MaskQuality(found.ranking)
 
 
@@ -168,6 +171,38 @@ def _numbers_of(quality: MaskQuality, ranking: str) -> dict[str, float]:
     if ranking == "quality_score":
         numbers["laece_iou"] = quality.calibration["expected_iou"].laece
     return numbers
+
+
+def measure_precisions(
+    val: Found, calibrators: Mapping[str, MaskCalibrator]
+) -> dict[str, dict[str, list[float | None]]]:
+    """
+    Do the thresholds of a calibrator keep their word on new images?
+
+    Args:
+        val: detections that no calibrator was fitted to.
+        calibrators: by name.
+
+    Returns:
+        {calibrator: {IoU: precisions in percent}}, for the IoUs "0.50" and "0.75" and each of
+        PRECISIONS that was wanted; None where no threshold reaches it.
+    """
+    overlaps, limit = val.ranking.overlaps, val.ranking.max_dets[-1]
+    reached: dict[str, dict[str, list[float | None]]] = {}
+    for name, calibrator in calibrators.items():
+        probs = calibrator.probs(val.samples.cues, val.samples.score_log_odds).numpy()
+        reached[name] = {}
+        for iou in (0.50, 0.75):
+            index = iou_index(iou)
+            right, counted = right_detections(overlaps, probs[:, index], limit)
+            precisions: list[float | None] = []
+            for wanted in PRECISIONS:
+                threshold = calibrator.accept_thresholds[index, wanted - 1].item()
+                accepted = counted[index] & (probs[:, index] >= threshold)
+                share = 100 * float(right[index][accepted].mean()) if accepted.any() else None
+                precisions.append(share)
+            reached[name][f"{iou:.2f}"] = precisions
+    return reached
 
 
 def measure_cues(holdout: Found, val: Found, seed: int) -> dict[str, float]:

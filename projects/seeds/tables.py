@@ -7,6 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from measures import PRECISIONS
+
 __all__ = ["TITLES", "tables"]
 
 TITLES = {"mask_rcnn": "Mask R-CNN", "ms_rcnn": "Mask Scoring R-CNN"}
@@ -63,6 +65,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
         ("Calibrated scores", _calibrated(by_model)),
         ("Are the scores honest?", _honesty(by_model)),
         ("What holds for calibrated scores", _calibrated_claims(runs)),
+        ("Do thresholds keep their word?", _precisions(by_model)),
         ("Which cues a calibrator needs", _cues(by_model)),
         ("How many images a calibrator needs", _amounts(by_model)),
     ]
@@ -193,6 +196,19 @@ def _calibrated_claims(runs: Sequence[dict]) -> str:
         answer = _answer((g > 0 for g in gains), "models")
         rows.append([claim, f"{_spread(gains, 2, True)} mask AP", answer])
     return tabulate(rows, ["claim", "measured", "holds"], "github", disable_numparse=True)
+
+
+def _precisions(by_model: dict[str, list[dict]]) -> str:
+    """The precision on val above the threshold for each precision that is wanted."""
+    rows = []
+    for model, runs in by_model.items():
+        for part in ("train", "holdout"):
+            for iou in runs[0]["precisions"][part]:
+                reached = zip(*(r["precisions"][part][iou] for r in runs))
+                cells = [_spread(list(of_runs), 0) for of_runs in reached]
+                rows.append([TITLES[model], f"0.{iou[2:]}", SCORES[part], *cells])
+    headers = ["model", "IoU", "score", *(f"{p} % wanted" for p in PRECISIONS)]
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def _gain(run: dict, ap: float) -> float:
