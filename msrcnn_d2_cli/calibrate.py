@@ -3,15 +3,18 @@ Fit calibrated scores to a trained Mask R-CNN or Mask Scoring R-CNN, without tra
 
 The model predicts on annotated images, and a small network learns from the result how likely a mask
 is good: the probability that its IoU is at least 0.50, 0.55, ..., 0.95. The mean of these is the
-calibrated score. It ranks masks better than class score and mask score do. 100 images are enough to
-start with, and more are better. The images that the model was trained on serve as well as others;
-only those that you report results of must not be used.
+calibrated score. It usually ranks masks better than class score and mask score do; where it would
+not, the ranking stays as it is. Start with 100 images; more are better. The images that the model
+was trained on may be used, but a precision that is to hold on new images needs others. Never use
+those that you report results of.
 
 It writes model.pth, the weights with the calibrator; config.yaml, a config that uses them; and into
 calibration/ a report on what the new scores are worth on images that they were not fitted to.
 """
 
 import argparse
+import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,17 +153,22 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
         args.iou,
     )
     print(f"\nweights: {args.output / 'model.pth'}\nconfig:  {config}\nreport:  {page}")
-    print(f"\nTo evaluate the model: msrcnn-d2 evaluate --config-file {config}")
+    datasets = [f"--dataset {shlex.join(map(str, x))}" for x in args.dataset]
+    command = shlex.join(["msrcnn-d2", "evaluate", "--config-file", str(config)])
+    print(f"\nTo evaluate the model: {' '.join([command, *datasets])}")
 
 
 def answer(calibration: "Calibration", args: argparse.Namespace) -> str:
     """Where to accept, to look and to drop, for the precision that the user wants."""
+    from msrcnn_d2.engine.configs import value_of
     from msrcnn_d2.report.thresholds import thresholded_scores
 
     wanted = f"P(IoU >= {args.iou:.2f})"
     point = thresholded_scores(calibration.quality, args.precision, args.iou)[-1].point
     percent = f"{100 * args.precision:g} %"
-    if point.accept is None:
+    if math.isnan(point.highest):
+        lines = ["There are too few detections to tell from which probability on masks are right."]
+    elif point.accept is None:
         lines = [
             f"No threshold on {wanted} makes {percent} of the masks right; the highest precision "
             f"is {100 * point.highest:.1f} %, from {point.highest_at:g} on."
@@ -182,5 +190,13 @@ def answer(calibration: "Calibration", args: argparse.Namespace) -> str:
         lines.append(
             f"Below {point.drop:g}, {100 * (1 - point.dropped.precision):.1f} % are wrong: drop "
             f"them, {100 * point.dropped.of_detections:.0f} % of the detections."
+        )
+    names = value_of(calibration.cfg, "dataloader.train.dataset.names") or ()
+    if point.accept is not None and calibration.dataset in (
+        [names] if isinstance(names, str) else names
+    ):
+        lines.append(
+            "The config trains on these images. A model finds objects that it knows more precisely "
+            "than new ones, so fit to held-out images if the precision has to hold."
         )
     return "\n".join(lines)

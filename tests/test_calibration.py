@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +29,9 @@ from msrcnn_d2.calibration import (
     fit,
     fit_calibrator,
 )
-from msrcnn_d2.calibration.collect import CueRecorder
+from msrcnn_d2.calibration.collect import CueRecorder, DetectionCollector
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
+from msrcnn_d2.engine import evaluate as evaluate_module
 from msrcnn_d2.engine import load_config, register_dataset
 from msrcnn_d2.evaluation.operating_points import iou_index, parse_operating_point
 from msrcnn_d2.modeling import MaskCalibrator
@@ -559,6 +561,32 @@ def model_in(world, with_calibrator):
     return instantiate((add_mask_calibrator(cfg) if with_calibrator else cfg).model)
 
 
+def test_the_command_that_it_ends_with(world, without_report, tmp_path, capsys):
+    assert exit_code("calibrate", *options_in(world), "--output", tmp_path / "o u t") == 0
+    (command,) = [x for x in capsys.readouterr().out.splitlines() if "msrcnn-d2 evaluate" in x]
+    assert exit_code(*shlex.split(command)[shlex.split(command).index("msrcnn-d2") + 1 :]) == 0
+
+
+def test_masks_are_not_pasted():
+    class FullSize(DetectionCollector):
+        def process(self, inputs, outputs):
+            """It may expect masks of the image's size."""
+
+    for kind, expected in ((DetectionCollector, True), (FullSize, False)):
+        collector = kind.__new__(kind)  # __init__ needs a dataset
+        assert evaluate_module._takes_unpasted_masks(collector) == expected
+
+
+def test_images_without_annotations(world, tmp_path):
+    """Such as COCO's files for its test set, which are refused before the model runs."""
+    content = json.loads((world / "found.json").read_text())
+    del content["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    register_dataset("unannotated", str(tmp_path / "test.json"), str(world))
+    with pytest.raises(UserError, match="no annotations"):
+        calibrate(config_in(world), "unannotated", progress=False)
+
+
 def test_detectron2_loads_the_file(world, calibrated):
     model = model_in(world, with_calibrator=True)
     DetectionCheckpointer(model).load(str(calibrated / "model.pth"))
@@ -710,6 +738,21 @@ def test_the_operating_point_that_is_shown_is_that_of_the_predictor(precision, c
     points = [x for x in text.split('"') if x.startswith("p") and "@" in x]
     expected = [] if precision == 0.455 else [(precision, 0.6)]
     assert [parse_operating_point(x) for x in points] == expected
+
+
+def test_too_few_detections_for_a_precision(calibration):
+    text = answer(calibration, SimpleNamespace(precision=0.9999, iou=0.6))
+    assert "too few" in text and "nan" not in text
+
+
+def test_images_of_the_training_promise_too_much(calibration):
+    """The config of the world trains on the images that it was calibrated on."""
+    held_out = copy.copy(calibration)
+    held_out.cfg = copy.deepcopy(calibration.cfg)
+    held_out.cfg.dataloader.train.dataset.names = "others"
+    options = SimpleNamespace(precision=0.4, iou=0.6)
+    trained_on, held_out = (answer(x, options).splitlines() for x in (calibration, held_out))
+    assert trained_on[:-1] == held_out
 
 
 @pytest.mark.parametrize("percent, iou", [(40, 0.5), (35, 0.75), (30, 0.95)])

@@ -111,6 +111,11 @@ def collect_detections(
     class_names = checkpointer.loaded_class_names
     with agree_on_user_errors():
         collector = DetectionCollector(dataset)
+        if not collector.coco_gt.dataset.get("annotations"):
+            raise UserError(
+                f"Dataset '{dataset}' has no annotations, so that nobody knows which masks are "
+                "right: give annotated images."
+            )
         use_names(collector, recipe.test_sets[0], class_names, recipe)
     roi_heads.mask_calibrator = CueRecorder()
     with _registered(images, dataset) as name:
@@ -162,6 +167,8 @@ class DetectionCollector(MaskScoringCOCOEvaluator):
         results: N detections in COCO's result format.
         mask_cues: (N, 1 + C), what :class:`CueRecorder` has computed for them.
     """
+
+    takes_unpasted_masks = True  # its `process` leaves them to that of the base class
 
     def __init__(self, dataset_name: str, class_names: Sequence[str] | None = None):
         super().__init__(dataset_name, mask_quality=False, class_names=class_names)

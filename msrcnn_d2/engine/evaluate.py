@@ -156,8 +156,10 @@ def run_inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator
 
 def _takes_unpasted_masks(evaluator: Any) -> bool:
     """A `process` of the user's own may expect masks of the image's size."""
-    process = getattr(type(evaluator), "process", None)
-    return process is MaskScoringCOCOEvaluator.process
+    kind = type(evaluator)
+    if getattr(kind, "process", None) is MaskScoringCOCOEvaluator.process:
+        return True
+    return vars(kind).get("takes_unpasted_masks", False)  # of this class itself
 
 
 def _test_precision(recipe: Recipe) -> AbstractContextManager:
