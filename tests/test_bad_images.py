@@ -238,7 +238,7 @@ def test_bad_images_are_named_before_training(how, checked, tmp_path):
     # The same images are evaluated on, and an evaluation needs all
     assert code == 2 and "Starting training" not in log
     assert "Dataset 'toy' has 1 image that cannot be used, such as image 4 '4.png'" in error
-    assert "an evaluation needs all of them: `msrcnn-d2 check-data" in error
+    assert "an evaluation or calibration needs all of them: `msrcnn-d2 check-data" in error
     assert "image 4 '4.png'" in log
 
 

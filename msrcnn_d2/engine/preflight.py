@@ -257,7 +257,7 @@ def check_data(recipe: Recipe, training: bool, image_ids: Collection[Any] | None
         if not is_trained_on or wrong_boxes <= MOST_WRONG_BOXES * findings.num_annotations:
             errors = [f for f in errors if f.kind != "box-elsewhere"]
         if is_tested_on:
-            limit, rule = 0, "evaluation and calibration need all of them"
+            limit, rule = 0, "an evaluation or calibration needs all of them"
         else:
             limit = recipe.max_bad_images
             rule = f"training may leave out {limit} (train.max_bad_images, yaml: "
