@@ -7,10 +7,10 @@ import pytest
 
 from msrcnn_d2.evaluation.matching import Overlaps, right_detections
 from msrcnn_d2.evaluation.operating_points import (
-    MIN_COUNT,
     UNREACHED,
     ThresholdCurve,
     accept_thresholds,
+    min_count,
     parse_operating_point,
     precision_interval,
 )
@@ -102,12 +102,55 @@ def test_a_precision_that_no_threshold_reaches():
     assert (point.drop, point.between.count) == (0.5, 110)  # 98 % of the others are wrong
 
 
-@pytest.mark.parametrize("count, accept", [(MIN_COUNT - 1, None), (MIN_COUNT, 0.9)])
-def test_few_detections_do_not_tell(count, accept):
-    right = np.ones(count, dtype=bool)
-    point = ThresholdCurve(np.full(count, 0.9), right, np.arange(count), count).operating_point()
-    assert point.accept == accept and point.drop is None
-    assert math.isnan(point.highest) == (accept is None)
+COUNTS = {
+    **{
+        0.001: 20,
+        0.3: 20,
+        0.5: 20,
+        0.6: 20,
+        0.8: 20,
+        0.9: 20,
+        0.94: 20,
+        0.95: 20,
+        0.951: 21,
+        0.96: 25,
+        0.97: 34,
+        0.98: 50,
+    },
+    **{0.99: 100, 0.995: 200, 0.999: 1000, 0.9995: 2000, 0.9999: 10_000, 0.99999: 100_000},
+}
+
+
+@pytest.mark.parametrize("precision", COUNTS)
+def test_how_many_detections_tell(precision):
+    assert min_count(precision) == COUNTS[precision]
+
+
+@pytest.mark.parametrize("precision", [0, 1, 95, -0.1, math.nan])
+def test_what_is_no_precision(precision):
+    with pytest.raises(UserError, match=f"{precision} is no precision"):
+        min_count(precision)
+
+
+@pytest.mark.parametrize("precision", [0.95, 0.99])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_few_detections_do_not_tell(precision, missing):
+    count = COUNTS[precision] - missing
+    right = np.repeat([True, False], count)
+    curve = ThresholdCurve(np.repeat([0.9, 0.1], count), right, np.arange(2 * count), count)
+    point = curve.operating_point(precision)
+    # If they do not tell, neither 0.9 nor the lowest threshold of all has the precision
+    assert (point.accept, point.drop) == ((None, None) if missing else (0.9, 0.9))
+    alone = ThresholdCurve(np.full(count, 0.9), right[:count], np.arange(count), count)
+    assert math.isnan(alone.operating_point(precision).highest) == bool(missing)
+
+
+def test_nothing_is_dropped_where_everything_is_accepted():
+    """Every second detection is right, above and below each threshold."""
+    scores, right = np.repeat([0.9, 0.1], 30), np.tile([True, False], 30)
+    point = ThresholdCurve(scores, right, np.arange(60), 30).operating_point(0.5)
+    assert (point.accept, point.drop) == (0.1, None)
+    assert [g.count for g in (point.accepted, point.between, point.dropped)] == [60, 0, 0]
 
 
 def test_a_precision_that_is_just_reached():
@@ -120,18 +163,20 @@ def test_a_precision_that_is_just_reached():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("precision", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("precision", [0.3, 0.6, 0.8, 0.95, 0.98])
 def test_the_rules_again_threshold_by_threshold(seed, precision):
     scores, right, images = random_detections(seed)
     accept = drop = None
     for threshold in sorted(set(scores), reverse=True):
         above, below = right[scores >= threshold], right[scores < threshold]
-        if len(above) >= 20 and above.mean() >= precision:
+        if len(above) >= COUNTS[precision] and above.mean() >= precision:
             accept = threshold
-        if drop is None and len(below) >= 20 and (~below).mean() >= precision:
+        if drop is None and len(below) >= COUNTS[precision] and (~below).mean() >= precision:
             drop = threshold
     if accept is not None and drop is not None:
         drop = min(drop, accept)
+    if drop == min(scores):
+        drop = None
 
     point = ThresholdCurve(scores, right, images, 300).operating_point(precision)
 
@@ -210,7 +255,7 @@ def test_the_table_has_the_operating_points(seed):
     for t in range(10):
         kept = counted[:, t]
         curve = ThresholdCurve(probs[kept, t], right[kept, t], np.zeros(kept.sum()), 300)
-        for percent in (1, 30, 50, 70, 90, 99):
+        for percent in (1, 30, 50, 70, 90, 97, 99):
             accept = curve.operating_point(percent / 100).accept
             assert table[t, percent - 1] == (UNREACHED if accept is None else np.float32(accept))
     assert 0 < (table == UNREACHED).sum() < table.size
@@ -218,9 +263,10 @@ def test_the_table_has_the_operating_points(seed):
 
 def test_tables_of_few_detections():
     assert (accept_thresholds(np.zeros((0, 10)), np.zeros((0, 10))) == UNREACHED).all()
-    probs, right = np.full((MIN_COUNT, 10), 0.7), np.ones((MIN_COUNT, 10))
-    assert (accept_thresholds(probs, right) == np.float32(0.7)).all()
-    assert (accept_thresholds(probs[1:], right[1:]) == UNREACHED).all()
+    for count, highest in ((19, 0), (20, 95), (49, 97), (50, 98), (99, 98), (100, 99)):
+        table = accept_thresholds(np.full((count, 10), 0.7), np.ones((count, 10)))
+        assert (table[:, :highest] == np.float32(0.7)).all(), count
+        assert (table[:, highest:] == UNREACHED).all(), count
 
 
 # ---- their spelling

@@ -92,6 +92,28 @@ def test_an_iou_that_is_none_of_cocos(iou, quality, tmp_path):
         write_report(quality, tmp_path, iou=iou)
 
 
+@pytest.mark.parametrize(
+    "precision, goal, count",
+    [
+        (0.9995, "99.95", "2,000"),
+        (0.99999, "99.999", "100,000"),
+        (0.005, "0.5", "20"),
+        (0.57, "57", "20"),
+    ],
+)
+def test_the_page_tells_the_precision_exactly(precision, goal, count, quality, tmp_path):
+    text = write_report(quality, tmp_path, precision=precision).read_text()
+    assert f"a precision of {goal} % at an IoU of 0.75" in text and f'value="{goal}"' in text
+    assert f"at least {count} detections on its side" in text
+
+
+def test_the_page_says_where_there_are_too_few_detections(quality, tmp_path):
+    page = write_report(quality, tmp_path, precision=0.99)
+    assert page.read_text().count("<td>never</td><td>too few to tell</td>") == 3
+    page = write_report(quality, tmp_path, precision=0.95)
+    assert "too few to tell</td>" not in page.read_text()
+
+
 def test_scores_that_are_no_probabilities(tmp_path):
     quality = one_object_per_image(lambda k, iou: {"score": 10.0 * iou - k / 100})
     (score,) = thresholded_scores(quality)
@@ -176,3 +198,19 @@ def test_the_script_follows_the_same_rules(quality, tmp_path):
 
     groups, readout = rows_after(page, script + 'set("threshold", 0);', tmp_path)
     assert [row[0] for row in readout] == ["100.0 %", "75.0 %", "75.0 %"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.parametrize(
+    "precision, accept, drop",
+    [
+        (0.9995, ["never", "0"], ["never", "0"]),  # it takes 2,000
+        (0.99999, ["never", "0"], ["never", "0"]),
+        (0.005, ["≥ 0", "40"], ["never", "0"]),  # nothing is below 0
+    ],
+)
+def test_the_script_starts_with_any_precision(precision, accept, drop, quality, tmp_path):
+    page = write_report(quality, tmp_path, precision=precision)
+    groups, readout = rows_after(page, "", tmp_path)
+    assert [groups[0][:2], groups[2][:2]] == [accept, drop]
+    assert len(readout) == 3

@@ -18,12 +18,13 @@ __all__ = [
     "ThresholdCurve",
     "accept_thresholds",
     "iou_index",
+    "min_count",
     "parse_operating_point",
     "precision_interval",
     "right_detections",
 ]
 
-MIN_COUNT = 20  # detections from which a precision is estimated; one of 20 is 5 %
+MIN_COUNT = 20  # detections from which any precision is estimated
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 
@@ -141,8 +142,8 @@ class ThresholdCurve:
         Only the curve's own `thresholds` are considered. *Accept* is the smallest one such that
         at least `precision` of the detections at or above it are right. *Drop* is the largest one
         such that at most 1 - `precision` of the detections below it are right. A threshold counts
-        only with 20 or more detections on that side, since fewer do not tell. If drop would be
-        above accept, it is set to accept, and nothing is left to look at.
+        only with enough detections on that side, see :func:`min_count`. If drop would be above
+        accept, it is set to accept, and nothing is left to look at.
 
         Both thresholds are chosen and measured on the same detections. The precision on new images
         tends to be a little lower; the interval shows how much is left to chance.
@@ -150,7 +151,7 @@ class ThresholdCurve:
         Args:
             precision: between 0 and 1.
         """
-        enough = self.counts >= MIN_COUNT
+        enough = self.counts >= min_count(precision)
         reached = np.flatnonzero(enough & (self.precision >= precision))
         accept = self.thresholds[reached[0]].item() if len(reached) else None
 
@@ -158,7 +159,7 @@ class ThresholdCurve:
         right_below = int(self._right.sum()) - self.right
         # As many must be wrong as would have to be right: no rounding of 1 - precision
         wrong_below = _ratio(num_below - right_below, num_below)
-        may_go = np.flatnonzero((num_below >= MIN_COUNT) & (wrong_below >= precision))
+        may_go = np.flatnonzero((num_below >= min_count(precision)) & (wrong_below >= precision))
         drop = self.thresholds[may_go[-1]].item() if len(may_go) else None
         if accept is not None and drop is not None:
             drop = min(accept, drop)
@@ -169,6 +170,8 @@ class ThresholdCurve:
             is_accepted = self._scores >= accept
         if drop is not None:
             is_dropped = self._scores < drop
+        if not is_dropped.any():  # accept may be so low that nothing is below it
+            drop = None
         best = int(np.argmax(np.where(enough, self.precision, -1))) if enough.any() else None
         return OperatingPoint(
             wanted=precision,
@@ -198,6 +201,23 @@ class ThresholdCurve:
             precision=precision,
             interval=(low, high),
         )
+
+
+def min_count(precision: float) -> int:
+    """
+    How many detections it takes to tell whether they have a precision: 20 or, for a high precision,
+    as many as may contain a wrong one, such as 100 for 99 percent.
+
+    Args:
+        precision: between 0 and 1.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 0 < precision < 1:
+        raise UserError(f"{precision} is no precision to ask for: give one between 0 and 1.")
+    # 1 / (1 - 0.9995) is a little more than 2000
+    return max(MIN_COUNT, math.ceil(1 / (1 - precision) - 1e-6))
 
 
 def precision_interval(right: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -269,6 +289,7 @@ def accept_thresholds(
     probs = np.asarray(probs, dtype=np.float32)
     table = np.full((probs.shape[1], NUM_PERCENTS), UNREACHED, dtype=np.float32)
     wanted = np.arange(1, NUM_PERCENTS + 1) / 100
+    needed = np.array([min_count(precision) for precision in wanted.tolist()])
     for row, column, is_right, counts in zip(
         table,
         probs.T,
@@ -280,13 +301,12 @@ def accept_thresholds(
         precision = np.cumsum(is_right[counts][order]) / np.arange(1, len(ranked) + 1)
         # Of equal probabilities all are accepted, or none
         usable = np.append(ranked[1:] != ranked[:-1], True) if len(ranked) else np.zeros(0, bool)
-        usable[: MIN_COUNT - 1] = False
-        ranked, precision = ranked[usable], precision[usable]
+        ends = np.flatnonzero(usable)[::-1]
         # The best that a rank or a later one reaches falls with the rank
-        best_from_here = np.maximum.accumulate(precision[::-1])
-        steps = np.searchsorted(best_from_here, wanted)
-        reached = steps < len(ranked)
-        row[reached] = ranked[::-1][steps[reached]]
+        best_from_here = np.maximum.accumulate(precision[ends])
+        last = np.append(ends, -1)[np.searchsorted(best_from_here, wanted)]  # -1: none reaches it
+        reached = last + 1 >= needed
+        row[reached] = ranked[last[reached]]
     return table
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from ..evaluation.mask_quality import MaskQuality
+from ..evaluation.operating_points import min_count
 from ..evaluation.scores import TITLES
 from ..image_reading import ImageSettings
 from ..utils.errors import UserError
@@ -64,7 +65,8 @@ def write_report(
         the path of the page.
 
     Raises:
-        UserError: the folder cannot be written, or the IoU is none of COCO's.
+        UserError: the folder cannot be written, the precision is not between 0 and
+            1, or the IoU is none of COCO's.
     """
     folder = Path(folder)
     with _said_if_it_fails(folder):
@@ -111,12 +113,14 @@ def write_report(
         },
         thresholds=thresholds,
         threshold_data={
+            "precision": precision,
             "objects": sum(quality.num_objects),
             "shown": SHOWN_IOUS,
             "scores": [score.for_page() for score in thresholds],
         },
         shown_ious=SHOWN_IOUS,
         wanted=precision,
+        min_count=min_count(precision),
         iou=f"{iou:.2f}",
     )
     numbers = {

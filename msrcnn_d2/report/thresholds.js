@@ -2,7 +2,6 @@
 // those of ThresholdCurve.operating_point in msrcnn_d2/evaluation/operating_points.py.
 "use strict";
 (() => {
-  const MIN_COUNT = 20;
   const COLORS = { "0.50": "#0072B2", "0.75": "#D55E00", "0.90": "#000000" }; // Okabe and Ito's
   const OTHER_COLOR = "#CC79A7";
   const data = JSON.parse(document.getElementById("threshold-data").textContent);
@@ -11,28 +10,31 @@
   const find = (selector) => panel.querySelector(selector);
   const input = (name) => find(`[name=${name}]`);
   const slider = input("threshold");
+  let wanted = data.precision; // what is typed, if it is a precision
 
   const percent = (x) => (Number.isFinite(x) ? `${(100 * x).toFixed(1)} %` : "–");
   const interval = (curve, k) =>
     curve.low[k] === null ? "–" : `${percent(curve.low[k] / 1000)} to ${percent(curve.high[k] / 1000)}`;
   const precision = (curve, k) => curve.right[k] / curve.count[k];
   const score = () => data.scores[input("score").value];
+  const minCount = () => Math.max(20, Math.ceil(1 / (1 - wanted) - 1e-6));
   const nameOf = (k) => String(+score().thresholds[k].toFixed(4));
 
-  function operatingPoint(curve, wanted) {
+  function operatingPoint(curve) {
     const last = curve.count.length - 1;
     let [accept, drop, best] = [null, null, null];
     for (let k = last; k >= 0; k--) {
-      if (curve.count[k] < MIN_COUNT) continue;
+      if (curve.count[k] < minCount()) continue;
       if (precision(curve, k) >= wanted) accept = k;
       if (best === null || precision(curve, k) >= precision(curve, best)) best = k;
     }
     for (let k = 0; k <= last; k++) {
       const below = curve.count[0] - curve.count[k];
       const wrong = below - (curve.right[0] - curve.right[k]);
-      if (below >= MIN_COUNT && wrong / below >= wanted) drop = k;
+      if (below >= minCount() && wrong / below >= wanted) drop = k;
     }
     if (accept !== null && drop !== null) drop = Math.min(accept, drop);
+    if (drop !== null && curve.count[drop] === curve.count[0]) drop = null; // nothing is below it
     return { accept, drop, best };
   }
 
@@ -41,11 +43,11 @@
   }
 
   function showAnswer() {
-    if (!input("precision").validity.valid || !input("precision").value) return; // still being typed
-    const wanted = input("precision").value / 100;
+    const typed = input("precision").value / 100;
+    if (typed > 0 && typed < 1) wanted = typed;
     const iou = input("iou").value;
     const curve = score().curves[iou];
-    const { accept, drop, best } = operatingPoint(curve, wanted);
+    const { accept, drop, best } = operatingPoint(curve);
     const from = accept === null ? [0, 0] : [curve.count[accept], curve.right[accept]];
     const to = drop === null ? [0, 0] : [curve.count[0] - curve.count[drop], curve.right[0] - curve.right[drop]];
     const between = [curve.count[0] - from[0] - to[0], curve.right[0] - from[1] - to[1]];
@@ -58,14 +60,14 @@
     fill(rows[0], [accept === null ? "never" : `≥ ${nameOf(accept)}`, ...numbers(from)]);
     fill(rows[1], ["between", ...numbers(between)]);
     fill(rows[2], [drop === null ? "never" : `< ${nameOf(drop)}`, ...numbers(to)]);
-    const ask = `${+(100 * wanted).toFixed(2)} % at IoU ${iou}`;
+    const ask = `${+(100 * wanted).toPrecision(10)} % at IoU ${iou}`;
     find(".answer").textContent =
       accept !== null
         ? `For ${ask}, accept from ${nameOf(accept)} on: ${percent(precision(curve, accept))} are right ` +
           `(95 % interval ${interval(curve, accept)}).`
         : best !== null
           ? `No threshold reaches ${ask}. The highest is ${percent(precision(curve, best))}, from ${nameOf(best)} on.`
-          : "There are fewer than 20 detections, too few to tell.";
+          : `There are fewer than ${minCount().toLocaleString("en")} detections, too few to tell.`;
     slider.max = curve.count.length - 1;
     slider.value = accept ?? best ?? 0;
     showThreshold();
@@ -98,8 +100,7 @@
 
   function draw() {
     const { thresholds, curves } = score();
-    const wanted = input("precision").value / 100;
-    const { accept, drop } = operatingPoint(curves[input("iou").value], wanted);
+    const { accept, drop } = operatingPoint(curves[input("iou").value]);
     const width = Math.max(plot.parentElement.clientWidth, 200);
     const height = Math.min(360, 0.8 * width);
     const [left, right, top, bottom] = [44, 12, 22, 40];

@@ -90,7 +90,7 @@ def thresholded_scores(
         score and the probability of a mask IoU of at least `iou`.
 
     Raises:
-        UserError: the IoU is none of COCO's.
+        UserError: the precision is not between 0 and 1, or the IoU is none of COCO's.
     """
     chosen = iou_index(iou)
     scores = {name: quality.scores[name] for name in quality.rankings}
