@@ -12,6 +12,7 @@ from msrcnn_d2.evaluation.calibration_errors import (
     localisation_aware_errors,
 )
 from msrcnn_d2.evaluation.matching import Overlaps, right_detections
+from msrcnn_d2.report import write_report
 from tests.helpers.filled_boxes import build_coco, calibrated, dataset_of, found, measure, thing
 
 NAN = pytest.approx(math.nan, nan_ok=True)
@@ -187,6 +188,26 @@ def test_errors_of_a_calibrated_model():
         pytest.approx((0.3, 0)),
         pytest.approx((1, 1)),
     ]
+
+
+def test_the_expected_iou_has_no_errors_of_the_probability(tmp_path):
+    result = calibrated(found(OBJECT, 0.9, 0.8), [0.9] * 5 + [0.7] * 5) | {"expected_iou": 0.85}
+
+    quality = measure([thing(OBJECT)], [result])
+
+    errors = quality.calibration["expected_iou"]
+    assert (errors.laece, errors.brier, errors.ece) == (pytest.approx(0.15), {}, {})
+    assert quality.to_json()["calibration"]["expected_iou"]["brier"] == {}
+    of_expected_iou = {key: x for key, x in quality.headline().items() if "expected_iou" in key}
+    assert of_expected_iou == {
+        **{"pearson_expected_iou": NAN, "spearman_expected_iou": NAN},
+        **{"LaECE_expected_iou": errors.laece, "LaACE_expected_iou": errors.laace},
+    }
+    row = [x for x in quality.table().splitlines() if "expected IoU" in x][-1]
+    assert [cell.strip() for cell in row.split("|")][2:] == ["0.150", "0.150", *5 * [""]]
+    page = write_report(quality, tmp_path).read_text()
+    cells = "".join(f"<td>{x}</td>" for x in ("0.150", "0.150", *4 * "–"))
+    assert f'<th scope="row">expected IoU</th>{cells}</tr>' in page
 
 
 def test_mistakes_of_classes_without_objects_are_not_in_the_mean_over_classes():

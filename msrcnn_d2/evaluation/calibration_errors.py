@@ -30,9 +30,9 @@ class CalibrationErrors:
         brier: {IoU threshold: Brier score}, for "0.50" and "0.75", of the probability that a
             detection is right at this threshold if the best masks choose objects first
             (:func:`right_detections` of :attr:`Overlaps.largest`), so that no score decides which
-            of two duplicates is right. For the scores of a calibrator these are its
-            "mask_iou_probs". Other scores are read as if they were this probability. NaN without
-            detections.
+            of two duplicates is right. For the calibrated score these are the calibrator's
+            "mask_iou_probs". Other scores are read as if they were this probability. NaN
+            without detections; empty for the expected IoU, which is made of these probabilities.
         ece: {IoU threshold: expected calibration error over ten bins} of the same probability.
     """
 

@@ -255,7 +255,7 @@ class MaskQuality:
 
     def _probabilities(self, name: str) -> np.ndarray:
         """2 x N, what a score says about being right at PROBABILITY_IOUS."""
-        if name in ("quality_score", "expected_iou") and self.mask_iou_probs is not None:
+        if name == "quality_score" and self.mask_iou_probs is not None:
             return self.mask_iou_probs[:, [iou_index(x) for x in PROBABILITY_IOUS]].T
         return np.broadcast_to(self.scores[name], (len(PROBABILITY_IOUS), len(self.results)))
 
@@ -270,16 +270,17 @@ class MaskQuality:
             laece, laace = localisation_aware_errors(
                 scores[used], targets[used], self.class_indices[used]
             )
-            brier, ece = {}, {}
+            errors[name] = CalibrationErrors(laece, laace, brier={}, ece={})
+            if name == "expected_iou":
+                continue
             for threshold, *arrays in zip(
                 PROBABILITY_IOUS, self._probabilities(name), *self._right
             ):
                 probs, right, counts = arrays
-                brier[f"{threshold:.2f}"] = brier_score(probs[counts], right[counts])
-                ece[f"{threshold:.2f}"] = expected_calibration_error(
+                errors[name].brier[f"{threshold:.2f}"] = brier_score(probs[counts], right[counts])
+                errors[name].ece[f"{threshold:.2f}"] = expected_calibration_error(
                     reliability(probs[counts], right[counts])
                 )
-            errors[name] = CalibrationErrors(laece, laace, brier, ece)
         return errors
 
     def reliability_of_scores(self) -> dict[str, list[Bin]]:
