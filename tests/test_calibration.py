@@ -33,10 +33,11 @@ from msrcnn_d2.calibration.collect import CueRecorder, DetectionCollector
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import evaluate as evaluate_module
 from msrcnn_d2.engine import load_config, register_dataset
-from msrcnn_d2.evaluation.operating_points import iou_index, parse_operating_point
+from msrcnn_d2.evaluation.operating_points import parse_operating_point
 from msrcnn_d2.modeling import MaskCalibrator
 from msrcnn_d2.modeling.mask_cues import CUES
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2.utils.iou_thresholds import iou_index
 from msrcnn_d2_cli.calibrate import answer
 from tests.helpers import forked
 from tests.helpers.command import exit_code

@@ -17,7 +17,8 @@ from detectron2.config import CfgNode, LazyConfig
 from ..checkpoint.writing import write_weights
 from ..evaluation import MaskQuality
 from ..evaluation.average_precision import AveragePrecision
-from ..evaluation.operating_points import accept_thresholds, right_detections
+from ..evaluation.matching import right_detections
+from ..evaluation.operating_points import accept_thresholds
 from ..evaluation.scores import scores_of
 from ..modeling import MaskCalibrator, expected_ious
 from ..utils.errors import UserError

@@ -9,19 +9,15 @@ import numpy as np
 
 from ..modeling.mask_calibrator import NUM_PERCENTS, UNREACHED
 from ..utils.errors import UserError
-from ..utils.iou_thresholds import iou_index
-from .matching import right_detections
 
 __all__ = [
     "Group",
     "OperatingPoint",
     "ThresholdCurve",
     "accept_thresholds",
-    "iou_index",
     "min_count",
     "parse_operating_point",
     "precision_interval",
-    "right_detections",
 ]
 
 MIN_COUNT = 20  # detections from which any precision is estimated

@@ -15,11 +15,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 
+from ..utils.iou_thresholds import IOU_THRESHOLDS
 from .mask_cues import CUES, Detections, mask_cues
 
 __all__ = [
     "NUM_PERCENTS",
-    "NUM_THRESHOLDS",
     "ROI_MASK_CALIBRATOR_REGISTRY",
     "UNREACHED",
     "MaskCalibrator",
@@ -34,7 +34,6 @@ Registry for calibrators, which tell how likely the mask of a detection is good.
 The registered object will be called with `obj(cfg)`.
 """
 
-NUM_THRESHOLDS = 10  # IoU 0.50, 0.55, ..., 0.95, as in COCO
 NUM_PERCENTS = 99  # precisions of 1 % to 99 %
 UNREACHED = 2.0  # a threshold above every probability: nothing is accepted
 DROPOUT = 0.1  # after each hidden layer, while the network is fitted
@@ -84,12 +83,13 @@ class MaskCalibrator(nn.Module):
         super().__init__()
         self.register_buffer("cue_mean", torch.zeros(len(CUES)))
         self.register_buffer("cue_std", torch.ones(len(CUES)))
-        self.slope = nn.Parameter(torch.ones(NUM_THRESHOLDS))
-        self.offset = nn.Parameter(torch.zeros(NUM_THRESHOLDS))
+        num_thresholds = len(IOU_THRESHOLDS)
+        self.slope = nn.Parameter(torch.ones(num_thresholds))
+        self.offset = nn.Parameter(torch.zeros(num_thresholds))
         self.num_members = num_members
-        sizes = (len(CUES), hidden_dim, hidden_dim, NUM_THRESHOLDS)
+        sizes = (len(CUES), hidden_dim, hidden_dim, num_thresholds)
         self.layers = nn.ModuleList(_SideBySide(num_members, *x) for x in zip(sizes, sizes[1:]))
-        unreached = torch.full((NUM_THRESHOLDS, NUM_PERCENTS), UNREACHED)
+        unreached = torch.full((num_thresholds, NUM_PERCENTS), UNREACHED)
         self.register_buffer("accept_thresholds", unreached)
         # Neither training nor its processes know the calibrator
         self.requires_grad_(False)

@@ -13,8 +13,9 @@ from msrcnn_d2.calibration import Samples, add_scores, fit_calibrator, fit_if_be
 from msrcnn_d2.calibration.collect import MAX_IMAGES
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
-from msrcnn_d2.evaluation.operating_points import iou_index, right_detections
+from msrcnn_d2.evaluation.matching import right_detections
 from msrcnn_d2.modeling import CUES, MaskCalibrator
+from msrcnn_d2.utils.iou_thresholds import iou_index
 
 __all__ = [
     "CUE_SETS",
