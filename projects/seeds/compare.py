@@ -204,7 +204,7 @@ def make_run(
         calibrators, fits = {}, {}
         for part in calibrated_on:
             calibrators[part], fits[part] = calibrate(found(part), seed)
-        for group, ids in study.groups.items():
+        for group, ids in study.groups.items() if model not in RETROFITS else ():
             calibrators[group] = MaskCalibrator()
             samples = found("train").in_images(ids).samples
             fit_calibrator(calibrators[group], samples, seed=seed)
@@ -216,7 +216,11 @@ def make_run(
 
     def rankings() -> dict:
         numbers, quality = measure_rankings(found("val"), of_parts)
-        title = f"{TITLES[model]} on {study.name}, seed {seed}"
+        if model in RETROFITS:
+            title = f"Mask R-CNN retrofitted on {RETROFITS[model]}"
+        else:
+            title = TITLES[model]
+        title = f"{title}: {study.name}, seed {seed}"
         write_report(quality, folder / "report", title, str(parts["val"][1]))
         return numbers
 
