@@ -11,6 +11,8 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.export import TracingAdapter
+from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.layers import ROIAlign
 from detectron2.modeling import (
     DatasetMapperTTA,
@@ -20,6 +22,7 @@ from detectron2.modeling import (
 )
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 
+from msrcnn_d2 import add_mask_calibrator
 from msrcnn_d2.modeling import (
     CascadeMaskScoringROIHeads,
     MaskScoringRCNNWithTTA,
@@ -709,3 +712,29 @@ def test_postprocessing_asks_once_which_boxes_are_left():
 
 def test_boxes_of_predictions_are_detected_boxes(cascade):
     assert all(type(x.pred_boxes) is DetectedBoxes for x in infer(twins(cascade)[1]))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of what is constant in a trace
+@pytest.mark.parametrize("with_calibrator", [False, True])
+def test_a_traced_model_finds_any_number_of_objects(with_calibrator):
+    """As docs/first_prediction.md says."""
+    cfg = tiny_mask_scoring_rcnn()
+    cfg.model.roi_heads.box_predictor.test_score_thresh = 0.26
+    model = instantiate((add_mask_calibrator(cfg) if with_calibrator else cfg).model).eval()
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.02)
+    images = [s * torch.rand(3, 64, 96) for s in (255, 60, 0)]
+
+    def find(model, inputs):
+        return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
+
+    adapter = TracingAdapter(model, [{"image": images[0]}], find)
+    modules = ("roi_heads", "mask_iou_head", "mask_calibrator", "mask_cues")
+    with torch.no_grad(), patch_builtin_len([f"msrcnn_d2.modeling.{x}" for x in modules]):
+        traced = torch.jit.trace(adapter, images[0])
+    numbers = []
+    for image in images:
+        found, expected = traced(image), adapter(image)
+        numbers.append(len(expected[0]))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(set(numbers)) > 1 and min(numbers) > 0
