@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +236,7 @@ def test_the_demo_from_start_to_end(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "calibrate" not in metrics["seconds"]  # there is nothing to fit to
     assert set(metrics["mask_ap"]) == {"class_score", "mask_score", "true_iou"}
     assert metrics["seed"] == 0 and "torch" in metrics["versions"]
     for name in ("predictions.png", "ranking.png"):
@@ -242,3 +245,28 @@ def test_the_demo_from_start_to_end(tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["overall"]["ap"]["mask_score"] == metrics["mask_ap"]["mask_score"]["AP"]
     assert str(tmp_path / "report" / "report.html") in ran.stdout
+
+
+@pytest.mark.parametrize("mask_ap", [{"segm/AP50": math.nan}, {}])
+def test_a_model_that_finds_nothing_has_no_ap(mask_ap, tmp_path):
+    """In a folder where another run has written before."""
+    lines = {"bbox/AP50": 77.2, "segm/AP50": 66.1}, {"bbox/AP50": math.nan, **mask_ap}
+    (tmp_path / "metrics.json").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    assert math.isnan(demo.mask_ap50(tmp_path))
+
+
+def test_a_calibration_that_fails_ends_the_demo(tmp_path, monkeypatch):
+    (tmp_path / "training").mkdir()
+    evaluated = json.dumps({"bbox/AP50": 77.2, "segm/AP50": 66.1})
+    (tmp_path / "training" / "metrics.json").write_text(f'{evaluated}\n{{"lr": 0.1}}\n')
+    ran = []
+
+    def run(command, env):
+        ran.append(command[-1])
+        return SimpleNamespace(returncode=7 if "calibrate" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="7"):
+        demo.main()
+    assert ran[-1] == str(tmp_path / "calibrated")

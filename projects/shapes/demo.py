@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -61,11 +62,11 @@ def main() -> None:
             file.unlink(missing_ok=True)
     seconds = {"draw": run(HERE / "draw.py", data, "--seed", args.seed, *size)}
     seconds["train and evaluate"] = run(*train_command(data, training, args.seed, args.max_iter))
-    # After a few iterations no mask is right, and there is nothing to calibrate
-    command = calibrate_command(data, training, calibrated, args.seed)
-    seconds["calibrate"] = run(*command, needed=False)
-    is_calibrated = (calibrated / "config.yaml").is_file()
+    # After a few iterations hardly a mask is right, and there is too little to fit a calibrator to
+    is_calibrated = mask_ap50(training) >= 1
     if is_calibrated:
+        command = calibrate_command(data, training, calibrated, args.seed)
+        seconds["calibrate"] = run(*command)
         seconds["evaluate again"] = run(*evaluate_command(data, calibrated))
 
     start = time.perf_counter()
@@ -104,14 +105,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(script: Path | str, *arguments, needed: bool = True) -> float:
+def run(script: Path | str, *arguments) -> float:
     """
     Runs a script of the project, and shows the command for the reader to repeat.
 
     Args:
         script: a path, or an option of Python.
         arguments: what follows.
-        needed: whether to stop if the script fails.
 
     Returns:
         how long it took, in seconds
@@ -123,7 +123,7 @@ def run(script: Path | str, *arguments, needed: bool = True) -> float:
     start = time.perf_counter()
     environment = {**os.environ, **ENVIRONMENT}
     code = subprocess.run([sys.executable, *command], env=environment).returncode
-    if code and needed:
+    if code:
         sys.exit(code)  # the script has said why
     return time.perf_counter() - start
 
@@ -158,6 +158,13 @@ def silently(function, *args):
     """What a function returns, without what it prints."""
     with contextlib.redirect_stdout(io.StringIO()):
         return function(*args)
+
+
+def mask_ap50(training: Path) -> float:
+    """In percent, of the last evaluation; NaN if the model found nothing."""
+    lines = map(json.loads, (training / "metrics.json").read_text().splitlines())
+    *_, last = (line for line in lines if "bbox/AP50" in line)
+    return last.get("segm/AP50", math.nan)
 
 
 def load_detections(folder: Path) -> list[dict]:
