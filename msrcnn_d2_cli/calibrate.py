@@ -122,6 +122,7 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
     """Print what the scores are worth, and write everything."""
     from detectron2.data import MetadataCatalog
 
+    from msrcnn_d2.calibration.calibrate import MIN_DETECTIONS
     from msrcnn_d2.report import write_report
 
     print(
@@ -133,11 +134,16 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
     print(f"\n{calibration.quality.table()}")
     if not calibration.with_network:
         ap = calibration.quality.overall.ap
+        if math.isnan(calibration.ap_of_network):
+            reason = f"fewer than {MIN_DETECTIONS} detections do not tell what is better"
+        else:
+            reason = (
+                f"new scores would reach a mask AP of {calibration.ap_of_network:.2f}, not "
+                f"{ap.get('mask_score', ap['class_score']):.2f}"
+            )
         print(
-            "\nThere is too little data to rank masks better: new scores would reach a mask AP of "
-            f"{calibration.ap_of_network:.2f}, not {ap.get('mask_score', ap['class_score']):.2f}. "
-            "So the ranking stays as it was, and only the probabilities are calibrated. More "
-            "annotated images help."
+            f"\nThere is too little data to rank masks better: {reason}. So the ranking stays as "
+            "it was, and only the probabilities are calibrated. More annotated images help."
         )
     print(f"\n{answer(calibration, args)}")
     config = calibration.write(args.output)

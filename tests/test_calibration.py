@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import shlex
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,7 @@ from tests.helpers.command import exit_code
 from tests.helpers.toy import tiny_mask_rcnn, tiny_yacs_config, write_coco_json
 from tests.helpers.toy_training import lazy_config
 
+calibrate_module = import_module("msrcnn_d2.calibration.calibrate")  # hidden by the function
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 
 NUM_CUES = len(CUES)
@@ -264,6 +266,13 @@ def limited(cfg):
     return cfg
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_detections_are_enough():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_module, "MIN_DETECTIONS", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A config, weights, and annotations in a folder; "crowds.json" has crowds in some images."""
@@ -437,6 +446,15 @@ def test_too_little_to_gain_from_leaves_the_ranking_as_it_is(world):
     quality = calibrator.probs(samples.cues, samples.score_log_odds).mean(dim=1)
     assert torch.equal(quality.argsort(), scores.argsort())
     ap = calibration.quality.overall.ap
+    assert ap["quality_score"] == ap["mask_score"]
+
+
+def test_few_detections_do_not_decide(world, monkeypatch):
+    collected = collect_detections(config_in(world), register(world))
+    monkeypatch.setattr(calibrate_module, "MIN_DETECTIONS", len(collected.samples) + 1)
+    calibration = calibrate_on(collected, progress=False)
+    ap = calibration.quality.overall.ap
+    assert not calibration.with_network and np.isnan(calibration.ap_of_network)
     assert ap["quality_score"] == ap["mask_score"]
 
 
