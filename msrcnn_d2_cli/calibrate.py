@@ -122,7 +122,7 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
     """Print what the scores are worth, and write everything."""
     from detectron2.data import MetadataCatalog
 
-    from msrcnn_d2.calibration.calibrate import MIN_DETECTIONS
+    from msrcnn_d2.calibration.calibrate import MIN_IMAGES
     from msrcnn_d2.report import write_report
 
     print(
@@ -135,7 +135,7 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
     if not calibration.with_network:
         ap = calibration.quality.overall.ap
         if math.isnan(calibration.ap_of_network):
-            reason = f"fewer than {MIN_DETECTIONS} detections do not tell what is better"
+            reason = f"fewer than {MIN_IMAGES} images do not tell what is better"
         else:
             reason = (
                 f"new scores would reach a mask AP of {calibration.ap_of_network:.2f}, not "

@@ -267,9 +267,9 @@ def limited(cfg):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_detections_are_enough():
+def few_images_are_enough():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_module, "MIN_DETECTIONS", 50)
+        patch.setattr(calibrate_module, "MIN_IMAGES", 5)
         yield
 
 
@@ -449,9 +449,9 @@ def test_too_little_to_gain_from_leaves_the_ranking_as_it_is(world):
     assert ap["quality_score"] == ap["mask_score"]
 
 
-def test_few_detections_do_not_decide(world, monkeypatch):
+def test_few_images_do_not_decide(world, monkeypatch):
     collected = collect_detections(config_in(world), register(world))
-    monkeypatch.setattr(calibrate_module, "MIN_DETECTIONS", len(collected.samples) + 1)
+    monkeypatch.setattr(calibrate_module, "MIN_IMAGES", NUM_IMAGES + 1)
     calibration = calibrate_on(collected, progress=False)
     ap = calibration.quality.overall.ap
     assert not calibration.with_network and np.isnan(calibration.ap_of_network)
