@@ -22,6 +22,7 @@ from ..evaluation.operating_points import accept_thresholds
 from ..evaluation.scores import scores_of
 from ..modeling import MaskCalibrator, expected_ious
 from ..utils.errors import UserError
+from ..utils.iou_thresholds import IOU_THRESHOLDS
 from ..utils.text import plural
 from .collect import MAX_IMAGES, CollectedDetections, collect_detections
 from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
@@ -234,13 +235,10 @@ def fit_if_better(
         probs = calibrator.probs(samples.cues, samples.score_log_odds)
     # What is right at an IoU depends on who chooses first, so each column has its own matching
     matchings = [
-        right_detections(ranking.overlaps, column, ranking.max_dets[-1])
-        for column in probs.T.numpy()
+        right_detections(ranking.overlaps, column, ranking.max_dets[-1], [threshold])
+        for column, threshold in zip(probs.T.numpy(), IOU_THRESHOLDS)
     ]
-    right, counted = (
-        np.stack([matching[part][k] for k, matching in enumerate(matchings)], axis=1)
-        for part in (0, 1)
-    )
+    right, counted = (np.concatenate(rows).T for rows in zip(*matchings))
     thresholds = accept_thresholds(probs.numpy(), right, counted)
     calibrator.accept_thresholds.copy_(torch.from_numpy(thresholds))
     return CheckedFit(probs, with_network, ap_of_network)

@@ -15,7 +15,7 @@ from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
 from msrcnn_d2.evaluation.matching import right_detections
 from msrcnn_d2.modeling import CUES, MaskCalibrator
-from msrcnn_d2.utils.iou_thresholds import iou_index
+from msrcnn_d2.utils.iou_thresholds import IOU_THRESHOLDS, iou_index
 
 __all__ = [
     "CUE_SETS",
@@ -195,12 +195,13 @@ def measure_precisions(
         reached[name] = {}
         for iou in (0.50, 0.75):
             index = iou_index(iou)
-            right, counted = right_detections(overlaps, probs[:, index], limit)
+            thresholds = IOU_THRESHOLDS[[index]]
+            (right,), (counted,) = right_detections(overlaps, probs[:, index], limit, thresholds)
             precisions: list[float | None] = []
             for wanted in PRECISIONS:
                 threshold = calibrator.accept_thresholds[index, wanted - 1].item()
-                accepted = counted[index] & (probs[:, index] >= threshold)
-                share = 100 * float(right[index][accepted].mean()) if accepted.any() else None
+                accepted = counted & (probs[:, index] >= threshold)
+                share = 100 * float(right[accepted].mean()) if accepted.any() else None
                 precisions.append(share)
             reached[name][f"{iou:.2f}"] = precisions
     return reached
