@@ -22,6 +22,10 @@ from .parsing import add_precision_arguments, at_least
 from .train import add_run_arguments, read_config, start_processes
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from detectron2.config import CfgNode
+
     from msrcnn_d2.calibration import Calibration
 
 USAGE = "--config-file FILE --weights FILE [options] [KEY=VALUE ...]"
@@ -120,7 +124,7 @@ def prepare(folder: Path) -> None:
 
 def show(calibration: "Calibration", args: argparse.Namespace) -> None:
     """Print what the scores are worth, and write everything."""
-    from detectron2.data import MetadataCatalog
+    from detectron2.data import DatasetCatalog, MetadataCatalog
 
     from msrcnn_d2.calibration.calibrate import MIN_IMAGES
     from msrcnn_d2.report import write_report
@@ -160,13 +164,23 @@ def show(calibration: "Calibration", args: argparse.Namespace) -> None:
     )
     print(f"\nweights: {args.output / 'model.pth'}\nconfig:  {config}\nreport:  {page}")
     datasets = [f"--dataset {shlex.join(map(str, x))}" for x in args.dataset]
+    for name in names_in(calibration.cfg, "dataloader.test.dataset.names"):
+        if name not in DatasetCatalog.list():
+            datasets.append(f"--dataset {shlex.quote(name)} ANNOTATIONS.json IMAGES/")
     command = shlex.join(["msrcnn-d2", "evaluate", "--config-file", str(config)])
     print(f"\nTo evaluate the model: {' '.join([command, *datasets])}")
 
 
+def names_in(cfg: "DictConfig | CfgNode", key: str) -> list[str]:
+    """The datasets that a config of either kind names."""
+    from msrcnn_d2.engine.configs import value_of
+
+    names = value_of(cfg, key) or ()
+    return [names] if isinstance(names, str) else list(names)
+
+
 def answer(calibration: "Calibration", args: argparse.Namespace) -> str:
     """Where to accept, to look and to drop, for the precision that the user wants."""
-    from msrcnn_d2.engine.configs import value_of
     from msrcnn_d2.report.thresholds import thresholded_scores
 
     wanted = f"P(IoU >= {args.iou:.2f})"
@@ -197,10 +211,8 @@ def answer(calibration: "Calibration", args: argparse.Namespace) -> str:
             f"Below {point.drop:g}, {100 * (1 - point.dropped.precision):.1f} % are wrong: drop "
             f"them, {100 * point.dropped.of_detections:.0f} % of the detections."
         )
-    names = value_of(calibration.cfg, "dataloader.train.dataset.names") or ()
-    if point.accept is not None and calibration.dataset in (
-        [names] if isinstance(names, str) else names
-    ):
+    trained_on = names_in(calibration.cfg, "dataloader.train.dataset.names")
+    if point.accept is not None and calibration.dataset in trained_on:
         lines.append(
             "The config trains on these images. A model finds objects that it knows more precisely "
             "than new ones, so fit to held-out images if the precision has to hold."

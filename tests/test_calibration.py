@@ -586,6 +586,13 @@ def test_the_command_that_it_ends_with(world, without_report, tmp_path, capsys):
     assert exit_code(*shlex.split(command)[shlex.split(command).index("msrcnn-d2") + 1 :]) == 0
 
 
+def test_the_command_names_a_test_set_that_is_missing(world, without_report, tmp_path, capsys):
+    options = [*options_in(world), "dataloader.test.dataset.names=elsewhere"]
+    assert exit_code("calibrate", *options, "--output", tmp_path / "out") == 0
+    (command,) = [x for x in capsys.readouterr().out.splitlines() if "msrcnn-d2 evaluate" in x]
+    assert "--dataset elsewhere " in command
+
+
 def test_masks_are_not_pasted():
     class FullSize(DetectionCollector):
         def process(self, inputs, outputs):
