@@ -23,9 +23,9 @@ from benchmarks.report import Part, Target
 from benchmarks.synthetic_coco import HEIGHT, WIDTH, draw_dataset
 from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
-from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks, encode_roi_masks
-from msrcnn_d2.evaluation.scores import scores_of
 from msrcnn_d2.report import write_report
+from msrcnn_d2_runtime.mask_encoding import encode_bitmasks, encode_roi_masks
+from msrcnn_d2_runtime.scores import scores_of
 
 ONE_TASK, ALL_TASKS = "masks", "boxes, masks by both scores"
 NUM_MASKS, MASK_SIZE = 100, 28

@@ -25,9 +25,10 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS
+from msrcnn_d2_runtime.text import plural, shown
+
 from .utils.errors import UserError
-from .utils.iou_thresholds import IOU_THRESHOLDS
-from .utils.text import plural, shown
 
 __all__ = [
     "Entries",

@@ -1,131 +1,35 @@
-"""Read images in one way for training, evaluation, prediction, checks and reports."""
+"""How a config says that images are read, and mappers of Detectron2 that read them so."""
 
 import io
-import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import IO, Any
 
-import numpy as np
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from PIL import ExifTags, Image, UnidentifiedImageError
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, UnidentifiedImageError
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathHandler, PathManager
 
+from msrcnn_d2_runtime.image_reading import (
+    IMAGE_KEYS,
+    TURNS,
+    ImageSettings,
+    NeedsSetting,
+    is_deep,
+    open_image,
+    orientation_of,
+    refuse_unless_readable,
+    to_rgb,
+    without_pixel_limit,
+)
+
 from .utils.errors import UserError
 
-__all__ = [
-    "IMAGE_KEYS",
-    "ImageSettings",
-    "NeedsSetting",
-    "image_settings",
-    "open_image",
-    "orientation_of",
-    "read_with",
-    "refuse_unless_readable",
-    "scaled_to_8_bits",
-    "to_rgb",
-    "without_pixel_limit",
-]
+__all__ = ["image_settings", "read_with"]
 
-# The keys in dataloader.images of a LazyConfig, each with its yaml key and its default
-IMAGE_KEYS: dict[str, tuple[str, Any]] = {
-    "intensity_range": ("INPUT.INTENSITY_RANGE", None),
-    "intensity_percentiles": ("INPUT.INTENSITY_PERCENTILES", None),
-    "apply_exif": ("INPUT.APPLY_EXIF", True),
-    "max_pixels": ("INPUT.MAX_IMAGE_PIXELS", None),
-}
-# EXIF orientation -> what turns the stored image into what the camera saw
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-FULL_RANGE = (0.0, 65535.0)  # of 16 bits, where the upper 8 bits are the scaled value
 PREFIX = "msrcnn-decoded://"
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """
-    How images are read.
-
-    Attributes:
-        intensity_range: the two values that become 0 and 255 in images with more than 8 bits per
-            pixel. Values between them are scaled linearly and rounded, values outside are clipped,
-            and NaN becomes 0.
-        intensity_percentiles: the same two values as percentiles, from 0 to 100, of the finite
-            values of each image.
-        apply_exif: whether to turn images as the orientation in their EXIF data says.
-        max_pixels: the largest image to read; None for twice Pillow's MAX_IMAGE_PIXELS.
-
-    Raises:
-        UserError: a value is wrong, or range and percentiles are both given.
-    """
-
-    intensity_range: tuple[float, float] | None = None
-    intensity_percentiles: tuple[float, float] | None = None
-    apply_exif: bool = True
-    max_pixels: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("intensity_range", "intensity_percentiles"):
-            object.__setattr__(self, key, _pair(key, getattr(self, key)))
-        low, high = self.intensity_percentiles or (0, 100)
-        if low < 0 or high > 100:
-            raise _wrong("intensity_percentiles", [low, high], "percentiles from 0 to 100")
-        if self.intensity_range and self.intensity_percentiles:
-            raise UserError(
-                "Images can be scaled by a range or by percentiles, not by both: set one of "
-                f"{_both_keys('intensity_range')} and {_both_keys('intensity_percentiles')}."
-            )
-        if not isinstance(self.apply_exif, bool):
-            raise _wrong("apply_exif", self.apply_exif, "True or False")
-        limit = self.max_pixels
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise _wrong("max_pixels", limit, "a positive whole number")
-
-    @property
-    def has_scale(self) -> bool:
-        return bool(self.intensity_range or self.intensity_percentiles)
-
-    @property
-    def pixel_limit(self) -> float:
-        if self.max_pixels is not None:
-            return self.max_pixels
-        limit = _limits.of_pillow()
-        return math.inf if limit is None else 2 * limit
-
-
-def _pair(key: str, value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    expected = "two numbers, the lower one first"
-    if not isinstance(value, (list, tuple, ListConfig)) or len(value) != 2:
-        raise _wrong(key, value, expected)
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
-        raise _wrong(key, value, expected)
-    low, high = map(float, value)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise _wrong(key, value, expected)
-    return low, high
-
-
-def _wrong(key: str, value: Any, expected: str) -> UserError:
-    shown = list(value) if isinstance(value, (tuple, ListConfig)) else value
-    return UserError(f"{_both_keys(key)} is {shown!r}, but must be {expected}.")
-
-
-def _both_keys(key: str) -> str:
-    return f"dataloader.images.{key} (yaml: {IMAGE_KEYS[key][0]})"
 
 
 def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
@@ -152,160 +56,6 @@ def image_settings(cfg: DictConfig | CfgNode) -> ImageSettings:
         if key not in IMAGE_KEYS:
             raise UserError(f"dataloader.images has no key '{key}', only {', '.join(IMAGE_KEYS)}.")
     return ImageSettings(**{str(k): v for k, v in given.items()})
-
-
-class NeedsSetting(ValueError):
-    """
-    An image cannot be read with these settings, but may be with others.
-
-    Attributes:
-        kind: the kind of finding that this is in the check of a dataset.
-    """
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-
-class _PixelLimits:
-    """Lifts Pillow's limit, which all threads share, until the last of them has finished."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._of_pillow: int | None = None
-
-    def of_pillow(self) -> int | None:
-        return self._of_pillow if self._depth else Image.MAX_IMAGE_PIXELS
-
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        with self._lock:
-            if not self._depth:
-                self._of_pillow, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            self._depth += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._depth -= 1
-                if not self._depth:
-                    Image.MAX_IMAGE_PIXELS = self._of_pillow
-
-
-_limits = _PixelLimits()
-without_pixel_limit = _limits.lifted
-
-
-@contextmanager
-def open_image(file: str | IO[bytes], settings: ImageSettings) -> Iterator[Image.Image]:
-    """
-    Open an image with the pixel limit of the settings instead of Pillow's.
-
-    Raises:
-        NeedsSetting: the image has more pixels.
-    """
-    with without_pixel_limit(), Image.open(file) as image:
-        width, height = image.size
-        if width * height > settings.pixel_limit:
-            raise NeedsSetting(
-                "image-pixels",
-                f"it has {width} x {height} pixels, and {settings.pixel_limit:,} are the limit: "
-                f"set {_both_keys('max_pixels')} to {width * height} if its source is trusted",
-            )
-        yield image
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow has more than 8 bits per pixel, which its conversion to RGB would clip."""
-    return image.mode.startswith(("I", "F"))
-
-
-def has_16_bit_colors(image: Image.Image) -> bool:
-    """Whether the file has 16 bits per channel, of which Pillow decodes the upper 8."""
-    if is_deep(image):
-        return False
-    tiles = getattr(image, "tile", ())
-    modes = (t[3] if isinstance(t[3], str) else next(iter(t[3] or ()), "") for t in tiles)
-    return any(";16" in mode for mode in modes if isinstance(mode, str))
-
-
-def refuse_unless_readable(image: Image.Image, settings: ImageSettings) -> None:
-    """
-    Args:
-        image: just opened: Pillow forgets how a file is encoded when it decodes it.
-
-    Raises:
-        NeedsSetting: the image has more than 8 bits per pixel and there is no scale for it.
-    """
-    if is_deep(image) and not settings.has_scale:
-        raise NeedsSetting(
-            "image-deep",
-            f"it has more than 8 bits per pixel (mode {image.mode}): say which values become 0 and "
-            f"255 by {_both_keys('intensity_range')}, such as [0,4095], or "
-            f"{_both_keys('intensity_percentiles')}, such as [0.1,99.9]",
-        )
-    scales_differently = settings.has_scale and settings.intensity_range != FULL_RANGE
-    if scales_differently and has_16_bit_colors(image):
-        raise NeedsSetting(
-            "image-deep-color",
-            f"it has 16 bits per channel (mode {image.mode}), of which Pillow reads the upper 8 "
-            "only, so that it cannot be scaled: convert it to 8 bits, or to a single channel",
-        )
-
-
-def orientation_of(image: Image.Image, may_decode: bool = True) -> int:
-    """
-    The orientation in EXIF, from 1 (as stored) to 8; 1 if there is none.
-
-    Args:
-        may_decode: whether a PNG may be decoded to find EXIF data that follow the pixels.
-    """
-    try:
-        exif = image.getexif() if may_decode else Image.Image.getexif(image)
-        orientation = exif.get(ExifTags.Base.Orientation)
-    except Exception:  # Detectron2, too, then takes the image as it is
-        return 1
-    return orientation if orientation in TURNS else 1
-
-
-def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
-    """
-    Convert an image to RGB, 8 bits per channel, turned by its EXIF data.
-
-    Raises:
-        NeedsSetting: see :func:`refuse_unless_readable`.
-    """
-    refuse_unless_readable(image, settings)
-    orientation = orientation_of(image) if settings.apply_exif else 1
-    if is_deep(image):
-        image = Image.fromarray(scaled_to_8_bits(np.asarray(image), settings))
-    image = image.convert("RGB")
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-def scaled_to_8_bits(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
-    """
-    Scale the values of an image.
-
-    Args:
-        pixels: numbers of any type and shape.
-        settings: with a range or percentiles.
-
-    Returns:
-        A uint8 array of the same shape. If the two percentiles are equal, values above them are
-        255 and all others 0.
-    """
-    values = pixels.astype(np.float64)
-    if settings.intensity_percentiles:
-        finite = values[np.isfinite(values)]
-        low, high = np.percentile(finite, settings.intensity_percentiles) if finite.size else (0, 1)
-    else:
-        low, high = settings.intensity_range or FULL_RANGE
-    if low == high:
-        return np.where(values > high, 255, 0).astype(np.uint8)
-    values = np.where(np.isnan(values), low, values).clip(low, high)
-    return np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
 
 
 class _Decoded(threading.local):

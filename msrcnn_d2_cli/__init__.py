@@ -25,6 +25,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from msrcnn_d2_runtime.errors import UserError
+
 from .parsing import Parser, UsageError
 
 __all__ = ["COMMANDS", "build_parser", "main", "run_command"]
@@ -87,14 +89,15 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         if hasattr(command, "check_arguments"):
             command.check_arguments(args)
 
-        from msrcnn_d2.utils.errors import exit_on_user_error
-
-        with exit_on_user_error():
-            code = command.run(args) or 0
-            sys.stdout.flush()  # now, while an error can be handled
-            return code
+        code = command.run(args) or 0
+        sys.stdout.flush()  # now, while an error can be handled
+        return code
     except UsageError as error:
         parser.fail(str(error))
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # torchrun starts several of us
+            parser.fail(str(error))
+        sys.exit(2)
     except ModuleNotFoundError as error:
         if error.name != "detectron2":
             raise

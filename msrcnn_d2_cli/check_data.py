@@ -112,7 +112,7 @@ def output(path: str, source: str) -> Iterator[IO[str]]:
         UserError: it cannot be written, or it is the file `source`.
     """
     from msrcnn_d2.utils.errors import UserError
-    from msrcnn_d2.utils.files import write_whole
+    from msrcnn_d2_runtime.files import write_whole
 
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
         raise UserError(f"'{path}' is the input: give another name for the output.")
@@ -135,7 +135,7 @@ def output(path: str, source: str) -> Iterator[IO[str]]:
 def text_of(findings: "Findings", fixed: "Fixed | None", args: argparse.Namespace) -> str:
     """What the command prints: the head, the findings by kind, the fixes, the sums."""
     from msrcnn_d2.dataset_check.issues import KINDS, Fix, Level
-    from msrcnn_d2.utils.text import plural
+    from msrcnn_d2_runtime.text import plural
 
     max_shown = None if args.all else args.show
     head = f"{args.annotations}: {entries_of(findings)}."
@@ -166,7 +166,7 @@ def text_of(findings: "Findings", fixed: "Fixed | None", args: argparse.Namespac
 
 
 def entries_of(findings: "Findings") -> str:
-    from msrcnn_d2.utils.text import plural
+    from msrcnn_d2_runtime.text import plural
 
     parts = [
         plural(findings.num_images, "image"),

@@ -53,7 +53,7 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
     from msrcnn_d2.checkpoint.fetching import find_file
     from msrcnn_d2.checkpoint.writing import check_target, write_weights
     from msrcnn_d2.utils.errors import UserError
-    from msrcnn_d2.utils.text import listed
+    from msrcnn_d2_runtime.text import listed
 
     check_target(target, source)  # before a download
     file = find_file(source)

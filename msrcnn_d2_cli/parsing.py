@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from msrcnn_d2.image_reading import ImageSettings
+    from msrcnn_d2_runtime.image_reading import ImageSettings
 
 __all__ = [
     "ENGINES",
@@ -142,7 +142,7 @@ def settings_from(args: argparse.Namespace) -> "ImageSettings":
     Raises:
         UserError: the values make no sense.
     """
-    from msrcnn_d2.image_reading import ImageSettings
+    from msrcnn_d2_runtime.image_reading import ImageSettings
 
     return ImageSettings(
         intensity_range=args.intensity_range,

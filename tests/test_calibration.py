@@ -34,12 +34,12 @@ from msrcnn_d2.calibration.collect import CueRecorder, DetectionCollector
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine import evaluate as evaluate_module
 from msrcnn_d2.engine import load_config, register_dataset
-from msrcnn_d2.evaluation.operating_points import parse_operating_point
 from msrcnn_d2.modeling import MaskCalibrator
 from msrcnn_d2.modeling.mask_cues import CUES
 from msrcnn_d2.utils.errors import UserError
-from msrcnn_d2.utils.iou_thresholds import iou_index
 from msrcnn_d2_cli.calibrate import answer
+from msrcnn_d2_runtime.iou_thresholds import iou_index
+from msrcnn_d2_runtime.ranking import parse_operating_point
 from tests.helpers import forked
 from tests.helpers.command import exit_code
 from tests.helpers.toy import tiny_mask_rcnn, tiny_yacs_config, write_coco_json

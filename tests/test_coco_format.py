@@ -9,8 +9,8 @@ import pycocotools.mask as mask_util
 import pytest
 
 from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
-from msrcnn_d2.evaluation.mask_encoding import encode_bitmasks
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.mask_encoding import encode_bitmasks
 from tests.helpers.toy import IMAGE_SIZE, write_coco_json
 
 HEIGHT, WIDTH = IMAGE_SIZE

@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 
 from msrcnn_d2.dataset_check import Finding, Level, check_dataset
 from msrcnn_d2.dataset_check.issues import KINDS
-from msrcnn_d2.image_reading import ImageSettings
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.image_reading import ImageSettings
 from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, real_datasets, write_coco_json, write_images
 

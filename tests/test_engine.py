@@ -39,9 +39,9 @@ from msrcnn_d2.engine.loaders import (
 )
 from msrcnn_d2.engine.recipe import TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
-from msrcnn_d2.image_reading import ImageSettings
 from msrcnn_d2.published_models import Published
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.image_reading import ImageSettings
 from tests.helpers.toy_training import lazy_config as toy_config
 
 TestSet.__test__ = False  # not a test

@@ -18,7 +18,7 @@ from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2 import MaskScoringVisualizer
 from msrcnn_d2.report.figures import ap_by_class
-from msrcnn_d2.utils import fonts
+from msrcnn_d2_runtime import fonts
 
 # Matplotlib brings these; DejaVu Sans, its default, has neither of the two characters
 STIX = ("STIXGeneral", os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf"))

@@ -21,16 +21,15 @@ from msrcnn_d2.dataset_check.issues import Level
 from msrcnn_d2.engine import build_recipe, load_config, register_dataset
 from msrcnn_d2.engine.loaders import build_test_loader
 from msrcnn_d2.engine.preflight import check_data
-from msrcnn_d2.image_reading import (
-    ImageSettings,
-    NeedsSetting,
-    image_settings,
-    read_with,
-    scaled_to_8_bits,
-)
-from msrcnn_d2.prediction.predictor import read_bgr_image
+from msrcnn_d2.image_reading import image_settings, read_with
 from msrcnn_d2.report import gallery
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.image_reading import (
+    ImageSettings,
+    NeedsSetting,
+    read_bgr_image,
+    scaled_to_8_bits,
+)
 from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, tiny_yacs_config, write_coco_json, write_images
 from tests.helpers.toy_training import lazy_config, run, write_dataset

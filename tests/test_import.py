@@ -13,6 +13,7 @@ import msrcnn_d2
 ROOT = Path(__file__).parent.parent
 # A room imports from those above it in this table. Rooms of one line do not know each other.
 LAYERS = [
+    ["msrcnn_d2_runtime"],
     ["utils"],
     ["published_models", "class_names", "image_reading", "coco_format"],
     ["modeling", "checkpoint"],
@@ -29,7 +30,7 @@ LATE = [
     "matplotlib.pyplot",
     "pycocotools.cocoeval",
     "faster_coco_eval",
-    *(f"msrcnn_d2.{room}" for layer in LAYERS[:-2] for room in layer),
+    *(f"msrcnn_d2.{room}" for layer in LAYERS[1:-2] for room in layer),
 ]
 EARLY = ["msrcnn_d2.utils", "msrcnn_d2.modeling"]
 
@@ -58,6 +59,17 @@ def test_it_registers_the_heads_and_imports_little_else():
     registered, modules = ran.stdout.strip().splitlines()
     assert registered == "[True, True] True"
     assert not set(LATE).difference(EARLY).intersection(modules.split())
+
+
+def test_what_needs_no_pytorch_does_not_import_it():
+    """All modules of the runtime, in an interpreter that has none of what it must not need."""
+    names = [name for name in modules() if room_of(name) == "msrcnn_d2_runtime"]
+    code = "import sys; sys.modules.update(torch=None, detectron2=None, msrcnn_d2=None)\n"
+    ran = run_python(code + "\n".join(f"import {name}" for name in names))
+    assert ran.returncode == 0, ran.stderr
+    code = "import sys, msrcnn_d2_runtime as r; print({x.split('.')[0] for x in sys.modules})"
+    imported = run_python(code).stdout
+    assert not any(f"'{x}'" in imported for x in ("cv2", "pycocotools", "matplotlib"))
 
 
 def test_without_opencv_only_drawing_fails_and_says_what_to_install():
@@ -97,7 +109,7 @@ def test_other_names_do_not_exist():
 def modules() -> dict[str, Path]:
     """The modules of our packages, by their dotted names."""
     found = {}
-    for path in [*ROOT.glob("msrcnn_d2/**/*.py"), *ROOT.glob("msrcnn_d2_cli/**/*.py")]:
+    for path in ROOT.glob("msrcnn_d2*/**/*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found

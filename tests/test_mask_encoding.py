@@ -6,9 +6,9 @@ import torch
 from detectron2.layers import paste_masks_in_image
 from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
 
-from msrcnn_d2.evaluation.mask_encoding import (
+from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
+from msrcnn_d2_runtime.mask_encoding import (
     encode_bitmasks,
-    encode_predicted_masks,
     encode_roi_masks,
 )
 
@@ -198,8 +198,9 @@ def test_no_masks(kind, predictions):
 
 
 def test_half_precision_and_gradients_are_no_obstacle(predictions):
-    instances, pasted = predictions
+    instances, _ = predictions
     masks = instances.pred_masks.tensor
 
     for variant in (masks.clone().requires_grad_(), (masks > 0.5).half(), (masks > 0.5)):
-        assert len(encode_roi_masks(variant, instances.pred_boxes, (HEIGHT, WIDTH))) == 3
+        instances.pred_masks = ROIMasks(variant)
+        assert len(encode_predicted_masks(instances)) == 3

@@ -7,14 +7,13 @@ import pytest
 
 from msrcnn_d2.evaluation.matching import Overlaps, right_detections
 from msrcnn_d2.evaluation.operating_points import (
-    UNREACHED,
     ThresholdCurve,
     accept_thresholds,
     min_count,
-    parse_operating_point,
     precision_interval,
 )
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.ranking import UNREACHED, parse_operating_point
 from tests.helpers.filled_boxes import build_coco, dataset_of, found, thing
 
 

@@ -16,8 +16,8 @@ from detectron2.modeling import build_model
 
 from msrcnn_d2 import MaskScoringPredictor, add_mask_calibrator
 from msrcnn_d2.modeling.acceleration import use_channels_last_on_cpu
-from msrcnn_d2.prediction.predictor import read_bgr_image
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.image_reading import read_bgr_image
 from tests.helpers.toy import IMAGE_SIZE, tiny_mask_rcnn, tiny_mask_scoring_rcnn, tiny_yacs_config
 
 FIELDS = ["scores", "pred_mask_ious", "mask_scores", "pred_classes", "pred_masks"]

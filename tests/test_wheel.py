@@ -22,7 +22,7 @@ REPOSITORY = "https://example.org/someone/msrcnn_d2"  # of a release
 def installed(tmp_path_factory):
     """The folder that a wheel of this repository is unpacked to."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for folder in ("msrcnn_d2", "msrcnn_d2_cli", "configs"):
+    for folder in ("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime", "configs"):
         shutil.copytree(ROOT / folder, source / folder)
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -65,9 +65,9 @@ def files_of(*folders):
 def test_it_has_all_files_and_no_others(installed):
     metadata_folder = next(installed.glob("*.dist-info"))
     assert {x.name for x in installed.iterdir()} == {
-        *("msrcnn_d2", "msrcnn_d2_cli", metadata_folder.name)
+        *("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime", metadata_folder.name)
     }
-    expected = files_of(ROOT / "msrcnn_d2", ROOT / "msrcnn_d2_cli")
+    expected = files_of(*(ROOT / x for x in ("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime")))
     expected |= {f"msrcnn_d2/{path}" for path in files_of(ROOT / "configs")}
     found = {
         str(path.relative_to(installed))

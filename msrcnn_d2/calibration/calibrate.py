@@ -14,16 +14,17 @@ from torch import nn
 
 from detectron2.config import CfgNode, LazyConfig
 
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS
+from msrcnn_d2_runtime.scores import scores_of
+from msrcnn_d2_runtime.text import plural
+
 from ..checkpoint.writing import write_weights
 from ..evaluation import MaskQuality
 from ..evaluation.average_precision import AveragePrecision
 from ..evaluation.matching import right_detections
 from ..evaluation.operating_points import accept_thresholds
-from ..evaluation.scores import scores_of
 from ..modeling import MaskCalibrator, expected_ious
 from ..utils.errors import UserError
-from ..utils.iou_thresholds import IOU_THRESHOLDS
-from ..utils.text import plural
 from .collect import MAX_IMAGES, CollectedDetections, collect_detections
 from .fit import NUM_FOLDS, Samples, cross_validated_probs, fit_calibrator
 

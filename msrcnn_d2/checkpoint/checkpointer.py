@@ -14,9 +14,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 
+from msrcnn_d2_runtime.files import INCOMPLETE, write_whole
+from msrcnn_d2_runtime.text import listed
+
 from ..utils.errors import UserError, agree_on_user_errors
-from ..utils.files import INCOMPLETE, write_whole
-from ..utils.text import listed
 from .compatibility import Fit, compare, frozen_parameters, misfit, summary
 from .conversion import CLASS_NAMES, Weights, check_finite, read_weights
 from .fetching import find_file

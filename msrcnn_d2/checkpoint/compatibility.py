@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..utils.text import listed, plural
+from msrcnn_d2_runtime.text import listed, plural
+
 from .conversion import CLASS_BIAS, COUNTER, SCORE_EXPONENT
 
 __all__ = [

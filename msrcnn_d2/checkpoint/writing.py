@@ -8,8 +8,9 @@ from typing import IO
 import torch
 from safetensors.torch import save
 
+from msrcnn_d2_runtime.files import write_whole
+
 from ..utils.errors import UserError
-from ..utils.files import write_whole
 from .compatibility import MASK_CALIBRATOR
 from .conversion import CLASS_NAMES
 from .reading import reason

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from msrcnn_d2_runtime.text import plural, shown
+
 from ..coco_format import Entries, Report, said, to_floats
-from ..utils.text import plural, shown
 
 __all__ = ["check_annotations", "check_categories", "why_no_objects"]
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from msrcnn_d2_runtime.image_reading import ImageSettings
+
 from ..coco_format import (
     ANNOTATIONS_ADVICE,
     Entries,
@@ -14,7 +16,6 @@ from ..coco_format import (
     is_id,
     read_json,
 )
-from ..image_reading import ImageSettings
 from ..utils.errors import UserError
 from .annotations import check_annotations, check_categories, why_no_objects
 from .images import ImageFile, check_images, look_at_images

@@ -16,8 +16,9 @@ from typing import IO
 import numpy as np
 import pycocotools.mask as mask_util
 
+from msrcnn_d2_runtime.image_reading import ImageSettings
+
 from ..coco_format import Id, compressed, is_id, is_of_pairs, sides_of
-from ..image_reading import ImageSettings
 from ..utils.errors import UserError
 from .check import Dataset, find_issues, read_dataset
 from .issues import KINDS, Finding, Findings, Fix, Level, first_lines

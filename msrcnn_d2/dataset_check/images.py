@@ -10,8 +10,7 @@ from typing import IO
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ..coco_format import Entries, Report, said, sides_of
-from ..image_reading import (
+from msrcnn_d2_runtime.image_reading import (
     ImageSettings,
     NeedsSetting,
     has_16_bit_colors,
@@ -20,6 +19,8 @@ from ..image_reading import (
     refuse_unless_readable,
     without_pixel_limit,
 )
+
+from ..coco_format import Entries, Report, said, sides_of
 
 __all__ = ["ImageFile", "check_images", "look_at_images"]
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 
+from msrcnn_d2_runtime.text import plural, shown
+
 from ..coco_format import Id
-from ..utils.text import plural, shown
 
 __all__ = ["BAD_IMAGES", "KINDS", "Finding", "Findings", "Fix", "Kind", "Level"]
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
+from msrcnn_d2_runtime.text import plural
+
 from ..coco_format import (
     MAX_AREA,
     MAX_COORDINATE,
@@ -24,7 +26,6 @@ from ..coco_format import (
     said,
     to_floats,
 )
-from ..utils.text import plural
 from .annotations import find_copies
 
 __all__ = ["check_shapes", "mask_format_of"]

@@ -14,9 +14,10 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from msrcnn_d2_runtime.text import plural
+
 from ..utils.distributed import StepAgreement
 from ..utils.errors import UserError
-from ..utils.text import plural
 from .hooks import outlive_stop_signals
 
 __all__ = [

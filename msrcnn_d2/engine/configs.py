@@ -27,9 +27,10 @@ from detectron2.data import (
 )
 from detectron2.data.datasets import load_coco_json
 
+from msrcnn_d2_runtime.image_reading import IMAGE_KEYS
+
 from .. import model_zoo
 from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
-from ..image_reading import IMAGE_KEYS
 from ..modeling import LEARN_FROM, RetrofitRCNN
 from ..utils.errors import UserError
 from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader

@@ -25,10 +25,11 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from msrcnn_d2_runtime.scores import RANKINGS, TITLES
+
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import difference, same
 from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
-from ..evaluation.scores import RANKINGS, TITLES
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from ..published_models import Published

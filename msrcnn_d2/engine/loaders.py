@@ -27,7 +27,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ..image_reading import ImageSettings, read_with
+from msrcnn_d2_runtime.image_reading import ImageSettings
+
+from ..image_reading import read_with
 from ..utils.errors import UserError
 from .bad_images import (
     DATA_ERRORS,

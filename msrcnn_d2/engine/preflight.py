@@ -19,12 +19,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from msrcnn_d2_runtime.text import listed, plural
+
 from ..checkpoint.checkpointer import numbered_checkpoints
 from ..class_names import difference, obstacle, same
 from ..dataset_check import Finding, Findings, Level, check_dataset
 from ..dataset_check.issues import BAD_IMAGES
 from ..utils.errors import UserError
-from ..utils.text import listed, plural
 from .recipe import Recipe
 
 __all__ = [

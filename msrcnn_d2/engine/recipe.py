@@ -27,11 +27,13 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 
+from msrcnn_d2_runtime.image_reading import ImageSettings
+
 from ..config import has_mask_calibrator, target_of
 from ..evaluation import MaskScoringCOCOEvaluator
 from ..evaluation.average_precision import choose_engine
 from ..evaluation.coco_evaluator import check_settings
-from ..image_reading import ImageSettings, image_settings
+from ..image_reading import image_settings
 from ..modeling import MaskScoringRCNNWithTTA
 from ..utils.errors import UserError
 from .configs import value_of

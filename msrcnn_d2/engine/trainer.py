@@ -14,9 +14,10 @@ from torch import nn
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
 
+from msrcnn_d2_runtime.text import listed
+
 from ..utils.distributed import StepAgreement, forward_is_done, wait_for_other_forwards
 from ..utils.errors import UserError
-from ..utils.text import listed
 
 __all__ = ["FiniteAMPTrainer", "FiniteTrainer", "adapt_forward"]
 

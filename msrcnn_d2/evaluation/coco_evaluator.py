@@ -16,6 +16,8 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from msrcnn_d2_runtime.scores import MASK_IOU_PROBS, RANKINGS, SCORES, TITLES, scores_of
+
 from ..class_names import match, obstacle, same
 from ..utils.errors import UserError
 from .average_precision import (
@@ -27,7 +29,6 @@ from .average_precision import (
 )
 from .mask_encoding import encode_predicted_masks
 from .mask_quality import MaskQuality
-from .scores import MASK_IOU_PROBS, RANKINGS, SCORES, TITLES, scores_of
 
 __all__ = ["MaskScoringCOCOEvaluator", "check_settings"]
 

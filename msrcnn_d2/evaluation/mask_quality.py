@@ -12,7 +12,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
-from ..utils.iou_thresholds import IOU_THRESHOLDS, iou_index
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS, iou_index
+from msrcnn_d2_runtime.scores import MASK_IOU_PROBS, RANKINGS, TITLES, scores_of
+
 from .average_precision import AveragePrecision, Evaluation, mean_of_defined
 from .calibration_errors import (
     PROBABILITY_IOUS,
@@ -23,7 +25,6 @@ from .calibration_errors import (
 )
 from .matching import right_detections
 from .score_statistics import Bin, expected_calibration_error, mean, pearson, reliability, spearman
-from .scores import MASK_IOU_PROBS, RANKINGS, TITLES, scores_of
 
 __all__ = ["Agreement", "MaskQuality", "Part", "limit_of", "mask_ap", "measure_mask_quality"]
 

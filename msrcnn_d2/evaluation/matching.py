@@ -9,7 +9,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..utils.iou_thresholds import IOU_THRESHOLDS
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS
 
 __all__ = ["Matches", "Overlaps", "Place", "right_detections", "true_mask_ious"]
 

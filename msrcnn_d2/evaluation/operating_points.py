@@ -1,13 +1,13 @@
 """Which score is high enough: precision above every threshold, and where to accept or to drop."""
 
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from ..modeling.mask_calibrator import NUM_PERCENTS, UNREACHED
+from msrcnn_d2_runtime.ranking import NUM_PERCENTS, UNREACHED
+
 from ..utils.errors import UserError
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "ThresholdCurve",
     "accept_thresholds",
     "min_count",
-    "parse_operating_point",
     "precision_interval",
 ]
 
@@ -304,27 +303,6 @@ def accept_thresholds(
         reached = last + 1 >= needed
         row[reached] = ranked[last[reached]]
     return table
-
-
-def parse_operating_point(text: str) -> tuple[float, float]:
-    """
-    Args:
-        text: such as "p95@75" for a precision of 95 percent at an IoU of 0.75.
-
-    Returns:
-        precision and IoU, here (0.95, 0.75).
-
-    Raises:
-        UserError: the text means something else.
-    """
-    parts = re.fullmatch(r"p(\d{1,2})@(\d{2})", text)
-    ious = range(50, 100, 5)
-    if not parts or int(parts[1]) < 1 or int(parts[2]) not in ious:
-        raise UserError(
-            f"'{text}' is not an operating point: write p, a precision in percent from 1 to 99, @ "
-            "and an IoU of 50, 55, ... or 95, such as p95@75 for 95 percent at IoU 0.75."
-        )
-    return int(parts[1]) / 100, int(parts[2]) / 100
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -15,13 +15,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 
-from ..utils.iou_thresholds import IOU_THRESHOLDS
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS
+from msrcnn_d2_runtime.ranking import NUM_PERCENTS, UNREACHED
+
 from .mask_cues import CUES, Detections, mask_cues
 
 __all__ = [
-    "NUM_PERCENTS",
     "ROI_MASK_CALIBRATOR_REGISTRY",
-    "UNREACHED",
     "MaskCalibrator",
     "build_mask_calibrator",
     "expected_ious",
@@ -34,8 +34,6 @@ Registry for calibrators, which tell how likely the mask of a detection is good.
 The registered object will be called with `obj(cfg)`.
 """
 
-NUM_PERCENTS = 99  # precisions of 1 % to 99 %
-UNREACHED = 2.0  # a threshold above every probability: nothing is accepted
 DROPOUT = 0.1  # after each hidden layer, while the network is fitted
 MAX_DEVIATIONS = 5.0  # cues are clamped to that many standard deviations
 

@@ -1,39 +1,35 @@
 """From images to masks and their scores."""
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 import detectron2.data.transforms as T
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Instances, ROIMasks
+
+from msrcnn_d2_runtime.image_reading import ImageLike, read_bgr_image
+from msrcnn_d2_runtime.predictions import SCORE_NAMES, CroppedMasks, Masks, Predictions, RoiMasks
+from msrcnn_d2_runtime.ranking import SCORE_FIELDS, Ranking, check_ranking, rank_by_of
+from msrcnn_d2_runtime.text import listed
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import same
-from ..evaluation.operating_points import parse_operating_point
-from ..evaluation.scores import MASK_IOU_PROBS, SCORES
-from ..image_reading import ImageSettings, image_settings, open_image, scaled_to_8_bits, to_rgb
+from ..image_reading import image_settings
+from ..modeling import UnpastedMasks
 from ..modeling.acceleration import use_channels_last_on_cpu
-from ..modeling.mask_calibrator import UNREACHED
 from ..utils.errors import UserError
-from ..utils.iou_thresholds import iou_index
-from ..utils.text import listed
 
-__all__ = ["MaskScoringPredictor", "read_bgr_image"]
+__all__ = ["MaskScoringPredictor"]
 
 logger = logging.getLogger(__name__)
-
-ImageLike = np.ndarray | Image.Image | str | os.PathLike
-# {rank_by: the field of instances that has it}
-SCORE_FIELDS = {score.key: score.field for score in SCORES.values() if score.ranks}
 
 
 class MaskScoringPredictor:
@@ -46,6 +42,8 @@ class MaskScoringPredictor:
         model: in evaluation mode, with the config's weights; on a CPU in channels-last order, which
             is faster for inference only.
         image_settings: how images are read, such as the scale of 16-bit images.
+        class_names: index of a class -> its name, or its index in words if names are unknown.
+        ranking: by which score predictions are sorted, and which are left out.
         metadata: for visualisers: that of the config's first test dataset, or only the names of
             the classes if the dataset has other names.
 
@@ -89,10 +87,7 @@ class MaskScoringPredictor:
                 calibrator that is asked for, its detections did not reach the precision, or the
                 number of names is not the number of its classes.
         """
-        if rank_by is not None and rank_by not in SCORE_FIELDS:
-            raise ValueError(f"rank_by is one of {', '.join(SCORE_FIELDS)}, not '{rank_by}'.")
-        if isinstance(score_threshold, str):
-            parse_operating_point(score_threshold)  # before the model is built
+        check_ranking(rank_by, score_threshold)
         if not isinstance(cfg, (CfgNode, DictConfig)):
             raise TypeError(
                 "cfg is a config, such as from model_zoo.get_config or LazyConfig.load, not a "
@@ -105,18 +100,8 @@ class MaskScoringPredictor:
         self.augmentations = parts.augmentations
         roi_heads = getattr(self.model, "roi_heads", None)
         calibrator: Any = getattr(roi_heads, "mask_calibrator", None)
-        needs_calibrator = rank_by == "quality_score" or isinstance(score_threshold, str)
-        if needs_calibrator and calibrator is None:
-            raise UserError(
-                "This model has no calibrated scores: calibrate it with `msrcnn-d2 calibrate`, or "
-                'rank by "mask_score" or "score" with a number as score_threshold.'
-            )
-        self.rank_by = rank_by or ("mask_score" if calibrator is None else "quality_score")
-        if self.rank_by == "mask_score" and getattr(roi_heads, "mask_iou_head", None) is None:
-            raise UserError(
-                "This model does not score its masks: rank them by class score with "
-                'rank_by="score", or give it a mask IoU head (see add_mask_scoring).'
-            )
+        has_mask_scores = getattr(roi_heads, "mask_iou_head", None) is not None
+        rank_by = rank_by_of(rank_by, score_threshold, has_mask_scores, calibrator is not None)
         if not parts.weights:
             raise UserError(
                 "The config has no weights to predict with: set train.init_checkpoint (yaml: "
@@ -124,16 +109,20 @@ class MaskScoringPredictor:
             )
         checkpointer = MaskScoringCheckpointer(self.model)
         checkpointer.load(parts.weights, strict=True)
-        # The field that is thresholded, with the index of its column if it has several
-        self._thresholded: tuple[str, int | None] = SCORE_FIELDS[self.rank_by], None
-        if isinstance(score_threshold, str):
-            precision, iou = parse_operating_point(score_threshold)
-            self._thresholded = MASK_IOU_PROBS, iou_index(iou)
-            score_threshold = _accept_threshold(calibrator.accept_thresholds, precision, iou)
-        self.score_threshold = score_threshold
+        table = None if calibrator is None else calibrator.accept_thresholds.cpu().numpy()
+        self.ranking = Ranking.of(rank_by, score_threshold, table)
         names = checkpointer.loaded_class_names if class_names is None else class_names
         self.metadata = _with_names(parts.metadata, names, self.model)
+        num_classes = getattr(roi_heads, "num_classes", 0)
+        self.class_names = tuple(self.metadata.get("thing_classes", map(str, range(num_classes))))
         use_channels_last_on_cpu(self.model)
+        supported = UnpastedMasks.supports(self.model)
+        self._detector = UnpastedMasks(self.model) if supported else self.model
+
+    @property
+    def rank_by(self) -> str:
+        """ "quality_score", "mask_score" or "score": what predictions are sorted by."""
+        return self.ranking.rank_by
 
     def __call__(self, images: ImageLike | list[ImageLike]) -> dict[str, Any] | list[dict]:
         """
@@ -157,21 +146,60 @@ class MaskScoringPredictor:
             TypeError, ValueError: an array is not an image as described above.
         """
         if isinstance(images, (list, tuple)):
-            return self._predict(images) if images else []
-        return self._predict([images])[0]
+            return self._pasted(images) if images else []
+        return self._pasted([images])[0]
 
-    @torch.no_grad()
-    def _predict(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
-        arrays = [read_bgr_image(x, self.image_settings) for x in images]
-        outputs = self.model([self._model_input(x) for x in arrays])
+    def predictions(self, images: Sequence[ImageLike]) -> list[Predictions]:
+        """
+        Like calling the predictor with a list, but with NumPy arrays, and masks that are not pasted
+        yet: large images then need little memory.
+
+        Args, Raises: as for calling it.
+
+        Returns:
+            for each image its :class:`Predictions`.
+        """
+        outputs = self._detect(images) if images else []
+        return [self._to_numpy(output["instances"]) for output in outputs]
+
+    def _pasted(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
+        outputs = self._detect(images)
         for output in outputs:
             instances = output["instances"]
-            order = instances.get(SCORE_FIELDS[self.rank_by]).argsort(descending=True, stable=True)
-            field, column = self._thresholded
-            scores = instances.get(field)
-            scores = scores if column is None else scores[:, column]
-            output["instances"] = instances[order[scores[order] >= self.score_threshold]]
+            masks = instances.pred_masks if instances.has("pred_masks") else None
+            if isinstance(masks, ROIMasks):
+                bitmasks = masks.to_bitmasks(instances.pred_boxes, *instances.image_size)
+                instances.pred_masks = bitmasks.tensor
         return outputs
+
+    @torch.no_grad()
+    def _detect(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
+        """Outputs of the model. Instances are selected and sorted before masks are pasted."""
+        arrays = [read_bgr_image(x, self.image_settings) for x in images]
+        outputs = self._detector([self._model_input(x) for x in arrays])
+        for output in outputs:
+            instances = output["instances"]
+            fields = {x: instances.get(x).cpu().numpy() for x in self.ranking.fields}
+            order = torch.from_numpy(self.ranking.order(fields))
+            output["instances"] = instances[order.to(instances.scores.device)]
+        return outputs
+
+    def _to_numpy(self, instances: Instances) -> Predictions:
+        instances = instances.to("cpu")
+        boxes = instances.pred_boxes.tensor.float().numpy()
+        masks: Masks
+        if isinstance(instances.pred_masks, ROIMasks):
+            probs = instances.pred_masks.tensor.float().numpy()
+            masks = RoiMasks(probs, boxes, instances.image_size)
+        else:
+            masks = CroppedMasks.of(instances.pred_masks.numpy())
+        return Predictions(
+            pred_boxes=boxes,
+            pred_classes=instances.pred_classes.numpy(),
+            masks=masks,
+            scores={x: instances.get(x).float().numpy() for x in SCORE_NAMES if instances.has(x)},
+            ranking=SCORE_FIELDS[self.rank_by],
+        )
 
     def _model_input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
@@ -181,26 +209,6 @@ class MaskScoringPredictor:
         self.augmentations(resized)
         pixels = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
         return {"image": pixels, "height": height, "width": width}
-
-
-def _accept_threshold(table: torch.Tensor, precision: float, iou: float) -> float:
-    """
-    Args:
-        table: (10, 99), see :func:`accept_thresholds`.
-
-    Raises:
-        UserError: no threshold reached this precision.
-    """
-    row = table[iou_index(iou)]
-    threshold = row[round(100 * precision) - 1].item()
-    if threshold < UNREACHED:
-        return threshold
-    reached = (row < UNREACHED).nonzero()
-    highest = f"the highest is {reached[-1].item() + 1} %" if len(reached) else "nor was 1 %"
-    raise UserError(
-        f"A precision of {precision:.0%} at IoU {iou:.2f} was not reached when the model was "
-        f"calibrated ({highest}): ask for a lower precision or a lower IoU."
-    )
 
 
 class _Parts(NamedTuple):
@@ -272,65 +280,3 @@ def _with_names(metadata: Metadata, names: Sequence[str] | None, model: nn.Modul
             "(yaml: DATASETS.TEST)."
         )
     return metadata
-
-
-def read_bgr_image(image: ImageLike, settings: ImageSettings | None = None) -> np.ndarray:
-    """
-    Args:
-        image: a path, a PIL image or an array, as in :class:`MaskScoringPredictor`.
-        settings: how to read it; by default images are turned as the camera was held, and those
-            with more than 8 bits per pixel are refused.
-
-    Returns:
-        uint8 array of shape (H, W, 3), BGR.
-    """
-    settings = settings or ImageSettings()
-    if isinstance(image, (str, os.PathLike)):
-        return _read_file(os.fspath(image), settings)
-    if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(image, settings))[:, :, ::-1]
-    if image is None:
-        raise TypeError("The image is None, which cv2.imread returns for files it cannot read.")
-    if not isinstance(image, np.ndarray):
-        raise TypeError(
-            "An image is a path, a PIL image, or a uint8 array of shape (height, width, 3) in BGR "
-            f"order, not a {type(image).__module__}.{type(image).__name__}."
-        )
-    if settings.has_scale and image.dtype != np.uint8 and image.dtype.kind in "uif":
-        image = scaled_to_8_bits(image, settings)
-    _check_array(image)
-    if image.ndim == 2 or image.shape[2] == 1:
-        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
-    return image[:, :, :3]
-
-
-def _read_file(path: str, settings: ImageSettings) -> np.ndarray:
-    try:
-        with open_image(path, settings) as image:
-            return np.asarray(to_rgb(image, settings))[:, :, ::-1]
-    except FileNotFoundError:
-        hint = ": it is a URL, so download it first" if "://" in path else ""
-        raise UserError(f"Image '{path}' does not exist{hint}.") from None
-    except UnidentifiedImageError:
-        raise UserError(f"'{path}' is not an image that can be read.") from None
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them on bad files
-        raise UserError(f"Image '{path}' cannot be read ({error}).") from error
-
-
-def _check_array(image: np.ndarray) -> None:
-    if image.dtype != np.uint8:
-        from_0_to_1 = image.size > 0 and image.min() >= 0 and image.max() <= 1
-        scale = "multiply it by 255" if from_0_to_1 else "bring it to that range"
-        raise ValueError(
-            f"An image has uint8 pixels from 0 to 255, not {image.dtype}: {scale}, and convert it "
-            "by image.astype(np.uint8)."
-        )
-    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] in (1, 3, 4)):
-        advice = "."
-        if image.ndim == 3 and image.shape[0] in (1, 3, 4):
-            advice = ": its channels come first, so give image.transpose(1, 2, 0)."
-        elif image.ndim == 4:
-            advice = ". Give several images as a list."
-        raise ValueError(f"An image has the shape (height, width, 3), not {image.shape}{advice}")
-    if image.size == 0:
-        raise ValueError(f"The image is empty: its shape is {image.shape}.")

@@ -13,7 +13,7 @@ from detectron2.data import Metadata
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.colormap import random_color
 
-from ..utils.fonts import drawable, left_to_right
+from msrcnn_d2_runtime.fonts import drawable, left_to_right
 
 try:
     from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from msrcnn_d2_runtime.fonts import drawable
+from msrcnn_d2_runtime.scores import TITLES
+
 from ..evaluation.mask_quality import MaskQuality
 from ..evaluation.score_statistics import Bin
-from ..evaluation.scores import TITLES
-from ..utils.fonts import drawable
 
 __all__ = ["Chart", "charts", "reliability_charts"]
 

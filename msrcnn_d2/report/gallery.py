@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from detectron2.utils.file_io import PathManager
 
+from msrcnn_d2_runtime.image_reading import ImageSettings, open_image, to_rgb
+
 from ..evaluation.mask_quality import MaskQuality
-from ..image_reading import ImageSettings, open_image, to_rgb
 
 __all__ = ["Move", "draw_detection", "largest_moves"]
 

@@ -13,10 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
+from msrcnn_d2_runtime.image_reading import ImageSettings
+from msrcnn_d2_runtime.scores import TITLES
+
 from ..evaluation.mask_quality import MaskQuality
 from ..evaluation.operating_points import min_count
-from ..evaluation.scores import TITLES
-from ..image_reading import ImageSettings
 from ..utils.errors import UserError
 from .figures import charts
 from .gallery import draw_detection, largest_moves

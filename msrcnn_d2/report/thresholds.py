@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS, iou_index
+from msrcnn_d2_runtime.scores import MASK_IOU_PROBS, TITLES
+
 from ..evaluation.mask_quality import MaskQuality
 from ..evaluation.matching import right_detections
 from ..evaluation.operating_points import OperatingPoint, ThresholdCurve
-from ..evaluation.scores import MASK_IOU_PROBS, TITLES
-from ..utils.iou_thresholds import IOU_THRESHOLDS, iou_index
 
 __all__ = ["ThresholdedScore", "readable_thresholds", "thresholded_scores"]
 

@@ -1,4 +1,4 @@
-"""Errors that users can correct, and how a program reports them."""
+"""How a program reports errors that users can correct, on all processes of a job."""
 
 import os
 import sys
@@ -7,22 +7,9 @@ from contextlib import contextmanager
 
 from detectron2.utils import comm
 
+from msrcnn_d2_runtime.errors import UserError
+
 __all__ = ["UserError", "agree_on_user_errors", "exit_on_user_error"]
-
-
-class UserError(Exception):
-    """
-    Something outside of the code is wrong: a file, a setting, a machine.
-
-    The message says in a sentence or two what was found, what was expected and what to do.
-
-    Attributes:
-        on_all_processes: whether all processes of the job raise it together.
-    """
-
-    def __init__(self, message: str, *, on_all_processes: bool = False):
-        super().__init__(message)
-        self.on_all_processes = on_all_processes
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from msrcnn_d2.evaluation import MaskQuality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
 from msrcnn_d2.evaluation.matching import right_detections
 from msrcnn_d2.modeling import CUES, MaskCalibrator
-from msrcnn_d2.utils.iou_thresholds import IOU_THRESHOLDS, iou_index
+from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS, iou_index
 
 __all__ = [
     "CUE_SETS",

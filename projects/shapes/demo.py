@@ -33,8 +33,8 @@ import detectron2
 
 from msrcnn_d2.evaluation import MaskQuality, measure_mask_quality
 from msrcnn_d2.evaluation.average_precision import AveragePrecision
-from msrcnn_d2.evaluation.scores import TITLES
 from msrcnn_d2.report import write_report
+from msrcnn_d2_runtime.scores import TITLES
 from pictures import draw_predictions, draw_ranking
 
 HERE = Path(__file__).resolve().parent

@@ -1,6 +1,7 @@
 """What holds for mask scores, whatever the model says."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def images(draw):
 @holds(4, batch=st.lists(images(), min_size=1, max_size=2), threshold=st.sampled_from([0, 0.01]))
 def test_the_predictor_takes_any_image_and_gives_the_best_first(batch, threshold, predict):
     before = copy.deepcopy(batch)
-    predict.score_threshold = threshold
+    predict.ranking = dataclasses.replace(predict.ranking, threshold=threshold)
 
     outputs = predict(batch)
 
