@@ -1,6 +1,7 @@
 """The predictions of an image, in NumPy."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from .mask_encoding import Crop, encode_crops, paste_roi_masks
 from .scores import MASK_IOU_PROBS, SCORES
 
-__all__ = ["CroppedMasks", "Masks", "Predictions", "RoiMasks"]
+__all__ = ["CroppedMasks", "Masks", "PredictedImage", "Predictions", "RoiMasks"]
 
 # What predictions may have besides boxes, classes and masks
 SCORE_NAMES = (*(score.field for score in SCORES.values()), MASK_IOU_PROBS)
@@ -211,3 +212,22 @@ class Predictions:
         """All fields but the masks, by their names."""
         fields = {"pred_boxes": self.pred_boxes, "pred_classes": self.pred_classes}
         return fields | self._scores
+
+
+@dataclass
+class PredictedImage:
+    """
+    An image with its predictions.
+
+    Attributes:
+        name: what it is called in the outputs, such as "street/a.jpg": where it lies in the folder
+            that was given. No two images of a run have the same name.
+        source: the file or the URL that was read.
+        image: uint8 (H, W, 3), RGB.
+        predictions: of this image.
+    """
+
+    name: str
+    source: str
+    image: np.ndarray
+    predictions: Predictions
