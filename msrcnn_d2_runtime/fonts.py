@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from matplotlib import font_manager, rcParams
 from matplotlib.ft2font import FT2Font
 
-__all__ = ["drawable", "left_to_right"]
+__all__ = ["drawable", "is_right_to_left", "left_to_right", "runs"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,49 @@ def drawable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return ["".join(MISSING if c in lacking else c for c in x) for x in texts], default + families
 
 
+@functools.lru_cache(maxsize=1024)
+def runs(text: str) -> list[tuple[str, str]]:
+    """
+    Args:
+        text: in any script.
+
+    Returns:
+        the parts of the text, from left to right, and the font file to draw each with. Characters
+        that no installed font has are replaced as by :func:`drawable`.
+    """
+    usual = font_manager.findfont(font_manager.FontProperties(family=rcParams["font.family"]))
+    lacking = _visible(text) - _characters_of(usual)
+    if not lacking:
+        return [(text, usual)]
+    files = dict(_installed())
+    fallbacks = _fallbacks("".join(sorted(lacking)))
+    if is_right_to_left(text):  # parts of a word would be in the wrong order
+        fallbacks = fallbacks[:1]
+    file_of = {c: files[family] for family, characters in fallbacks for c in characters}
+    unknown = lacking - file_of.keys()
+    if unknown:
+        _say("".join(sorted(unknown)))
+    parts: list[tuple[str, str]] = []
+    for c in text:
+        file, c = (usual, MISSING) if c in unknown else (file_of.get(c, usual), c)
+        joins = unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf") or "\ufe00" <= c <= "\ufe0f"
+        if parts and (joins or file == parts[-1][1]):  # marks stay with their letter
+            parts[-1] = (parts[-1][0] + c, parts[-1][1])
+        else:
+            parts.append((c, file))
+    return parts
+
+
 def left_to_right(name: str) -> str:
     """The name with marks, so that an Arabic name, say, does not reverse numbers beside it."""
-    if any(unicodedata.bidirectional(c) in ("R", "AL") for c in name):
+    if is_right_to_left(name):
         return f"{LEFT_TO_RIGHT_MARK}{name}{LEFT_TO_RIGHT_MARK}"
     return name
+
+
+def is_right_to_left(text: str) -> bool:
+    """Whether it has letters that are written from right to left."""
+    return any(unicodedata.bidirectional(c) in ("R", "AL") for c in text)
 
 
 def _visible(text: str) -> set[str]:
