@@ -46,10 +46,11 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from . import model_zoo
-    from .calibration import calibrate
+    from .calibration.calibrate import calibrate
     from .checkpoint import MaskScoringCheckpointer
     from .config import add_mask_calibrator, add_mask_scoring, add_msrcnn_config, retrofit
     from .evaluation import MaskScoringCOCOEvaluator
+    from .prediction.loading import load_predictor
     from .prediction.predictor import MaskScoringPredictor
     from .prediction.visualizer import MaskScoringVisualizer
 
@@ -67,6 +68,7 @@ __all__ = [
     "add_mask_scoring",
     "add_msrcnn_config",
     "calibrate",
+    "load_predictor",
     "model_zoo",
     "modeling",
     "retrofit",
@@ -83,6 +85,7 @@ _LAZY = {
     "add_mask_scoring": "config",
     "add_msrcnn_config": "config",
     "calibrate": "calibration",
+    "load_predictor": "prediction.loading",
     "retrofit": "config",
 }
 

@@ -20,8 +20,10 @@ class Predictor(Protocol):
     """
 
     class_names: tuple[str, ...]
-    rank_by: str
     image_settings: ImageSettings
+
+    @property
+    def rank_by(self) -> str: ...
 
     def predictions(self, images: Sequence[ImageLike]) -> list[Predictions]:
         """

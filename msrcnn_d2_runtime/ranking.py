@@ -1,5 +1,6 @@
 """Which predictions are returned, and in which order."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ __all__ = [
     "parse_operating_point",
     "rank_by_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 NUM_PERCENTS = 99  # precisions of 1 % to 99 %
 UNREACHED = 2.0  # a threshold above every probability: nothing is accepted
@@ -118,8 +121,8 @@ def rank_by_of(
         has_mask_scores, has_calibrator: what the model predicts.
 
     Returns:
-        a key of `SCORE_FIELDS`: `rank_by`, or by default the calibrated score if there is one, and
-        the mask score otherwise.
+        a key of `SCORE_FIELDS`: `rank_by`, or by default the best score that there is: the
+        calibrated score, else the mask score, else the class score, which a warning tells.
 
     Raises:
         UserError: the model lacks the score or the calibrator that is asked for.
@@ -130,6 +133,9 @@ def rank_by_of(
             "This model has no calibrated scores: calibrate it with `msrcnn-d2 calibrate`, or "
             'rank by "mask_score" or "score" with a number as score_threshold.'
         )
+    if rank_by is None and not (has_calibrator or has_mask_scores):
+        logger.warning("This model does not score its masks: they are ranked by class score.")
+        return "score"
     rank_by = rank_by or ("quality_score" if has_calibrator else "mask_score")
     if rank_by == "mask_score" and not has_mask_scores:
         raise UserError(

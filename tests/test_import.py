@@ -19,9 +19,9 @@ LAYERS = [
     ["modeling", "checkpoint"],
     ["evaluation", "dataset_check"],
     ["config"],
-    ["model_zoo", "prediction", "report"],
+    ["model_zoo", "report"],
     ["engine"],
-    ["calibration"],
+    ["calibration", "prediction"],
     ["msrcnn_d2"],  # __init__.py
     ["msrcnn_d2_cli"],
 ]

@@ -161,13 +161,18 @@ def test_without_a_gpu_it_runs_on_the_cpu(yacs_config, monkeypatch):
     assert MaskScoringPredictor(cfg).model.device.type == "cpu"
 
 
-def test_a_plain_mask_rcnn_is_ranked_by_class_score(tmp_path):
+def test_a_plain_mask_rcnn_is_ranked_by_class_score(tmp_path, caplog):
     cfg = OmegaConf.create({"model": tiny_mask_rcnn().model}, flags={"allow_objects": True})
     weights = saved(instantiate(cfg.model), tmp_path)
     cfg.train = {"device": "cpu", "init_checkpoint": weights}
     with pytest.raises(UserError, match='rank_by="score"'):
-        MaskScoringPredictor(cfg)
-    instances = MaskScoringPredictor(cfg, rank_by="score")(random_image())["instances"]
+        MaskScoringPredictor(cfg, rank_by="mask_score")
+    asked = MaskScoringPredictor(cfg, rank_by="score")
+    assert not caplog.records
+    predict = MaskScoringPredictor(cfg)
+    assert [x.levelname for x in caplog.records] == ["WARNING"]
+    assert predict.rank_by == asked.rank_by == "score"
+    instances = predict(random_image())["instances"]
     assert len(instances) and not instances.has("mask_scores")
 
 

@@ -69,8 +69,8 @@ class MaskScoringPredictor:
             cfg: LazyConfig or yacs config, which is not modified. Its `train.init_checkpoint` or
                 `MODEL.WEIGHTS` is anything that :meth:`MaskScoringCheckpointer.load` takes.
             rank_by: "quality_score" for the calibrated score, "mask_score", or "score" for the
-                class score, the only one of a plain Mask R-CNN. By default the calibrated score if
-                the model has a calibrator, and the mask score otherwise.
+                class score. By default the first of these that the model has: a plain Mask R-CNN
+                has the last only.
             score_threshold: instances with a lower score are left out. `rank_by` chooses the score.
                 Or, for a model with a calibrator, the precision that the instances should have:
                 "p95@75" leaves out those below the threshold above which 95 percent of the masks
