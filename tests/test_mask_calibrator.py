@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from omegaconf import OmegaConf
 
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor
-from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.solver import get_default_optimizer_params
@@ -445,22 +443,3 @@ def test_detectron2s_own_predictor(scoring, tmp_path):
     (expected,) = model([image | {"height": IMAGE_SIZE[0], "width": IMAGE_SIZE[1]}])
     torch.testing.assert_close(found.quality_scores, expected["instances"].quality_scores)
     assert len(found) > 5 and found.has("mask_iou_probs")
-
-
-@torch.no_grad()
-def test_a_traced_model_keeps_the_fields():
-    model = calibrated_model("lazy", scoring=True)
-    image = toy_inputs()[0]["image"]
-    expected = model.inference([{"image": image}], do_postprocess=False)[0]
-
-    def inference(model, images):
-        return [{"instances": model.inference(images, do_postprocess=False)[0]}]
-
-    adapter = TracingAdapter(model, [{"image": image}], inference)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Detectron2's own code
-        traced = torch.jit.trace(adapter, (image,), check_trace=False)
-    found = adapter.outputs_schema(traced(image))[0]["instances"]
-    assert found.get_fields().keys() == expected.get_fields().keys() >= OF_CALIBRATOR
-    for name in OF_CALIBRATOR:
-        torch.testing.assert_close(found.get(name), expected.get(name))

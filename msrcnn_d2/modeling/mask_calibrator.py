@@ -5,6 +5,7 @@ It is a small network, fitted after training on the detections of a trained mode
 :mod:`msrcnn_d2.calibration`. Nothing of the model changes.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -136,7 +137,9 @@ class MaskCalibrator(nn.Module):
         cues, score_log_odds = (
             x.expand(self.num_members, *x.shape) for x in (self.standardised(cues), score_log_odds)
         )
-        return self.log_odds(cues, score_log_odds).sigmoid().mean(dim=0).cummin(dim=1).values
+        probs = self.log_odds(cues, score_log_odds).sigmoid().mean(dim=0)
+        # Of each column the minimum so far. `Tensor.cummin` cannot be exported to ONNX
+        return torch.stack([*itertools.accumulate(probs.unbind(1), torch.minimum)], dim=1)
 
     def forward(self, instances: list[Instances]) -> list[Instances]:
         """
@@ -156,7 +159,9 @@ class MaskCalibrator(nn.Module):
         # In mixed precision the probabilities would be rounded
         with torch.autocast(detections.scores.device.type, enabled=False):
             probs = self.probs(mask_cues(detections), detections.score_log_odds)
-        for x, probs_per_image in zip(instances, probs.split([len(x) for x in instances])):
+        # Unlike len(), a shape is not a constant in a traced model
+        counts = [x.scores.shape[0] for x in instances]
+        for x, probs_per_image in zip(instances, probs.split(counts)):
             x.mask_iou_probs = probs_per_image
             x.quality_scores = probs_per_image.mean(dim=1)
             x.expected_mask_ious = expected_ious(probs_per_image)

@@ -55,9 +55,12 @@ class Detections:
                 "pred_boxes", "scores" and, if the model has a MaskIoU head, "pred_mask_ious".
         """
         boxes = cat([x.pred_boxes.tensor for x in instances]).float()
-        # Filled in on the device: a tensor that is copied there would make the host wait
+        # Filled in on the device: a tensor that is copied there would make the host wait. With
+        # new_full and len(), a traced model would keep the size and count of its example
         sizes = [
-            torch.stack([boxes.new_full((len(x),), side) for side in x.image_size], dim=1)
+            torch.stack(
+                [torch.ones_like(x.pred_boxes.tensor[:, 0]) * side for side in x.image_size], dim=1
+            )
             for x in instances
         ]
         has_ious = all(x.has("pred_mask_ious") for x in instances)
@@ -119,7 +122,8 @@ class Detections:
     @cached_property
     def outline(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Between cells, in x and in y: 1 where the outline of the mask passes, 0 elsewhere."""
-        return self.inside.diff(dim=2).abs(), self.inside.diff(dim=1).abs()
+        x, y = _steps(self.inside)
+        return x.abs(), y.abs()
 
     @cached_property
     def perimeter(self) -> torch.Tensor:
@@ -158,6 +162,11 @@ def _total(values: torch.Tensor) -> torch.Tensor:
     return values.sum(dim=(1, 2))
 
 
+def _steps(cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From each cell to the next, in x and in y. `Tensor.diff` cannot be exported to ONNX."""
+    return cells[:, :, 1:] - cells[:, :, :-1], cells[:, 1:] - cells[:, :-1]
+
+
 def _log_odds(probs: torch.Tensor) -> torch.Tensor:
     return torch.logit(probs, eps=MARGIN)
 
@@ -171,8 +180,7 @@ def _soft_iou(d: Detections) -> torch.Tensor:
 
 
 def _sharpness(d: Detections) -> torch.Tensor:
-    x, y = d.outline
-    x, y = x * d.probs.diff(dim=2).abs(), y * d.probs.diff(dim=1).abs()
+    x, y = (outline * step.abs() for outline, step in zip(d.outline, _steps(d.probs)))
     return (_total(x) + _total(y)) / d.perimeter
 
 

@@ -79,9 +79,9 @@ def mask_iou_inference(pred_mask_ious: torch.Tensor, pred_instances: list[Instan
     """
     classes = cat([x.pred_classes for x in pred_instances])
     ious = pred_mask_ious.gather(1, classes[:, None])[:, 0]
-    for instances, ious_per_image in zip(
-        pred_instances, ious.split([len(x) for x in pred_instances])
-    ):
+    # Unlike len(), a shape is not a constant in a traced model
+    counts = [x.pred_classes.shape[0] for x in pred_instances]
+    for instances, ious_per_image in zip(pred_instances, ious.split(counts)):
         set_mask_scores(instances, ious_per_image)
 
 

@@ -72,7 +72,7 @@ def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
     geometry = {k: fields.pop(k).clone() for k in _RESCALED if k in fields}
     # This finds the boxes that are left with one synchronisation. If Detectron2 got all fields, it
     # would need one for each of them
-    kept = torch.arange(len(results), device=results.pred_boxes.device)
+    kept = torch.arange(results.pred_boxes.tensor.shape[0], device=results.pred_boxes.device)
     rescaled = detector_postprocess(
         Instances(results.image_size, **geometry, kept=kept), height, width
     )

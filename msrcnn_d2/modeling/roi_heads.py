@@ -207,7 +207,7 @@ class MaskScoringROIHeads(StandardROIHeads):
         mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
         mask_logits = self.mask_head.layers(mask_features)
         if mask_logits.shape[1] > 1:
-            rows = torch.arange(len(classes), device=classes.device)
+            rows = torch.arange(classes.shape[0], device=classes.device)
             mask_logits = mask_logits[rows, classes][:, None]
         # Masks are pasted and compared at full precision, even if autocast computed them. Only
         # those of one class are converted, because conversion makes a copy
