@@ -124,6 +124,10 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     # Number of steps that training may leave out because a loss or gradient is not finite; 0 stops
     # at the first
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
+    # Hooks and writers of your own, for all processes and for the main process: dotted names such
+    # as "my_module.MyHook", or mappings with the name as _target_ and arguments
+    cfg.SOLVER.HOOKS = ()
+    cfg.SOLVER.WRITERS = ()
     # Whether PyTorch looks for the operation that gives the first NaN; training is slower then
     cfg.SOLVER.DETECT_ANOMALY = False
 

@@ -106,13 +106,17 @@ def world(tiny_world, tmp_path, monkeypatch, leave_no_traces):
     shutil.copytree(tiny_world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.syspath_prepend(str(tmp_path))  # PYTHONPATH=. of the pages
     find = model_zoo.get_config_file
     for zoo, weights in ((model_zoo, "published.pth"), (detectron2.model_zoo, "mask_rcnn.pth")):
         monkeypatch.setattr(zoo, "get_config", with_tiny_weights(zoo.get_config, weights))
     monkeypatch.setattr(
         model_zoo, "get_config_file", lambda name: name if os.path.exists(name) else find(name)
     )
-    return tmp_path
+    yield tmp_path
+    for name, module in [*sys.modules.items()]:  # other pages may have others of the same name
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def with_tiny_weights(get_config, weights):
@@ -294,6 +298,8 @@ VALUES = {
     "dataloader.images.max_pixels": "1000",
     "dataloader.evaluator.engine": "pycocotools",
     "dataloader.evaluator.max_dets_per_image": "200",
+    "train.hooks": "['my_module.MyHook']",
+    "train.writers": "['my_module.MyWriter']",
 }
 
 

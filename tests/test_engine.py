@@ -209,6 +209,8 @@ def recipe_on(tmp_path, name, **attributes):
         total_batch_size=16,
         compile=False,
         has_calibrator=False,
+        hooks=(),
+        writers=(),
     )
     return SimpleNamespace(**{**defaults, **attributes})
 

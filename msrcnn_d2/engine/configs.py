@@ -8,13 +8,13 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import detectron2
@@ -40,6 +40,7 @@ __all__ = [
     "both_keys",
     "device_of",
     "find_config_file",
+    "line_of_user",
     "load_config",
     "register_dataset",
     "value_of",
@@ -91,6 +92,17 @@ SOURCE = (lambda x: x in LEARN_FROM, " or ".join(LEARN_FROM))
 SWITCH = (lambda x: isinstance(x, bool), "True or False")
 FOLDER = (lambda x: isinstance(x, str) and x != "", "the path of a folder")
 FILE = (lambda x: isinstance(x, str), "the path of a file, or '' for none")
+CALLS = (
+    lambda x: (
+        isinstance(x, (list, tuple, ListConfig))
+        and all(
+            "." in e if isinstance(e, str) else isinstance(e, Mapping) and "_target_" in e
+            for e in x
+        )
+    ),
+    "a list of dotted names such as my_module.MyClass, or of LazyCalls (yaml: mappings of a name "
+    "_target_ and arguments)",
+)
 
 SETTINGS = [
     Setting("train.device", "MODEL.DEVICE"),
@@ -112,6 +124,8 @@ SETTINGS = [
     Setting("train.max_bad_images", "DATALOADER.MAX_BAD_IMAGES", *FROM_0, default=10),
     Setting("train.max_nonfinite_steps", "SOLVER.MAX_NONFINITE_STEPS", *FROM_0, default=0),
     Setting("train.detect_anomaly", "SOLVER.DETECT_ANOMALY", *SWITCH, default=False),
+    Setting("train.hooks", "SOLVER.HOOKS", *CALLS, default=[]),
+    Setting("train.writers", "SOLVER.WRITERS", *CALLS, default=[]),
     Setting("train.check_images", "DATALOADER.CHECK_IMAGES", *SWITCH, default=True),
     Setting("dataloader.train.dataset.names", "DATASETS.TRAIN"),
     Setting("dataloader.train.total_batch_size", "SOLVER.IMS_PER_BATCH", *FROM_1),
@@ -291,8 +305,7 @@ def load_config(
             sense, or there is no trained model to retrofit.
     """
     with _errors_of_file(path):
-        # A run with a LazyConfig saves it as a yaml file, which has these keys
-        is_lazy = path.endswith(".py") or re.search(r"\b_target_:", Path(path).read_text())
+        is_lazy = path.endswith(".py") or _is_saved_lazy_config(Path(path).read_text())
         cfg = LazyConfig.load(path) if is_lazy else _read_yacs(path)
     if is_lazy and "train" not in cfg:
         raise UserError(f"Config file '{path}' describes no training: it has no `train`.")
@@ -325,6 +338,14 @@ def load_config(
     return cfg
 
 
+def _is_saved_lazy_config(text: str) -> bool:
+    """
+    Whether a yaml file is what a run with a LazyConfig saves. It has `_target_`s, and `model`,
+    `train`, ... where a yacs config, which may have `_target_`s of hooks, has capital letters.
+    """
+    return bool(re.search(r"\b_target_:", text) and re.search(r"^\{?[a-z]\w*:", text, re.M))
+
+
 @contextmanager
 def _errors_of_file(path: str) -> Iterator[None]:
     """The code of a config file can raise anything: show its own message, with the line."""
@@ -339,11 +360,11 @@ def _errors_of_file(path: str) -> Iterator[None]:
             message = f"Config file '{path}' cannot be read: {str(reason).rstrip('.')}"
         elif not isinstance(reason, (UserError, ValueError)) or not message:
             message = f"{type(reason).__name__}: {message}"
-        line = _line_of_user(error)
+        line = line_of_user(error)
         raise UserError(f"{message}{f' ({line})' if line else ''}.") from error
 
 
-def _line_of_user(error: Exception) -> str:
+def line_of_user(error: Exception) -> str:
     """The line of a config file that raised: the last one in the traceback outside libraries."""
     libraries = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
     libraries += [os.path.dirname(detectron2.__file__), str(Path(__file__).parents[1])]

@@ -24,6 +24,7 @@ from .loaders import ResumableBatches, StepSeeds
 from .preflight import check_names_of_weights, names_of_training
 from .recipe import Recipe
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
+from .user_hooks import build_hooks, build_writers
 
 __all__ = ["train"]
 
@@ -91,6 +92,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     if comm.is_main_process():
         writers = default_writers(recipe.output_dir, recipe.max_iter)
         writer = MetricsWriter(writers, recipe.log_period, recipe.eval_period)
+    with agree_on_user_errors():
+        user_hooks = build_hooks(recipe)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -101,7 +104,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             checkpoints,
             stop,
             EvalHook(recipe.eval_period, evaluate_and_keep),
-            writer,
+            *user_hooks,  # they see the results
         ]
     )
 
@@ -110,6 +113,11 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
         keeps_classes = trainer.iter >= 0 or frozen_class_scores(model)
         check_names_of_weights(checkpointer.loaded_class_names, class_names, keeps_classes)
+    # Writers come last, since they write what hooks log. Those of the user are built as late as
+    # this, since they may open a connection, which the end of the training closes
+    with agree_on_user_errors():
+        user_writers = build_writers(recipe) if comm.is_main_process() else None
+    trainer.register_hooks([user_writers, writer])
     batches.first_iter = trainer.iter + 1  # the iteration in the checkpoint is done
     with (
         stop.listening(),

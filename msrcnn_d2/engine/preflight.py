@@ -27,6 +27,7 @@ from ..dataset_check import Finding, Findings, Level, check_dataset
 from ..dataset_check.issues import BAD_IMAGES
 from ..utils.errors import UserError
 from .recipe import Recipe
+from .user_hooks import check_hooks_and_writers
 
 __all__ = [
     "check_data",
@@ -57,8 +58,8 @@ MOST_WRONG_BOXES = 0.01
 def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
     """
     Check that the datasets exist and fit the model, that the output folder can be written, that
-    there is a compiler if one is needed, that batches divide evenly, and that no calibrator is
-    trained.
+    there is a compiler if one is needed, that batches divide evenly, that hooks and writers of the
+    user's own can be called, and that no calibrator is trained.
 
     Args:
         num_processes: of the whole job.
@@ -80,6 +81,8 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
             "The model has a calibrator, which is fitted after the training: train with the config "
             "that the model had before, and run `msrcnn-d2 calibrate` again."
         )
+    if training:
+        check_hooks_and_writers(recipe)
     if not training and not recipe.test_sets:
         raise UserError(
             "There is nothing to evaluate on: the config has no dataloader.test and "

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +117,7 @@ class Recipe:
         detections_per_image: of the model at most; None for no limit, or if the config does not
             say. For checks only.
         precise_bn_iters: iterations of precise batch norm before each evaluation, 0 for none.
+        hooks, writers: of the user's own; see :mod:`msrcnn_d2.engine.user_hooks`.
         ddp: arguments of `create_ddp_model`.
         has_calibrator: whether the model has one, which is no part of a training.
         verify_results: called with the results at the end of a run.
@@ -150,6 +151,8 @@ class Recipe:
     images: ImageSettings = field(default_factory=ImageSettings)
     detections_per_image: int | None = None
     precise_bn_iters: int = 0
+    hooks: Sequence[Any] = ()
+    writers: Sequence[Any] = ()
     has_calibrator: bool = False
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
@@ -172,6 +175,8 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
         "check_images",
     )
     return {
+        "hooks": value_of(cfg, "train.hooks") or (),
+        "writers": value_of(cfg, "train.writers") or (),
         **{name: value_of(cfg, f"train.{name}") for name in names},
         "amp": value_of(cfg, "train.amp.enabled"),
         "test_amp": value_of(cfg, "train.amp.test"),
