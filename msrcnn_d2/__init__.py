@@ -45,6 +45,8 @@ with warnings.catch_warnings():
     from .modeling import CascadeMaskScoringROIHeads, MaskIoUHead, MaskScoringROIHeads
 
 if TYPE_CHECKING:
+    from msrcnn_d2_runtime.integrations import to_supervision
+
     from . import model_zoo
     from .calibration.calibrate import calibrate
     from .checkpoint import MaskScoringCheckpointer
@@ -72,21 +74,23 @@ __all__ = [
     "model_zoo",
     "modeling",
     "retrofit",
+    "to_supervision",
 ]
 
 # These are imported when they are first used, and then from these modules: training needs no
 # predictor, and prediction needs no evaluator.
 _LAZY = {
-    "MaskScoringCOCOEvaluator": "evaluation",
-    "MaskScoringCheckpointer": "checkpoint",
-    "MaskScoringPredictor": "prediction.predictor",
-    "MaskScoringVisualizer": "prediction.visualizer",
-    "add_mask_calibrator": "config",
-    "add_mask_scoring": "config",
-    "add_msrcnn_config": "config",
-    "calibrate": "calibration",
-    "load_predictor": "prediction.loading",
-    "retrofit": "config",
+    "MaskScoringCOCOEvaluator": ".evaluation",
+    "MaskScoringCheckpointer": ".checkpoint",
+    "MaskScoringPredictor": ".prediction.predictor",
+    "MaskScoringVisualizer": ".prediction.visualizer",
+    "add_mask_calibrator": ".config",
+    "add_mask_scoring": ".config",
+    "add_msrcnn_config": ".config",
+    "calibrate": ".calibration",
+    "load_predictor": ".prediction.loading",
+    "retrofit": ".config",
+    "to_supervision": "msrcnn_d2_runtime.integrations",
 }
 
 if not TYPE_CHECKING:  # type checkers know the names from above, and report others
@@ -96,7 +100,7 @@ if not TYPE_CHECKING:  # type checkers know the names from above, and report oth
             return importlib.import_module(f"{__name__}.model_zoo")
         if name not in _LAZY:
             raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
 
 
 def __dir__() -> list[str]:
