@@ -26,6 +26,7 @@ import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
 from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS
+from msrcnn_d2_runtime.mask_encoding import run_lengths
 from msrcnn_d2_runtime.text import plural, shown
 
 from .utils.errors import UserError
@@ -576,22 +577,9 @@ def is_rle(mask: dict) -> bool:
     if not are_counts(size) or len(size) != 2:
         return False
     if isinstance(counts, str) and COMPRESSED_COUNTS.fullmatch(counts):
-        counts = _decoded(counts)
+        counts = run_lengths(counts).tolist()
     # If they do not add up, pycocotools compares masks forever, or reads beyond their memory
     return are_counts(counts) and sum(counts) == math.prod(size)
-
-
-def _decoded(counts: str) -> list[int]:
-    """The lengths of the runs in COCO's compressed form, as `rleFrString` in pycocotools reads."""
-    codes = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(codes < 32)  # of each number, whose last five bits come first
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    shifts = 5 * (np.arange(len(codes)) - starts.repeat(ends - starts + 1))
-    values = np.add.reduceat((codes & 31) << shifts, starts)
-    values -= (codes[ends] & 16) << (shifts[ends] + 1)  # the sign
-    # From the fourth on, each is the difference to the value two places before it
-    values[1::2], values[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
-    return values.tolist()
 
 
 def compressed(rle: dict) -> dict:

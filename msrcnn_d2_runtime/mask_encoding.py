@@ -4,7 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["Crop", "encode_bitmasks", "encode_crops", "encode_roi_masks", "paste_roi_masks"]
+__all__ = [
+    "Crop",
+    "encode_bitmasks",
+    "encode_crops",
+    "encode_roi_masks",
+    "paste_roi_masks",
+    "run_lengths",
+]
 
 # The first row and column of a part of an image, and the pixels in it: bool, (h, w)
 Crop = tuple[int, int, np.ndarray]
@@ -82,6 +89,26 @@ def encode_bitmasks(masks: np.ndarray) -> list[dict]:
     """
     masks = np.asarray(masks)
     return encode_crops(((0, 0, mask != 0) for mask in masks), masks.shape[1:])
+
+
+def run_lengths(counts: str) -> np.ndarray:
+    """
+    Args:
+        counts: "counts" of a compressed RLE. They have to be well-formed.
+
+    Returns:
+        int64, the lengths of the runs, as `rleFrString` in pycocotools reads them. The first run
+        lies outside the mask.
+    """
+    codes = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes < 32)  # of each number, whose last five bits come first
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(len(codes)) - starts.repeat(ends - starts + 1))
+    values = np.add.reduceat((codes & 31) << shifts, starts)
+    values -= (codes[ends] & 16) << (shifts[ends] + 1)  # the sign
+    # From the fourth on, each is the difference to the value two places before it
+    values[1::2], values[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
+    return values
 
 
 def _neighbours(
