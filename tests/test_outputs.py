@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
+from msrcnn_d2_runtime.drawing import draw_predictions
 from msrcnn_d2_runtime.errors import UserError
 from msrcnn_d2_runtime.outputs import KINDS, JsonLines, OutputFolder
 from msrcnn_d2_runtime.predictions import CroppedMasks, PredictedImage, Predictions
@@ -243,6 +244,33 @@ def test_without_images_all_files_are_there(tmp_path):
     folder = run(tmp_path / "output", [])
     assert json.loads((folder / "coco_instances_results.json").read_text()) == []
     assert csv_rows(folder / "predictions.csv") == []
+
+
+def test_pictures_are_drawn_on(whole, tmp_path):
+    for name in NAMES:
+        picture = name if name.endswith((".jpg", ".png")) else f"{name}.png"
+        found = Image.open(whole / "pictures" / picture)
+        assert found.format == ("JPEG" if name.endswith(".jpg") else "PNG")
+        image = image_of(name)
+        drawn = draw_predictions(image.image, image.predictions, CLASSES)
+        if found.format == "JPEG":
+            assert found.size == drawn.shape[1::-1]
+        else:
+            assert np.array_equal(np.asarray(found), drawn)
+    folder = run(tmp_path / "output", ["1.png"], ["pictures"], labels="full", legend=True)
+    image = image_of("1.png")
+    drawn = draw_predictions(image.image, image.predictions, CLASSES, labels="full", legend=True)
+    assert np.array_equal(np.asarray(Image.open(folder / "pictures/1.png")), drawn)
+
+
+def test_pictures_do_not_overwrite_each_other(tmp_path):
+    names = ["1.tif.png", "1.tif", "2.tif", "2.tif.png", "1.tif.png.png", "3", "3.PNG"]
+    for k, name in enumerate(names):  # stopped after each image
+        run(tmp_path / "output", [name], ["pictures"], resume=k > 0)
+    pictures = [*(tmp_path / "output/pictures").iterdir()]
+    found = {np.asarray(Image.open(path)).tobytes() for path in pictures}
+    expected = [draw_predictions(x.image, x.predictions, CLASSES) for x in map(image_of, names)]
+    assert found == {picture.tobytes() for picture in expected} and len(found) == len(names)
 
 
 # ---- kills

@@ -3,6 +3,7 @@ Write predictions to files. Each format has its module::
 
     folder          OutputFolder: a folder with any of the formats, which survives a kill
     json_lines      JSON lines to a stream
+    pictures        the images with predictions drawn on them
     coco_results    COCO results, for evaluations
     csv_table       CSV
     png_masks       label maps, and masks of single objects, as PNG

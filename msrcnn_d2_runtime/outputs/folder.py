@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import INCOMPLETE, write_whole
@@ -15,8 +15,12 @@ from .coco_ids import CocoIds
 from .coco_results import write_coco_results
 from .csv_table import write_csv
 from .journal import Journal
+from .pictures import picture_name, write_picture
 from .png_masks import write_label_map, write_object_masks
 from .records import record_of
+
+if TYPE_CHECKING:
+    from ..drawing import LabelStyle
 
 __all__ = ["KINDS", "OutputFolder"]
 
@@ -55,7 +59,7 @@ class OutputFolder:
         class_names: Sequence[str],
         settings: Mapping[str, Any],
         resume: bool = False,
-        labels: str = "short",
+        labels: "LabelStyle" = "short",
         legend: bool = False,
         annotations: str | None = None,
     ):
@@ -81,11 +85,12 @@ class OutputFolder:
             raise ValueError(f"Outputs are {', '.join(KINDS)}; not {listed(unknown)}.")
         self.folder = folder
         self.class_names = list(class_names)
-        self._drawing = {"labels": labels, "legend": legend}
+        self._labels, self._legend = labels, legend
         self._ids = CocoIds(class_names, annotations)
         run = {
             "class_names": self.class_names,
-            **self._drawing,
+            "labels": labels,
+            "legend": legend,
             "annotations": annotations,
             "settings": dict(settings),
         }
@@ -96,8 +101,10 @@ class OutputFolder:
         self._journal = Journal(self._path("predictions.jsonl"))
         try:
             self.done = set(self._journal.names)
+            self._pictures: set[str] = set()
             for name in self._journal.names:
                 self._ids.check(name)
+                self._pictures.add(picture_name(name, self._pictures))
             kinds_before = earlier["kinds"] if earlier else []
             added = [kind for kind in KINDS if kind in kinds and kind not in kinds_before]
             if self.done and "pictures" in added:
@@ -126,9 +133,14 @@ class OutputFolder:
         assert image.name not in self.done, f"'{image.name}' is written already"
         self._ids.check(image.name)
         record = record_of(image, self.class_names, self._ids.category_ids)
+        picture = picture_name(image.name, self._pictures)
+        if "pictures" in self.kinds:
+            to = self._path("pictures", picture)
+            write_picture(to, image, self.class_names, self._labels, self._legend)
         self._write_pngs(record, self.kinds)
         self._journal.append(record)
         self.done.add(image.name)
+        self._pictures.add(picture)
 
     def _write_pngs(self, record: dict[str, Any], kinds: Sequence[str]) -> None:
         if "label-maps" in kinds:
