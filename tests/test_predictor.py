@@ -168,9 +168,9 @@ def test_a_plain_mask_rcnn_is_ranked_by_class_score(tmp_path, caplog):
     with pytest.raises(UserError, match='rank_by="score"'):
         MaskScoringPredictor(cfg, rank_by="mask_score")
     asked = MaskScoringPredictor(cfg, rank_by="score")
-    assert not caplog.records
+    assert not [x for x in caplog.records if x.levelname == "WARNING"]
     predict = MaskScoringPredictor(cfg)
-    assert [x.levelname for x in caplog.records] == ["WARNING"]
+    assert len([x for x in caplog.records if x.levelname == "WARNING"]) == 1
     assert predict.rank_by == asked.rank_by == "score"
     instances = predict(random_image())["instances"]
     assert len(instances) and not instances.has("mask_scores")

@@ -118,10 +118,8 @@ def test_the_predictor_waits_at_most_once_more_than_its_model(gpu, tmp_path):
     torch.save({"model": build(cfg).state_dict()}, tmp_path / "model.pth")
     cfg.train = {"init_checkpoint": str(tmp_path / "model.pth"), "device": "cuda"}
     predictor = MaskScoringPredictor(cfg)
-    given = []
-    predictor.model.register_forward_pre_hook(lambda model, args: given.append(args))
     image = torch.randint(256, (64, 96, 3), dtype=torch.uint8).numpy()
     whole = waits_of(gpu, predictor, [image])
     with torch.no_grad():
-        alone = waits_of(gpu, predictor.model, *given[0])
+        alone = waits_of(gpu, predictor.model, [predictor._model_input(image)])
     assert whole.total() <= alone.total() + 1, whole - alone

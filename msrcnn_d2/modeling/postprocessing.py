@@ -7,6 +7,7 @@ from detectron2.modeling import GeneralizedRCNN, detector_postprocess
 from detectron2.structures import Instances, ROIMasks
 
 from .retrofit import RetrofitRCNN
+from .roi_heads import DetectedBoxes
 
 __all__ = ["UnpastedMasks", "rescale_unpasted"]
 
@@ -70,6 +71,7 @@ def rescale_unpasted(results: Instances, height: int, width: int) -> Instances:
     fields = dict(results.get_fields())
     # Copies, since Detectron2 scales them in place
     geometry = {k: fields.pop(k).clone() for k in _RESCALED if k in fields}
+    geometry["pred_boxes"] = DetectedBoxes(geometry["pred_boxes"].tensor)
     # This finds the boxes that are left with one synchronisation. If Detectron2 got all fields, it
     # would need one for each of them
     kept = torch.arange(results.pred_boxes.tensor.shape[0], device=results.pred_boxes.device)

@@ -116,8 +116,6 @@ class MaskScoringPredictor:
         num_classes = getattr(roi_heads, "num_classes", 0)
         self.class_names = tuple(self.metadata.get("thing_classes", map(str, range(num_classes))))
         use_channels_last_on_cpu(self.model)
-        supported = UnpastedMasks.supports(self.model)
-        self._detector = UnpastedMasks(self.model) if supported else self.model
 
     @property
     def rank_by(self) -> str:
@@ -176,12 +174,17 @@ class MaskScoringPredictor:
     def _detect(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
         """Outputs of the model. Instances are selected and sorted before masks are pasted."""
         arrays = [read_bgr_image(x, self.image_settings) for x in images]
-        outputs = self._detector([self._model_input(x) for x in arrays])
+        model = UnpastedMasks(self.model) if UnpastedMasks.supports(self.model) else self.model
+        outputs = model([self._model_input(x) for x in arrays])
         for output in outputs:
             instances = output["instances"]
-            fields = {x: instances.get(x).cpu().numpy() for x in self.ranking.fields}
-            order = torch.from_numpy(self.ranking.order(fields))
-            output["instances"] = instances[order.to(instances.scores.device)]
+            # As Ranking.order, but on the device of the model, which then waits only once
+            thresholded = instances.get(self.ranking.field)
+            if self.ranking.column is not None:
+                thresholded = thresholded[:, self.ranking.column]
+            scores = instances.get(SCORE_FIELDS[self.rank_by])
+            order = scores.argsort(descending=True, stable=True)
+            output["instances"] = instances[order[thresholded[order] >= self.ranking.threshold]]
         return outputs
 
     def _to_numpy(self, instances: Instances) -> Predictions:

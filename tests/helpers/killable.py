@@ -13,7 +13,7 @@ import torch
 from detectron2.engine import SimpleTrainer
 
 from msrcnn_d2.checkpoint import checkpointer
-from msrcnn_d2.utils import files as whole_file
+from msrcnn_d2_runtime import files as whole_file
 from tests.helpers import forked
 
 
