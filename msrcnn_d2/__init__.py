@@ -45,6 +45,7 @@ with warnings.catch_warnings():
     from .modeling import CascadeMaskScoringROIHeads, MaskIoUHead, MaskScoringROIHeads
 
 if TYPE_CHECKING:
+    from msrcnn_d2_runtime.drawing import draw_predictions
     from msrcnn_d2_runtime.integrations import to_supervision
 
     from . import model_zoo
@@ -70,6 +71,7 @@ __all__ = [
     "add_mask_scoring",
     "add_msrcnn_config",
     "calibrate",
+    "draw_predictions",
     "load_predictor",
     "model_zoo",
     "modeling",
@@ -88,6 +90,7 @@ _LAZY = {
     "add_mask_scoring": ".config",
     "add_msrcnn_config": ".config",
     "calibrate": ".calibration",
+    "draw_predictions": "msrcnn_d2_runtime.drawing",
     "load_predictor": ".prediction.loading",
     "retrofit": ".config",
     "to_supervision": "msrcnn_d2_runtime.integrations",

@@ -189,21 +189,25 @@ def draw_objects(
         tags = [label_image(text, font_size, color) for text, color in zip(labels, colors)]
     sizes = np.array([tag.shape[1::-1] for tag in tags], dtype=float)
     # An object that is smaller than its label loses importance
-    weights = np.arange(len(tags), 0, -1) if importance is None else np.asarray(importance)
-    areas = np.array([(spot.box[2:] - spot.box[:2]).prod() for spot in spots])
-    weights = weights * np.minimum(1, areas / sizes.prod(axis=1))
-    order = np.argsort(-weights, kind="stable").tolist()
+    if importance is None:
+        importance = np.arange(len(tags), 0, -1)
+    weights = {
+        k: importance[k] * min(1, (spot.box[2:] - spot.box[:2]).prod() / sizes[k].prod())
+        for k, spot in spots.items()
+    }
+    order = sorted(weights, key=lambda k: (-weights[k], k))
     picture = np.array([width, height])
     places, gaps = place_labels([spots[k] for k in order], sizes[order], picture)
     placed = [(k, place, gap) for k, place, gap in zip(order, places, gaps) if not np.isnan(gap)]
     # Lines from objects to their labels, all of them below all labels
+    line = max(1, round(font_size / 12))
     for k, place, gap in placed:
         if gap > MIN_LINE_TO_LABEL * sizes[k, 1]:
             points = spots[k].points
             away = np.maximum(place[:2] - points, points - place[2:]).clip(0)
             end = points[np.hypot(*away.T).argmin()]
             ends = [end, end.clip(place[:2], place[2:] - 1)]
-            _draw_lines(canvas, [np.array(ends, np.int32)], colors[k], round(font_size / 12), False)
+            _draw_lines(canvas, [np.array(ends, np.int32)], colors[k], line, closed=False)
     for k, place, _ in placed:
         x, y = np.minimum(place[:2].round().astype(int), picture - sizes[k].astype(int))
         canvas[y : y + tags[k].shape[0], x : x + tags[k].shape[1]] = tags[k]
@@ -211,14 +215,21 @@ def draw_objects(
 
 def _draw_masks(
     canvas: np.ndarray, masks: Masks, boxes: np.ndarray, colors: Sequence[Color], fill: float
-) -> list[Spot]:
-    """Draw masks and their outlines, and tell where each object is."""
-    size = canvas.shape[:2]
-    scale = np.array([size[1] / masks.image_size[1], size[0] / masks.image_size[0]] * 2)
+) -> dict[int, Spot]:
+    """
+    Draw masks and their outlines.
+
+    Returns:
+        {index of an object: where it is}, without those that have neither a mask nor a box.
+    """
+    height, width = canvas.shape[:2]
+    scale = np.array([width / masks.image_size[1], height / masks.image_size[0]] * 2)
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     order = np.argsort(areas, kind="stable").tolist()
-    free = np.ones(size, np.uint8)  # pixels without a mask so far: the smallest comes first
+    free = np.ones(
+        (height, width), np.uint8
+    )  # pixels without a mask so far: the smallest comes first
     contours: dict[int, list[np.ndarray]] = {}
     spots: dict[int, Spot] = {}
     for k in order:
@@ -226,31 +237,35 @@ def _draw_masks(
         bottom, right = top + inside.shape[0], left + inside.shape[1]
         x0, y0, x1, y1 = np.rint(np.array([left, top, right, bottom]) * scale).astype(int).tolist()
         pixels: np.ndarray = inside.astype(np.uint8)
-        if pixels.size and pixels.shape != (y1 - y0, x1 - x0):
-            shape = max(1, x1 - x0), max(1, y1 - y0)
-            pixels = cv2.resize(pixels, shape, interpolation=cv2.INTER_NEAREST)
+        if x0 == x1 or y0 == y1:
+            pixels = np.zeros((0, 0), np.uint8)
+        elif pixels.shape != (y1 - y0, x1 - x0):
+            pixels = cv2.resize(pixels, (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST)
         found, _ = cv2.findContours(
             pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(x0, y0)
         )
-        if not found:
-            x0, y0, x1, y1 = np.rint(boxes[k]).astype(int).tolist()
-            found = [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.int32)[:, None]]
-        else:
-            part = np.s_[y0 : y0 + pixels.shape[0], x0 : x0 + pixels.shape[1]]
+        contours[k] = list(found)
+        if contours[k]:
+            part = np.s_[y0:y1, x0:x1]
             mixed = np.arange(256)[:, None] * (1 - fill) + fill * np.array(colors[k])
             filled = cv2.LUT(canvas[part], np.rint(mixed).astype(np.uint8)[None])
             canvas[part] = cv2.copyTo(filled, cv2.bitwise_and(pixels, free[part]), canvas[part])
             free[part] &= 1 - pixels
-        contours[k] = list(found)
-        spots[k] = _spot(found, pixels, np.array([x0, y0]))
+        elif areas[k] > 0:
+            x0, y0, x1, y1 = np.rint(boxes[k]).astype(int).clip(0, [width, height] * 2).tolist()
+            corners = [[x0, y0], [x1 - 1, y0], [x1 - 1, y1 - 1], [x0, y1 - 1]]
+            contours[k] = [np.array(corners, np.int32)[:, None]]
+        if contours[k]:
+            spots[k] = _spot(contours[k], pixels, np.array([x0, y0]))
     # Outlines that suit the picture, but thin ones if most objects are small
     median = math.sqrt(np.median(areas)) if len(areas) else 0
-    width = min(LINE_SHARE * math.sqrt(size[0] * size[1]), LINE_SHARE_OF_OBJECT * median)
+    line = min(LINE_SHARE * math.sqrt(height * width), LINE_SHARE_OF_OBJECT * median)
+    line = max(1, round(line))
     for k in reversed(order):
         # Fewer points, where the line is wide, are faster to draw and look the same
-        smooth = [cv2.approxPolyDP(x, 0.3 * max(1, round(width)), True) for x in contours[k]]
-        _draw_lines(canvas, smooth, colors[k], round(width), closed=True)
-    return [spots[k] for k in range(len(order))]
+        smooth = [cv2.approxPolyDP(x, 0.3 * line, True) for x in contours[k]]
+        _draw_lines(canvas, smooth, colors[k], line, closed=True)
+    return spots
 
 
 def _spot(contours: Sequence[np.ndarray], pixels: np.ndarray, corner: np.ndarray) -> Spot:
@@ -281,7 +296,6 @@ def _draw_lines(
     canvas: np.ndarray, lines: list[np.ndarray], color: Color, width: int, closed: bool
 ) -> None:
     """Draw lines with dark edges."""
-    width = max(1, width)
     dark = tuple(DARK * c for c in color)
     cv2.polylines(canvas, lines, closed, dark, width + max(1, width // 2), cv2.LINE_AA)
     cv2.polylines(canvas, lines, closed, color, width, cv2.LINE_AA)

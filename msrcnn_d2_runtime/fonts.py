@@ -67,8 +67,10 @@ def runs(text: str) -> list[tuple[str, str]]:
     parts: list[tuple[str, str]] = []
     for c in text:
         file, c = (usual, MISSING) if c in unknown else (file_of.get(c, usual), c)
-        joins = unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf") or "\ufe00" <= c <= "\ufe0f"
-        if parts and (joins or file == parts[-1][1]):  # marks stay with their letter
+        # Marks stay with their letter, and blanks between words: the words of a name from right to
+        # left are in the right order only within a part
+        joins = not _visible(c) or unicodedata.category(c).startswith("M")
+        if parts and (joins or file == parts[-1][1]):
             parts[-1] = (parts[-1][0] + c, parts[-1][1])
         else:
             parts.append((c, file))

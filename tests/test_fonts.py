@@ -6,17 +6,11 @@ import warnings
 from types import SimpleNamespace
 
 import matplotlib
-import numpy as np
 import pytest
-import torch
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.font_manager import FontEntry
 
-from detectron2.data import Metadata
-from detectron2.structures import Boxes, Instances
-
-from msrcnn_d2 import MaskScoringVisualizer
 from msrcnn_d2.report.figures import ap_by_class
 from msrcnn_d2_runtime import fonts
 
@@ -28,10 +22,10 @@ IN_STIX, NOWHERE = "\N{FROWN}\N{SMILE}", "\N{CJK UNIFIED IDEOGRAPH-732B}"
 @pytest.fixture(params=[[STIX], []], ids=["with a font", "without"])
 def installed(request, monkeypatch):
     monkeypatch.setattr(fonts, "_installed", lambda: request.param)
-    for function in (fonts._fallbacks, fonts._say):
+    for function in (fonts._fallbacks, fonts._say, fonts.runs):
         function.cache_clear()
     yield request.param
-    for function in (fonts._fallbacks, fonts._say):
+    for function in (fonts._fallbacks, fonts._say, fonts.runs):
         function.cache_clear()
 
 
@@ -57,28 +51,45 @@ def test_joiners_and_variants_are_no_letters(installed, caplog):
     assert not caplog.records
 
 
-def test_figures_and_pictures_have_the_names(installed):
+def test_figures_have_the_names(installed):
     names = [IN_STIX, NOWHERE, "cat"]
     ap = {"class_score": 30.0, "true_iou": 50.0}
     quality = SimpleNamespace(
         by_class={name: SimpleNamespace(ap=ap) for name in names}, rankings=("class_score",)
     )
-    instances = Instances((60, 200))
-    instances.pred_boxes = Boxes(torch.tensor([[10.0, 20, 60, 50], [80, 20, 150, 50]]))
-    instances.scores = instances.pred_mask_ious = instances.mask_scores = torch.ones(2)
-    instances.pred_classes = torch.tensor([0, 1])
-    pixels = np.full((60, 200, 3), 90, np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Matplotlib warns of each missing character
         figure = ap_by_class(quality).figure
         FigureCanvasAgg(figure).draw()
-        visualizer = MaskScoringVisualizer(pixels, Metadata(thing_classes=names))
-        visualizer.draw_instance_predictions(instances).get_image()
     labels = figure.axes[0].get_yticklabels()
     drawn = [text.get_text() for text in labels]
     assert sorted(drawn) == sorted([IN_STIX if installed else "□□", "□", "cat"])
-    for text in [*labels, *visualizer.output.ax.texts]:
+    for text in labels:
         assert ("STIXGeneral" in text.get_fontfamily()) == bool(installed)
+
+
+def test_runs_have_a_font_for_each_part(installed, caplog):
+    usual = font_manager.findfont("DejaVu Sans")
+    assert fonts.runs("größe 0.45") == [("größe 0.45", usual)]
+    found = fonts.runs(f"a {IN_STIX} {NOWHERE} 0.45")
+    if installed:
+        assert found == [("a ", usual), (f"{IN_STIX} ", STIX[1]), ("□ 0.45", usual)]
+    else:
+        assert found == [("a □□ □ 0.45", usual)]
+    assert NOWHERE in caplog.text and (IN_STIX in caplog.text) != bool(installed)
+    # Marks and joiners stay with the letter before them
+    (*_, last) = fonts.runs(f"a{IN_STIX[0]}\u0301\u200d")
+    assert last[0].endswith("\u0301\u200d") and len(last[0]) > 2
+
+
+def test_words_from_right_to_left_are_one_part(monkeypatch):
+    """Beside each other, as two parts, the first word would be the left one."""
+    name = "\u0712\u072c \u0710\u0712"  # Syriac, which DejaVu Sans does not have
+    monkeypatch.setattr(fonts, "_fallbacks", lambda wanted: [("STIXGeneral", set(wanted))])
+    parts = fonts.runs(fonts.left_to_right(name) + " 0.45")
+    assert [part.strip(" \u200e") for part, _ in parts] == ["", name, "0.45"]
+    fonts.runs.cache_clear()
+    assert fonts.is_right_to_left(name) and not fonts.is_right_to_left("cat 0.45")
 
 
 def test_numbers_beside_a_name_from_right_to_left_keep_their_order():

@@ -1,4 +1,4 @@
-import itertools
+"""Detectron2's Visualizer in the look of test_drawing.py."""
 
 import numpy as np
 import pytest
@@ -8,270 +8,167 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances, RotatedBoxes
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer, mask_score_labels, place_labels
+from msrcnn_d2.prediction import visualizer as visualizer_module
+from msrcnn_d2.prediction.visualizer import MaskScoringVisualizer
+from msrcnn_d2_runtime.class_colors import class_color
+from msrcnn_d2_runtime.drawing import draw_objects, draw_predictions
+from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
 
 CLASSES = ["person", "baseball glove"]
 SCORES, IOUS, MASK_SCORES = [0.934, 0.5], [0.812, 1.0], [0.758, 0.5]
-LABELS = ["person 0.93 x IoU 0.81 = 0.76", "baseball glove 0.50 x IoU 1.00 = 0.50"]
-# Of the image, height and width
-SIZES = [(64, 96), (128, 128), (30, 500), (500, 30), (9, 9), (480, 640), (3000, 4000)]
-LEGIBLE, LEGIBLE_IN_A_CROWD = 10, 8  # pixels
+LABELS = ["person 0.76", "baseball glove 0.50"]
+FULL_LABELS = ["person 0.93 x IoU 0.81 = 0.76", "baseball glove 0.50 x IoU 1.00 = 0.50"]
 METADATA = Metadata(name="test", thing_classes=CLASSES, thing_colors=[(255, 0, 0), (0, 0, 255)])
 
 
-def predictions(
-    image_size, boxes, classes=(0, 1), scores=SCORES, ious=IOUS, mask_scores=MASK_SCORES
-):
-    """Masks fill their boxes (x0, y0, x1, y1), which are shares of the image."""
+def two_objects(image_size=(480, 640)):
+    """
+    One in the upper left corner of the image, one in the lower right corner. Their masks fill
+    their boxes.
+    """
     height, width = image_size
-    boxes = torch.tensor(boxes).reshape(-1, 4) * torch.tensor([width, height, width, height])
-    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    boxes = torch.tensor([[0.0, 0.0, 0.4, 0.5], [0.6, 0.4, 1.0, 1.0]])
+    boxes = boxes * torch.tensor([width, height, width, height])
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
         mask[y0:y1, x0:x1] = True
     return Instances(
         image_size,
         pred_boxes=Boxes(boxes),
-        pred_classes=torch.tensor(classes, dtype=torch.int64),
+        pred_classes=torch.tensor([0, 1]),
         pred_masks=masks,
-        scores=torch.tensor(scores),
-        pred_mask_ious=torch.tensor(ious),
-        mask_scores=torch.tensor(mask_scores),
+        scores=torch.tensor(SCORES),
+        pred_mask_ious=torch.tensor(IOUS),
+        mask_scores=torch.tensor(MASK_SCORES),
     )
 
 
-def two_objects(image_size=(480, 640)):
-    """One in the upper left corner of the image, one in the lower right corner."""
-    return predictions(image_size, [[0.0, 0.0, 0.4, 0.5], [0.6, 0.4, 1.0, 1.0]])
+def without(instances, *names):
+    for name in names:
+        instances.remove(name)
+    return instances
 
 
-def neighbours(image_size, num):
-    """So many small objects side by side, the better the mask the farther to the right."""
-    boxes = [[0.3 + 0.4 * k / num, 0.4, 0.3 + 0.4 * (k + 1) / num, 0.45] for k in range(num)]
-    mask_scores = [(k + 1) / num for k in range(num)]
-    return predictions(
-        image_size, boxes, [0] * num, [1.0] * num, mask_scores, mask_scores=mask_scores
-    )
+def grey(image_size):
+    return np.full((*image_size, 3), 90, np.uint8)
 
 
 def visualizer(image_size=(480, 640), metadata=METADATA, **kwargs):
-    return MaskScoringVisualizer(np.full((*image_size, 3), 90), metadata, **kwargs)
+    return MaskScoringVisualizer(grey(image_size), metadata, **kwargs)
 
 
 def drawn(instances, **kwargs):
-    """Draws the instances and returns the visualizer."""
+    """The picture: (H, W, 3)."""
     vis = visualizer(instances.image_size, **kwargs)
-    vis.draw_instance_predictions(instances)
-    return vis
+    return vis.draw_instance_predictions(instances).get_image()
 
 
-def texts(vis):
-    return [text.get_text() for text in vis.output.ax.texts]
+@pytest.fixture
+def calls(monkeypatch):
+    """What `draw_objects` has been called with."""
+    found = []
+
+    def recorded(canvas, masks, boxes, colors, **kwargs):
+        found.append({"masks": masks, "boxes": boxes, "colors": list(colors), **kwargs})
+        draw_objects(canvas, masks, boxes, colors, **kwargs)
+
+    monkeypatch.setattr(visualizer_module, "draw_objects", recorded)
+    return found
 
 
-def dark_boxes(vis):
-    """Of the labels, in pixels of the output (x0, y0, x1, y1), y upwards."""
-    for text in vis.output.ax.texts:  # as rendering would, which takes long for a large picture
-        text.update_bbox_position_size(vis.output.canvas.get_renderer())
-    return [t.get_bbox_patch().get_window_extent().extents for t in vis.output.ax.texts]
+@pytest.mark.parametrize("style", ["short", "full", "none"])
+@pytest.mark.parametrize("size", [(64, 96), (480, 640), (427, 500)], ids=str)
+def test_pictures_are_those_of_draw_predictions(size, style):
+    instances = two_objects(size)
+    predictions = Predictions(
+        pred_boxes=instances.pred_boxes.tensor.numpy(),
+        pred_classes=instances.pred_classes.numpy(),
+        masks=CroppedMasks.of(instances.pred_masks.numpy()),
+        scores={
+            name: instances.get(name).numpy()
+            for name in ("scores", "pred_mask_ious", "mask_scores")
+        },
+        ranking="mask_scores",
+    )
+    expected = draw_predictions(grey(size), predictions, CLASSES, labels=style)
+    np.testing.assert_array_equal(drawn(instances, labels=style), expected)
 
 
-def font_sizes(vis):
-    """In pixels of the output."""
-    return [t.get_fontsize() * vis.output.dpi / 72 for t in vis.output.ax.texts]
+def test_labels_are_short_by_default(calls):
+    drawn(two_objects())
+    drawn(two_objects(), labels="full")
+    drawn(two_objects(), labels="none")
+    assert [call["labels"] for call in calls] == [LABELS, FULL_LABELS, []]
+    assert calls[0]["importance"] == pytest.approx(MASK_SCORES)
 
 
-def overlap(a, b):
-    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    return max(width, 0) * max(height, 0)
-
-
-def test_labels_tell_class_score_iou_and_mask_score():
-    assert mask_score_labels(two_objects(), CLASSES) == LABELS
-    assert sorted(texts(drawn(two_objects()))) == sorted(LABELS)
+def test_without_names_a_class_is_its_index(calls):
+    drawn(two_objects(), metadata=None)
+    assert calls[0]["labels"] == ["0 0.76", "1 0.50"]
 
 
 @pytest.mark.parametrize(
-    "scores, ious, mask_scores, expected",
+    "removed, short, full",
     [
-        pytest.param(
-            [0.934, 0.5],
-            [0.812, 1.0],
-            [0.406, 0.5],
-            ["person 0.93, IoU 0.81 → 0.41", "baseball glove 0.50, IoU 1.00 → 0.50"],
-            id="less than the products, all labels alike",
-        ),
-        pytest.param(
-            [0.934, 0.5],
-            [0.812, 0.4],
-            [0.934, 0.5],
-            ["person 0.93, IoU 0.81 → 0.93", "baseball glove 0.50, IoU 0.40 → 0.50"],
-            id="the class scores",
-        ),
+        (["scores", "mask_scores"], ["0.81", "1.00"], ["IoU 0.81", "IoU 1.00"]),
+        (["pred_mask_ious", "mask_scores"], ["0.93", "0.50"], ["0.93", "0.50"]),
     ],
+    ids=["IoU only", "plain Mask R-CNN"],
 )
-def test_labels_claim_no_equation_that_is_wrong(scores, ious, mask_scores, expected):
-    boxes = [[0.0, 0.0, 0.4, 0.5], [0.6, 0.4, 1.0, 1.0]]
-    instances = predictions((480, 640), boxes, (0, 1), scores, ious, mask_scores)
-    assert mask_score_labels(instances, CLASSES) == expected
-    assert sorted(texts(drawn(instances))) == sorted(expected)
+def test_labels_of_models_that_lack_a_score(removed, short, full, calls):
+    instances = without(two_objects(), *removed)
+    drawn(instances)
+    drawn(instances, labels="full")
+    for call, scores in zip(calls, (short, full)):
+        assert call["labels"] == [f"{name} {x}" for name, x in zip(CLASSES, scores)]
 
 
-def test_without_names_a_class_is_its_index():
-    assert mask_score_labels(two_objects())[1] == "1 0.50 x IoU 1.00 = 0.50"
-    assert "1 0.50 x IoU 1.00 = 0.50" in texts(drawn(two_objects(), metadata=None))
-
-
-def test_without_scores_there_is_only_the_iou():
+def test_the_calibrated_score_is_that_which_ranks(calls):
     instances = two_objects()
-    instances.remove("scores")
-    instances.remove("mask_scores")
-    assert sorted(texts(drawn(instances))) == ["baseball glove IoU 1.00", "person IoU 0.81"]
+    instances.quality_scores = torch.tensor([0.3, 0.6])
+    drawn(instances)
+    drawn(instances, labels="full")
+    assert calls[0]["labels"] == ["person 0.30", "baseball glove 0.60"]
+    assert calls[1]["labels"][0] == "person 0.93, IoU 0.81 → 0.30"
+    assert calls[0]["importance"] == pytest.approx([0.3, 0.6])
 
 
-def test_labels_end_with_the_calibrated_score():
-    """Also where it happens to be the product, so that all pictures of a model read alike."""
-    instances = two_objects()
-    instances.quality_scores = torch.tensor([0.758, 0.5])
-    labels = ["person 0.93, IoU 0.81 → 0.76", "baseball glove 0.50, IoU 1.00 → 0.50"]
-    assert mask_score_labels(instances, CLASSES) == labels
-    instances.remove("pred_mask_ious")
-    instances.remove("mask_scores")
-    labels = ["person 0.93 → 0.76", "baseball glove 0.50 → 0.50"]
-    assert mask_score_labels(instances, CLASSES) == labels
-    assert sorted(texts(drawn(instances))) == sorted(labels)
+def test_instances_with_neither_scores_nor_classes_are_drawn(calls):
+    """Annotations that have been made Instances, for example."""
+    instances = without(two_objects(), "scores", "mask_scores", "pred_mask_ious")
+    assert (drawn(instances)[100, 100] != 90).any()
+    assert calls[0]["labels"] == CLASSES
+    instances.remove("pred_classes")
+    drawn(instances)
+    assert list(calls[1]["labels"]) == []
+    assert calls[1]["colors"] == [class_color(0), class_color(1)]
 
 
-def test_plain_mask_rcnn_gets_the_texts_of_detectron2():
-    instances = two_objects()
-    instances.remove("pred_mask_ious")
-    instances.remove("mask_scores")
-    vis = drawn(instances)
-    assert sorted(texts(vis)) == ["baseball glove 50%", "person 93%"]
-    # The same visualizer does not confuse them with those before
-    vis.draw_instance_predictions(two_objects())
-    vis.draw_instance_predictions(instances)
-    assert texts(vis)[-2:] == ["baseball glove 50%", "person 93%"]
+def test_colors_are_those_of_the_classes_or_of_the_metadata(calls):
+    drawn(two_objects()[[1]])
+    drawn(two_objects()[[1]], instance_mode=ColorMode.SEGMENTATION)
+    assert [call["colors"] for call in calls] == [[class_color(1)], [(0, 0, 255)]]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_labels_are_legible_and_inside_the_picture(size):
-    vis = drawn(two_objects(size))
-    assert min(font_sizes(vis)) >= LEGIBLE
-    width, height = vis.output.canvas.get_width_height()
-    if width > height / 2:  # else the label would not fit
-        assert min(font_sizes(vis)) >= (height * width) ** 0.5 / 60
-    assert_inside_the_picture(vis)
-
-
-@pytest.mark.parametrize("size", [(64, 96), (30, 500), (480, 640)], ids=str)
-@pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])
-def test_labels_are_inside_the_picture_at_any_scale(size, scale):
-    vis = drawn(two_objects(size), scale=scale)
-    assert vis.output.scale == scale
-    assert_inside_the_picture(vis)
-
-
-def assert_inside_the_picture(vis):
-    width, height = vis.output.canvas.get_width_height()
-    assert len(dark_boxes(vis)) == 2
-    for x0, y0, x1, y1 in dark_boxes(vis):
-        assert -1 <= x0 < x1 <= width + 1 and -1 <= y0 < y1 <= height + 1
-
-
-@pytest.mark.parametrize("size", [(64, 96), (480, 640), (1500, 2000)], ids=str)
-@pytest.mark.parametrize("num", [2, 10])
-def test_labels_of_neighbours_do_not_overlap(size, num):
-    boxes = dark_boxes(drawn(neighbours(size, num)))
-    assert len(boxes) == num
-    assert all(overlap(a, b) == 0 for a, b in itertools.combinations(boxes, 2))
-
-
-def test_lone_label_lies_at_its_object_without_hiding_it():
-    instances = neighbours((480, 640), 1)
-    vis = drawn(instances)
-    x0, y0, x1, y1 = instances.pred_boxes.tensor[0].tolist()
-    left, lower, right, upper = dark_boxes(vis)[0]
-    assert x0 <= left <= x0 + 3
-    assert 0 <= lower - (480 - y0) <= 3
-    assert not vis.output.ax.lines
-
-
-# Boxes of objects, and whether a label of 60 x 10 pixels stays upon the first one
-@pytest.mark.parametrize(
-    "others, upon_it",
-    [
-        ([], True),
-        ([[100, 88, 120, 98]], False),  # a small object that would be hidden
-        ([[40, 70, 170, 140]] * 5, True),  # larger ones that would be hidden in part
-    ],
-    ids=["alone", "small object above", "large objects around"],
-)
-def test_label_keeps_clear_of_small_objects_but_at_its_own(others, upon_it):
-    boxes = np.array([[100.0, 100, 110, 110], *others])
-    label = place_labels(boxes, np.tile([60.0, 10.0], (len(boxes), 1)), np.array([300, 300]))[0]
-    assert (label.tolist() == [100, 90, 160, 100]) == upon_it
-    assert _touches(np.maximum(label[:2], np.minimum(label[2:], [105, 105])), boxes[:1], slack=0.1)
-    assert upon_it or overlap(label, boxes[1]) == 0
-
-
-def test_label_that_had_to_move_away_has_a_line_to_its_object():
-    instances = neighbours((480, 640), 10)
-    vis = drawn(instances)
-    assert vis.output.ax.lines
-    boxes = instances.pred_boxes.tensor.numpy()
-    for line in vis.output.ax.lines:
-        (x0, y0), end = line.get_xydata()
-        extents = np.array(dark_boxes(vis))
-        labels = (extents[:, [0, 3, 2, 1]] - [0, 480, 0, 480]) * [1, -1, 1, -1]
-        assert _touches([x0, y0], labels) and _touches(end, boxes)
-
-
-def _touches(point, boxes, slack=2.0):
-    point = np.array(point)
-    inside = (point >= boxes[:, :2] - slack) & (point <= boxes[:, 2:] + slack)
-    return inside.all(axis=1).any()
-
-
-def test_best_mask_has_the_best_place_and_is_on_top():
-    vis = drawn(neighbours((480, 640), 100))
-    assert len(texts(vis)) == 100
-    assert texts(vis)[-1].endswith("= 1.00") and texts(vis)[0].endswith("= 0.01")
-    x0, y0, x1, y1 = neighbours((480, 640), 100).pred_boxes.tensor[-1].tolist()
-    assert _touches(
-        [x0, y0], (dark_boxes(vis)[-1][[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, 480, 0, 480])[None]
+def test_only_objects_keep_their_colours_with_image_bw():
+    image = np.zeros((480, 640, 3), np.uint8)
+    image[..., 0] = 240
+    vis = MaskScoringVisualizer(image, METADATA, instance_mode=ColorMode.IMAGE_BW, labels="none")
+    picture = vis.draw_instance_predictions(two_objects()).get_image()
+    assert picture[10, 600].tolist() == [80, 80, 80]
+    assert picture[100, 100].astype(int) == pytest.approx(
+        0.7 * image[0, 0] + 0.3 * np.array(class_color(0)), abs=1
     )
-
-
-def test_best_is_the_best_by_calibrated_score():
-    instances = neighbours((480, 640), 2)  # by mask score the second is the best
-    instances.quality_scores = torch.tensor([0.9, 0.1])
-    assert texts(drawn(instances))[-1].endswith("→ 0.90")
-
-
-def test_many_labels_are_smaller_but_legible():
-    few, many = drawn(neighbours((1500, 2000), 2)), drawn(neighbours((1500, 2000), 60))
-    assert LEGIBLE < max(font_sizes(many)) < 0.8 * min(font_sizes(few))
-    assert min(font_sizes(drawn(neighbours((480, 640), 100)))) >= LEGIBLE_IN_A_CROWD
-
-
-def test_label_has_a_light_tone_of_the_colour_of_its_mask():
-    vis = visualizer()
-    vis.overlay_instances(
-        boxes=two_objects().pred_boxes, labels=["a", "b"], assigned_colors=["navy", "red"]
-    )
-    colors = {t.get_text(): np.array(t.get_color()) for t in vis.output.ax.texts}
-    assert colors["a"].argmax() == 2 and colors["b"].argmax() == 0
-    assert min(c.min() for c in colors.values()) >= 0.5
 
 
 @pytest.mark.parametrize("mode", ColorMode)
 def test_no_instances_leave_the_image_as_it_is(mode):
     image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     image[..., :] = image[..., :1]  # grey, because ColorMode.IMAGE_BW makes it so
-    instances = predictions((40, 50), [], (), (), (), ())
     vis = MaskScoringVisualizer(image, METADATA, scale=1.0, instance_mode=mode)
     # Not the image itself: older versions of Matplotlib resample it
     blank = Visualizer(image, METADATA).output.get_image()
+    instances = two_objects((40, 50))[[]]
     np.testing.assert_array_equal(vis.draw_instance_predictions(instances).get_image(), blank)
 
 
@@ -285,7 +182,7 @@ def test_predictions_are_not_modified(mode):
         assert torch.equal(now, value), name
 
 
-def test_predictions_may_be_on_another_device():
+def test_predictions_may_be_on_another_device(calls):
     class OnAnotherDevice:
         def __init__(self, tensor):
             self.tensor = tensor
@@ -298,19 +195,25 @@ def test_predictions_may_be_on_another_device():
             return self.tensor
 
     there = {k: OnAnotherDevice(v) for k, v in two_objects().get_fields().items()}
-    assert sorted(texts(drawn(Instances((480, 640), **there)))) == sorted(LABELS)
+    drawn(Instances((480, 640), **there))
+    assert calls[0]["labels"] == LABELS
 
 
-def test_masks_without_boxes_are_labelled_if_they_are_not_empty():
-    instances = two_objects((64, 96))
-    instances.remove("pred_boxes")
-    vis = drawn(instances)
-    assert len(texts(vis)) == 2
-    assert_inside_the_picture(vis)
+def test_masks_without_boxes_are_drawn_if_they_are_not_empty(calls):
+    instances = without(two_objects((64, 96)), "pred_boxes")
+    expected = drawn(two_objects((64, 96)))
+    np.testing.assert_array_equal(drawn(instances), expected)
     instances.pred_masks = instances.pred_masks.clone()
     instances.pred_masks[0] = False
-    assert texts(drawn(instances)) == LABELS[1:]
-    assert texts(drawn(instances[:1])) == []
+    picture = drawn(instances)
+    assert (picture[: 192 - 20, :200] == 90).all() and (picture[300, 500] != 90).any()
+
+
+def test_boxes_without_masks_have_outlines():
+    picture = drawn(without(two_objects(), "pred_masks"))
+    changed = (picture != 90).any(axis=2)
+    assert changed[192:480, 384].all() and changed[479, 384:640].all()
+    assert not changed[400:470, 400:630].any()
 
 
 def test_rotated_boxes_are_left_to_detectron2():
@@ -320,9 +223,54 @@ def test_rotated_boxes_are_left_to_detectron2():
         pred_classes=torch.tensor([0]),
         scores=torch.tensor([0.9]),
     )
-    vis = drawn(instances)
-    assert texts(vis) == ["person 90%"]
-    assert vis.output.ax.texts[0].get_rotation() == 30
+    vis = visualizer()
+    vis.draw_instance_predictions(instances)
+    (text,) = vis.output.ax.texts
+    assert text.get_text() == "person 90%" and text.get_rotation() == 30
+
+
+def test_keypoints_are_left_to_detectron2():
+    instances = two_objects()
+    points = torch.tensor([[[100.0, 100, 1]], [[500, 400, 1]]])
+    instances.pred_keypoints = points
+    vis = visualizer()
+    vis.draw_instance_predictions(instances)
+    assert [patch.center for patch in vis.output.ax.patches] == [(100, 100), (500, 400)]
+    only_points = without(instances, "pred_masks", "pred_boxes")
+    vis = visualizer()
+    vis.draw_instance_predictions(only_points)
+    assert len(vis.output.ax.patches) == 2
+
+
+def test_what_was_drawn_before_lies_below_and_what_is_drawn_after_on_top():
+    vis = visualizer(labels="none")
+    vis.draw_circle((100, 100), color=(1, 0, 0), radius=20)
+    vis.draw_instance_predictions(two_objects())
+    mixed = 0.6 * np.array([255, 0, 0]) + 0.4 * np.array(class_color(0))
+    assert vis.output.get_image()[100, 100].astype(int) == pytest.approx(mixed, abs=1)
+    vis.draw_circle((500, 400), color=(1, 0, 0), radius=20)
+    picture = vis.output.get_image()
+    assert picture[400, 500].tolist() == [255, 0, 0]
+    assert picture[100, 100].astype(int) == pytest.approx(mixed, abs=1)  # once, not twice
+
+
+def test_a_second_drawing_lies_upon_the_first():
+    vis = visualizer(labels="none")
+    first, second = (two_objects()[[k]] for k in (0, 1))
+    vis.draw_instance_predictions(first)
+    picture = vis.draw_instance_predictions(second).get_image()
+    np.testing.assert_array_equal(picture, drawn(two_objects(), labels="none"))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (30, 500), (480, 640)], ids=str)
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])
+def test_pictures_have_the_scale_that_is_given(size, scale):
+    vis = visualizer(size, scale=scale)
+    assert vis.output.scale == scale
+    picture = vis.draw_instance_predictions(two_objects(size)).get_image()
+    assert picture.shape == Visualizer(grey(size), METADATA, scale).output.get_image().shape
+    inside = np.array([0.8, 0.8]) * picture.shape[:2]
+    assert (picture[tuple(inside.astype(int))] != 90).any()
 
 
 def test_default_scale_enlarges_small_images_only():
@@ -332,13 +280,32 @@ def test_default_scale_enlarges_small_images_only():
     assert visualizer((64, 96), scale=1.0).output.get_image().shape == (64, 96, 3)
 
 
-def test_is_a_visualizer_of_detectron2():
+def test_instances_of_users_have_the_colours_and_labels_that_they_give(calls):
     vis = MaskScoringVisualizer(np.zeros((480, 640, 3)), METADATA, 1.5, ColorMode.SEGMENTATION)
     assert isinstance(vis, Visualizer) and vis.output.scale == 1.5
-    dataset_dict = {
-        "annotations": [
-            {"bbox": [10, 10, 99, 99], "bbox_mode": 0, "category_id": 0, "iscrowd": 1},
-        ]
-    }
-    vis.draw_dataset_dict(dataset_dict)
-    assert texts(vis) == ["person|crowd"]
+    boxes = two_objects().pred_boxes
+    vis.overlay_instances(boxes=boxes, labels=["a", "b"], assigned_colors=["navy", (1, 0.5, 0)])
+    assert calls[0]["labels"] == ["a", "b"]
+    assert calls[0]["colors"] == [(0, 0, 128), (255, 128, 0)]
+
+
+def test_annotations_have_the_colours_of_predictions(calls):
+    annotations = [
+        {"bbox": [10, 10, 99, 99], "bbox_mode": 0, "category_id": 1, "iscrowd": 1},
+        {"bbox": [200, 10, 250, 99], "bbox_mode": 0, "category_id": 0},
+    ]
+    visualizer().draw_dataset_dict({"annotations": annotations})
+    assert calls[0]["labels"] == ["baseball glove|crowd", "person"]
+    assert calls[0]["colors"] == [class_color(1), class_color(0)]
+    polygon = [10.0, 10, 99, 10, 99, 99]
+    visualizer().draw_dataset_dict({"annotations": [annotations[0] | {"segmentation": [polygon]}]})
+    assert 0.4 < calls[1]["masks"].areas()[0] / 89**2 < 0.6
+    visualizer().draw_dataset_dict({"annotations": []})
+
+
+def test_a_visualizer_does_not_confuse_what_it_draws(calls):
+    vis = visualizer()
+    vis.draw_instance_predictions(two_objects())
+    vis.overlay_instances(boxes=two_objects().pred_boxes, labels=["a", "b"])
+    vis.draw_instance_predictions(two_objects()[[1]])
+    assert [call["labels"] for call in calls] == [LABELS, ["a", "b"], LABELS[1:]]
