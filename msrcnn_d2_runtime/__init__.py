@@ -8,6 +8,7 @@ package needs NumPy and Pillow; modules that need more import it when they are i
     predictions                    Predictions of an image and their Masks, in NumPy
     ranking                        which predictions are returned, in which order
     predictor                      what a predictor is, with PyTorch or without
+    onnx_predictor, exported       predict with a model that was exported
     drawing, labels, class_colors  pictures of predictions
     outputs                        files and streams with predictions, in many formats
     scores, iou_thresholds         the names of the scores, COCO's IoUs
