@@ -9,6 +9,7 @@ package needs NumPy and Pillow; modules that need more import it when they are i
     ranking                        which predictions are returned, in which order
     predictor                      what a predictor is, with PyTorch or without
     onnx_predictor, exported       predict with a model that was exported
+    inputs, filtering, pipeline    from files and folders to predictions of many images
     drawing, labels, class_colors  pictures of predictions
     outputs                        files and streams with predictions, in many formats
     scores, iou_thresholds         the names of the scores, COCO's IoUs

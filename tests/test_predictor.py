@@ -128,6 +128,17 @@ def test_a_batch_has_the_instances_of_each_image(lazy_config):
     assert predict([]) == []
 
 
+def test_many_images(lazy_config, tmp_path):
+    predict = MaskScoringPredictor(lazy_config)
+    for k in range(3):
+        Image.fromarray(random_image(seed=k)).save(tmp_path / f"{k}.png")
+    found = [*predict.predict_all(tmp_path, batch_size=2)]
+    assert [x.name for x in found] == ["0.png", "1.png", "2.png"]
+    for image in found:
+        (alone,) = predict.predictions([image.source])
+        np.testing.assert_allclose(image.predictions.rank_scores, alone.rank_scores, atol=1e-5)
+
+
 def test_the_config_and_the_image_stay_as_they_were(lazy_config, yacs_config):
     for cfg in (lazy_config, yacs_config):
         before, image = str(cfg), random_image()

@@ -1,7 +1,7 @@
 """From images to masks and their scores."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,15 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances, ROIMasks
 
 from msrcnn_d2_runtime.image_reading import ImageLike, read_bgr_image
-from msrcnn_d2_runtime.predictions import SCORE_NAMES, CroppedMasks, Masks, Predictions, RoiMasks
+from msrcnn_d2_runtime.pipeline import Inputs, predict_all
+from msrcnn_d2_runtime.predictions import (
+    SCORE_NAMES,
+    CroppedMasks,
+    Masks,
+    PredictedImage,
+    Predictions,
+    RoiMasks,
+)
 from msrcnn_d2_runtime.ranking import SCORE_FIELDS, Ranking, check_ranking, rank_by_of
 from msrcnn_d2_runtime.text import listed
 
@@ -159,6 +167,20 @@ class MaskScoringPredictor:
         """
         outputs = self._detect(images) if images else []
         return [self._to_numpy(output["instances"]) for output in outputs]
+
+    def predict_all(self, inputs: Inputs, **options: Any) -> Iterator[PredictedImage]:
+        """
+        Predict any number of images, of which only a few are in memory.
+
+        Args:
+            inputs: a file, a folder, a pattern, a URL, several of these, or images in memory.
+            options: batch_size, filter, skip, on_error and num_readers of
+                :func:`msrcnn_d2_runtime.pipeline.predict_all`, which this calls.
+
+        Yields:
+            each image with its :class:`Predictions`.
+        """
+        return predict_all(self, inputs, **options)
 
     def _pasted(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
         outputs = self._detect(images)
