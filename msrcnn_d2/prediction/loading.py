@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from msrcnn_d2_runtime.predictor import Predictor
 from msrcnn_d2_runtime.text import listed
@@ -14,7 +15,7 @@ from ..published_models import PUBLISHED
 from ..utils.errors import UserError
 from .predictor import MaskScoringPredictor
 
-__all__ = ["DEMO", "demo_model", "load_predictor"]
+__all__ = ["DEMO", "FoundModel", "demo_model", "find_model", "load_predictor"]
 
 DEMO = "demo"  # the name of the demo's model
 CONFIG_SUFFIXES = (".py", ".yaml", ".yml")
@@ -63,31 +64,18 @@ def load_predictor(
         UserError: a file or a name does not exist, it is unclear which one is meant, or the model
             cannot be used so, as for :class:`MaskScoringPredictor`.
     """
-    model, config_file, weights = (
-        None if x is None else os.fspath(x) for x in (model, config_file, weights)
-    )
-    if model and weights:
-        raise UserError(f"Give '{model}' or '{weights}' as the model's weights, not both.")
-    if not (model or weights or config_file):
-        raise UserError(f"Which model? As the model, {EXAMPLES}.")
-    if model and model.endswith(".onnx"):
-        ignored = {"a config": config_file, "overrides": opts, "class names": class_names}
-        for name, value in ignored.items():
+    if model is not None and os.fspath(model).endswith(".onnx"):
+        given = {"config": config_file, "weights": weights, "overrides": opts, "names": class_names}
+        for name, value in given.items():
             if value:
-                raise UserError(f"'{model}' is exported: it has all of its config, and no {name}.")
+                raise UserError(f"'{model}' is an exported model, which takes no {name}.")
         if device not in (None, "cpu"):
-            raise UserError(f"'{model}' is exported, and runs on the CPU, not on '{device}'.")
+            raise UserError(f"'{model}' is an exported model: it runs on the CPU, not '{device}'.")
         from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
 
-        return OnnxPredictor(model, rank_by=rank_by, score_threshold=score_threshold)
-    if model and config_file:
-        weights = model
-    elif model:
-        config_file, weights = _find(model)
-    elif not config_file:
-        assert weights is not None
-        config_file = _config_of(weights)
-    cfg = load_config(find_config_file(config_file), opts, weights=weights)
+        return OnnxPredictor(os.fspath(model), rank_by=rank_by, score_threshold=score_threshold)
+    found = find_model(model, config_file=config_file, weights=weights)
+    cfg = load_config(found.config_file, opts, weights=found.weights)
     return MaskScoringPredictor(
         cfg,
         rank_by=rank_by,
@@ -95,6 +83,45 @@ def load_predictor(
         device=device,
         class_names=class_names,
     )
+
+
+class FoundModel(NamedTuple):
+    """
+    Attributes:
+        config_file: path of the config.
+        weights: a file, a URL or a name of a model zoo; None for those that the config names.
+    """
+
+    config_file: str
+    weights: str | None
+
+
+def find_model(
+    model: str | os.PathLike | None = None,
+    *,
+    config_file: str | os.PathLike | None = None,
+    weights: str | os.PathLike | None = None,
+) -> FoundModel:
+    """
+    Find the config and the weights that are meant, without reading them.
+
+    Args, Raises: as for :func:`load_predictor`.
+    """
+    model, config_file, weights = (
+        None if x is None else os.fspath(x) for x in (model, config_file, weights)
+    )
+    if model and weights:
+        raise UserError(f"Give '{model}' or '{weights}' as the model's weights, not both.")
+    if not (model or weights or config_file):
+        raise UserError(f"Which model? As the model, {EXAMPLES}.")
+    if config_file:
+        weights = model or weights
+    elif model:
+        config_file, weights = _find(model)
+    else:
+        assert weights is not None
+        config_file = _config_of(weights)
+    return FoundModel(find_config_file(config_file), weights)
 
 
 def demo_model() -> str:
