@@ -8,7 +8,16 @@ import numpy as np
 
 from .class_colors import class_colors
 from .fonts import left_to_right
-from .labels import Color, Spot, all_scores, cut_to, label_image, place_labels
+from .labels import (
+    MAX_COVER,
+    Color,
+    Spot,
+    all_scores,
+    cut_to,
+    label_image,
+    label_size,
+    place_labels,
+)
 from .predictions import Masks, Predictions
 
 try:
@@ -32,7 +41,8 @@ MAX_SIDE = 8192  # no image is enlarged beyond this
 MIN_FONT_SIZE = 13
 MAX_NAME_WIDTH = 0.4  # of a class, in widths of the picture; longer ones are cut
 
-FONT_SHARE = 1 / 48  # font size / square root of the picture's area
+FONT_SHARE = 1 / 55  # font size / square root of the picture's area
+CROWDED_FONT_SHARE = 1 / 90  # if there are many labels
 LINE_SHARE = 1 / 300  # the widest outlines / square root of the picture's area
 LINE_SHARE_OF_OBJECT = 1 / 20  # outlines / side of the median object
 FILL = 0.4  # opacity of masks
@@ -164,7 +174,8 @@ def draw_objects(
     fill: float = FILL,
 ) -> None:
     """
-    Draw objects into a picture, the small ones upon the large ones, and labels upon them all.
+    Draw objects into a picture, the small ones upon the large ones, and labels upon them all. Of
+    two objects of nearly the same size, the more important one is on top.
 
     Args:
         canvas: uint8 (H, W, 3), RGB, which is modified.
@@ -173,21 +184,26 @@ def draw_objects(
         boxes: (N, 4), XYXY in pixels of the image.
         colors: N colours.
         labels: N texts, or none.
-        importance: (N,), which labels to leave out last where there is no room. By default it
-            falls from the first to the last.
+        importance: (N,), from 0 to 1: which labels to leave out last where there is no room. By
+            default it falls from the first to the last.
         fill: the opacity of masks, from 0 to 1.
     """
-    spots = _draw_masks(canvas, masks, boxes, colors, fill)
+    spots = _draw_masks(canvas, masks, boxes, colors, importance, fill)
     if not labels or not spots:
         return
     height, width = canvas.shape[:2]
     font_size = _font_size(height, width)
+    sizes = np.array([label_size(text, font_size) for text in labels], dtype=float)
+    # Less if the labels would cover much, or if one is wider than the picture
+    crowded = max(MIN_FONT_SIZE, CROWDED_FONT_SHARE * math.sqrt(height * width))
+    uncovering = font_size * math.sqrt(MAX_COVER * height * width / sizes.prod(axis=1).sum())
+    # 0.95: the width of a text is not quite proportional to the size of its font
+    widest = 0.95 * font_size * width / sizes[:, 0].max()
+    fitting = max(1, int(min(font_size, max(uncovering, crowded), widest)))
+    if fitting < font_size:
+        font_size = fitting
+        sizes = np.array([label_size(text, font_size) for text in labels], dtype=float)
     tags = [label_image(text, font_size, color) for text, color in zip(labels, colors)]
-    widest = max(tag.shape[1] for tag in tags)
-    if widest > width:  # 0.95: the size of a text is not quite proportional to that of its font
-        font_size = max(1, int(0.95 * font_size * width / widest))
-        tags = [label_image(text, font_size, color) for text, color in zip(labels, colors)]
-    sizes = np.array([tag.shape[1::-1] for tag in tags], dtype=float)
     # An object that is smaller than its label loses importance
     if importance is None:
         importance = np.arange(len(tags), 0, -1)
@@ -214,7 +230,12 @@ def draw_objects(
 
 
 def _draw_masks(
-    canvas: np.ndarray, masks: Masks, boxes: np.ndarray, colors: Sequence[Color], fill: float
+    canvas: np.ndarray,
+    masks: Masks,
+    boxes: np.ndarray,
+    colors: Sequence[Color],
+    importance: np.ndarray | None,
+    fill: float,
 ) -> dict[int, Spot]:
     """
     Draw masks and their outlines.
@@ -226,10 +247,10 @@ def _draw_masks(
     scale = np.array([width / masks.image_size[1], height / masks.image_size[0]] * 2)
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    order = np.argsort(areas, kind="stable").tolist()
-    free = np.ones(
-        (height, width), np.uint8
-    )  # pixels without a mask so far: the smallest comes first
+    # The smallest comes first, of nearly the same the most important
+    demotion = 1 if importance is None else 2 - np.clip(importance, 0, 1)
+    order = np.argsort(areas * demotion, kind="stable").tolist()
+    free = np.ones((height, width), np.uint8)  # pixels without a mask so far
     contours: dict[int, list[np.ndarray]] = {}
     spots: dict[int, Spot] = {}
     for k in order:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from .fonts import is_right_to_left, runs
 
-__all__ = ["Color", "Spot", "all_scores", "cut_to", "label_image", "place_labels"]
+__all__ = ["Color", "Spot", "all_scores", "cut_to", "label_image", "label_size", "place_labels"]
 
 Color = tuple[int, int, int]  # RGB, from 0 to 255
 
@@ -73,6 +73,14 @@ def cut_to(name: str, width: float, font_size: int) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=4096)
+def label_size(text: str, font_size: int) -> tuple[int, int]:
+    """Width and height of the image of a label, in pixels."""
+    width = math.ceil(sum(font.getlength(part) for part, font in _fonts_of(text, font_size)))
+    height = round(ASCENT * font_size) + round(DESCENT * font_size)
+    return width + 2 * round(PADDING * font_size), height
+
+
 def label_image(text: str, font_size: int, color: Color) -> np.ndarray:
     """
     Args:
@@ -83,17 +91,14 @@ def label_image(text: str, font_size: int, color: Color) -> np.ndarray:
     Returns:
         uint8 (h, w, 3), RGB.
     """
-    parts = _fonts_of(text, font_size)
-    widths = [font.getlength(part) for part, font in parts]
-    padding, ascent = round(PADDING * font_size), round(ASCENT * font_size)
-    size = math.ceil(sum(widths)) + 2 * padding, ascent + round(DESCENT * font_size)
-    image = Image.new("RGB", size, color)
+    image = Image.new("RGB", label_size(text, font_size), color)
     draw = ImageDraw.Draw(image)
     ink = "black" if np.dot(color, (0.299, 0.587, 0.114)) > BRIGHT else "white"
-    x: float = padding
-    for (part, font), width in zip(parts, widths):
-        draw.text((x, ascent), part, fill=ink, font=font, anchor="ls")
-        x += width
+    x: float = round(PADDING * font_size)
+    baseline = round(ASCENT * font_size)
+    for part, font in _fonts_of(text, font_size):
+        draw.text((x, baseline), part, fill=ink, font=font, anchor="ls")
+        x += font.getlength(part)
     return np.asarray(image)
 
 

@@ -141,6 +141,15 @@ def test_small_objects_lie_upon_large_ones_and_nothing_is_mixed_twice():
         assert np.abs(picture[point] - (54 + 0.4 * np.array(class_color(k)))).max() <= 1
 
 
+@pytest.mark.parametrize("better", [0, 1])
+def test_of_nearly_the_same_masks_the_better_one_is_on_top(better):
+    boxes = [(200, 200, 300, 300), (202, 200, 300, 300)]
+    found = predictions((480, 640), boxes, [0, 1], [0.4 + 0.5 * (k == better) for k in (0, 1)])
+    picture = draw_predictions(grey((480, 640)), found, labels="none")
+    expected = 54 + 0.4 * np.array(class_color(better))
+    assert np.abs(picture[250, 250] - expected).max() <= 1
+
+
 @pytest.mark.parametrize("k", [*range(12), 79, 1202])
 @pytest.mark.parametrize("value", [0, 255])
 def test_outlines_are_visible_on_light_and_dark_pictures(k, value):
@@ -270,11 +279,19 @@ def test_labels_are_legible_and_inside_the_picture(size, style, drawn):
     picture = draw_predictions(grey(size), two_objects(size), NAMES, labels=style)
     height, width = picture.shape[:2]
     assert min(drawn.font_sizes) >= max(
-        10, (height * width) ** 0.5 / 50 if width > height / 2 else 0
+        10, (height * width) ** 0.5 / 60 if width > height / 2 else 0
     )
     labelled = drawn.places[~np.isnan(drawn.places[:, 0])]
     assert len(labelled) >= (2 if min(height, width) > 100 else 1)
     assert (labelled >= 0).all() and (labelled <= [width, height, width, height]).all()
+
+
+def test_many_labels_are_smaller_but_legible(drawn):
+    for num in (2, 100):
+        draw_predictions(grey((1500, 2000)), crowd((1500, 2000), num), NAMES)
+    side = (1500 * 2000) ** 0.5
+    assert min(drawn.font_sizes[:2]) >= side / 60
+    assert side / 100 < max(drawn.font_sizes[2:]) < 0.9 * min(drawn.font_sizes[:2])
 
 
 @pytest.mark.parametrize("num, expected", [(2, 2), (9, 4), (100, 4)])
