@@ -22,6 +22,7 @@ LAYERS = [
     ["model_zoo", "report"],
     ["engine"],
     ["calibration", "prediction"],
+    ["export"],
     ["msrcnn_d2"],  # __init__.py
     ["msrcnn_d2_cli"],
 ]

@@ -1,0 +1,106 @@
+"""Export a model into a file of either format, checked before it is written."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msrcnn_d2_runtime.files import write_whole
+
+from ..prediction.predictor import MaskScoringPredictor
+from ..utils.errors import UserError
+from .checking import Comparison, check, drawn_image, threshold_for
+from .graph import InferenceGraph
+from .metadata import metadata_of
+from .onnx_file import Session, import_onnx, onnx_model, onnx_operators
+
+__all__ = ["MASKS", "Exported", "export_onnx"]
+
+MASKS = ("unpasted", "pasted")
+
+
+@dataclass
+class Exported:
+    """
+    Attributes:
+        path: of the file.
+        num_bytes: its size.
+        seconds: that the export took.
+        comparisons: of the file with the model, all of which agree.
+    """
+
+    path: str
+    num_bytes: int
+    seconds: float
+    comparisons: list[Comparison]
+
+
+def export_onnx(
+    predict: MaskScoringPredictor, path: str | os.PathLike, *, masks: str = "unpasted"
+) -> Exported:
+    """
+    Write a model into an ONNX file, in the format of :mod:`msrcnn_d2.export`.
+
+    The file is compared with the model, by ONNX Runtime on two images, before it is written. The
+    model itself does not change.
+
+    Args:
+        predict: has the model, and says by which score it ranks and how it reads images. Its own
+            `score_threshold` does not apply.
+        path: of the file, which ends with ".onnx".
+        masks: "unpasted" for probabilities in boxes, or "pasted" for bitmaps of the image.
+
+    Raises:
+        UserError: the model cannot be exported or the file cannot be written, a package is missing,
+            or the file does not find what the model finds.
+    """
+    start = time.perf_counter()
+    path = checked_target(path, ".onnx")
+    import_onnx()
+    model: Any = predict.model
+    num_groups = max(model.roi_heads.num_classes, len(model.proposal_generator.in_features))
+    graph = InferenceGraph(predict, masks == "pasted", onnx_operators(num_groups))
+    metadata = metadata_of(predict, masks, "float32")
+    contents = onnx_model(graph, example_of(graph), metadata).SerializeToString()
+    comparisons = check(graph, Session(contents))
+    write(path, contents)
+    return Exported(path, len(contents), time.perf_counter() - start, comparisons)
+
+
+def example_of(graph: InferenceGraph) -> tuple[torch.Tensor, ...]:
+    """Arguments of a graph to trace it with, for which it finds something."""
+    image = drawn_image(graph, portrait=False, seed=0)
+    threshold = threshold_for(graph, image)
+    # Copies: Pillow's arrays cannot be written
+    return torch.tensor(image), torch.zeros(2, dtype=torch.int64), torch.tensor(threshold)
+
+
+def checked_target(path: str | os.PathLike, suffix: str) -> str:
+    """
+    Raises:
+        UserError: the file cannot be written, as far as one can tell before it is.
+    """
+    target = Path(path)
+    if target.suffix != suffix:
+        raise UserError(f"'{target}' has to end with {suffix}.")
+    if not target.parent.is_dir():
+        raise UserError(f"The folder of '{target}' does not exist.")
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        reason = "is a folder" if target.is_dir() else "is in a folder that cannot be written to"
+        raise UserError(f"'{target}' {reason}: give another name for the output.")
+    return str(target)
+
+
+def write(path: str, contents: bytes) -> None:
+    """
+    Raises:
+        UserError: the file cannot be written; what was there before is still there.
+    """
+    try:
+        with write_whole(path) as f:
+            f.write(contents)
+    except OSError as error:
+        raise UserError(f"Cannot write '{path}' ({error.strerror}).") from error
