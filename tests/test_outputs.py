@@ -10,16 +10,20 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
 from msrcnn_d2_runtime.drawing import draw_predictions
 from msrcnn_d2_runtime.errors import UserError
+from msrcnn_d2_runtime.mask_encoding import encode_bitmasks
 from msrcnn_d2_runtime.outputs import KINDS, JsonLines, OutputFolder
+from msrcnn_d2_runtime.outputs.polygons import polygons_of
 from msrcnn_d2_runtime.predictions import CroppedMasks, PredictedImage, Predictions
 
 CLASSES = ["bus", "Käfer 甲虫", 'a, "b"\tc']
@@ -206,6 +210,150 @@ def annotations_of(path, names, class_names=CLASSES):
     contents = {"images": images, "annotations": [thing], "categories": categories}
     path.write_text(json.dumps(contents))
     return str(path)
+
+
+@pytest.mark.parametrize("segmentation", ["polygons", "rle"])
+def test_a_dataset_has_all_masks_and_scores(tmp_path, segmentation):
+    names = NAMES[:-1]
+    folder = run(tmp_path / "output", names, ["dataset"], True, segmentation=segmentation)
+    coco = read_annotations(str(folder / "annotations/instances_predictions.json"))
+    assert [coco.cats[k]["name"] for k in (1, 2, 3)] == CLASSES
+    assert [image["file_name"] for image in coco.dataset["images"]] == sorted(names)
+    for image_id, image in coco.imgs.items():
+        (line,) = (x for x in lines_of(folder) if x["image"] == image["file_name"])
+        entries = [p for p in line["predictions"] if p["area"]]  # without the empty mask
+        annotations = coco.loadAnns(coco.getAnnIds(image_id))
+        assert len(annotations) == len(entries) == (0 if "no objects" in line["image"] else 4)
+        for annotation, entry in zip(annotations, entries):
+            mask = mask_util.decode(entry["segmentation"])
+            assert np.array_equal(coco.annToMask(annotation), mask)
+            rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+            x, y, width, height = annotation["bbox"]
+            assert (x, x + width, y, y + height) == (
+                *(columns[0], columns[-1] + 1),
+                *(rows[0], rows[-1] + 1),
+            )
+            scores = ["score", "pred_mask_iou", "mask_score", "quality_score", "expected_iou"]
+            for key in ("category_id", "area", "mask_iou_probs", *scores):
+                assert annotation[key] == entry[key]
+            assert annotation["attributes"] == {key: entry[key] for key in scores}
+            assert (annotation["segmentation"] == entry["segmentation"]) == (segmentation == "rle")
+
+
+def test_datumaro_imports_the_dataset(many_parts):
+    dm = pytest.importorskip("datumaro")
+    dataset = dm.Dataset.import_from(str(many_parts), "coco")
+    labels = [label.name for label in dataset.categories()[dm.AnnotationType.label]]
+    assert sorted(item.id for item in dataset) == ["a/b c", "a/ä 图"]
+    for item in dataset:
+        (line,) = (x for x in lines_of(many_parts) if x["image"].startswith(item.id))
+        entries = [p for p in line["predictions"] if p["area"]]
+        found = {}  # object -> its parts
+        for annotation in item.annotations:
+            if annotation.type == dm.AnnotationType.polygon:
+                found.setdefault(annotation.group, []).append(annotation)
+        assert len(found) == len(entries)
+        for key, entry in zip(sorted(found), entries):
+            assert drawn([x.points for x in found[key]], entry)
+            assert {labels[x.label] for x in found[key]} == {entry["class"]}
+            attributes = found[key][0].attributes
+            assert all(attributes[x] == entry[x] for x in ("score", "mask_score", "pred_mask_iou"))
+
+
+def test_label_studio_imports_the_dataset(many_parts, tmp_path):
+    coco = pytest.importorskip("label_studio_sdk.converter.imports.coco")
+    annotations = str(many_parts / "annotations/instances_predictions.json")
+    coco.convert_coco_to_ls(annotations, str(tmp_path / "tasks.json"), out_type="predictions")
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    lines = sorted(lines_of(many_parts), key=lambda line: line["image"])
+    for task, line in zip(tasks, lines, strict=True):
+        assert unquote(task["data"]["image"]).endswith(line["image"])
+        entries = [p for p in line["predictions"] if p["area"]]
+        found = []
+        for item in task["predictions"][0]["result"]:
+            if item["type"] == "rectanglelabels":  # before the parts of each object
+                found.append((item["value"]["rectanglelabels"], []))
+            else:
+                points = np.array(item["value"]["points"]) * (line["width"], line["height"])
+                found[-1][1].append(points.ravel() / 100)
+        for (label, polygons), entry in zip(found, entries, strict=True):
+            assert label == [entry["class"]] and drawn(polygons, entry)
+
+
+def drawn(polygons, entry):
+    """Whether polygons are the mask of a prediction."""
+    polygons = [np.asarray(p, dtype=float).tolist() for p in polygons]
+    merged = mask_util.merge(mask_util.frPyObjects(polygons, *entry["segmentation"]["size"]))
+    return merged["counts"].decode() == entry["segmentation"]["counts"]
+
+
+@pytest.fixture(scope="module")
+def many_parts(tmp_path_factory):
+    """A dataset, with images, whose masks have many parts and holes."""
+    folder = tmp_path_factory.mktemp("dataset")
+    names = ["a/ä 图.png", "a/b c.png"]
+    run(folder, names, ["dataset"])
+    (folder / "images/a").mkdir(parents=True)
+    for name in names:
+        Image.fromarray(image_of(name).image).save(folder / "images" / name)
+    entries = [entry for line in lines_of(folder) for entry in line["predictions"]]
+    parts_and_holes = [parts_and_holes_of(mask_util.decode(x["segmentation"])) for x in entries]
+    assert np.max(parts_and_holes, axis=0).min() > 5
+    return folder
+
+
+def parts_and_holes_of(mask):
+    """Pixels of a part may touch at corners; those of a hole may not."""
+    _, num_parts = ndimage.label(mask, np.ones((3, 3)))
+    _, num_outside = ndimage.label(np.pad(mask, 1) == 0)
+    return num_parts, num_outside - 1
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        "#",
+        "###",
+        "# #",
+        "#. .#",
+        "##. #.#",
+        "### #.# ###",
+        ".#. #.# .#.",
+        "##### #.#.# #####",
+        "#### #..# #.## ####",
+        "####. #..## #.#.# ##..# .####",
+        "##### #...# #.#.# #...# #####",
+        "####### #.....# #.###.# #.#.#.# #.###.# #.....# #######",
+        "#.#.# .#.#. #.#.#",
+    ],
+)
+def test_polygons_of_small_masks(picture):
+    mask = np.array([[x == "#" for x in row] for row in picture.split()])
+    check_polygons(mask)
+    check_polygons(np.pad(mask, 2))
+
+
+def test_polygons_of_random_masks():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mask = rng.random(rng.integers(1, 20, 2)) < rng.random()
+        check_polygons(np.repeat(mask, rng.integers(1, 3), axis=rng.integers(2)))
+
+
+def check_polygons(mask):
+    (rle,) = encode_bitmasks(mask[None])
+    polygons = polygons_of(rle)
+    assert len(polygons) == parts_and_holes_of(mask)[0]
+    assert not polygons or drawn(polygons, {"segmentation": rle})
+    # How often each polygon goes around the centre of each pixel: crossings on the left of it
+    around = np.zeros(mask.shape, dtype=int)
+    for polygon in polygons:
+        points = np.array(polygon).reshape(-1, 2)
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
+            assert (x0 == x1) != (y0 == y1)  # along the edges of pixels
+            if x0 == x1:
+                around[min(y0, y1) : max(y0, y1), x0:] += 1 if y1 < y0 else -1
+    assert np.array_equal(around, mask)
 
 
 @pytest.mark.parametrize("prefix", ["", "val/"])

@@ -5,6 +5,8 @@ Write predictions to files. Each format has its module::
     json_lines      JSON lines to a stream
     pictures        the images with predictions drawn on them
     coco_results    COCO results, for evaluations
+    coco_dataset    COCO dataset, for annotation tools and training
+    polygons        outlines of masks with their holes, for the dataset
     csv_table       CSV
     png_masks       label maps, and masks of single objects, as PNG
     records         the JSON of an image, from which all of them are made

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..files import INCOMPLETE, write_whole
 from ..predictions import PredictedImage
 from ..text import listed, shown
+from .coco_dataset import SEGMENTATIONS, write_coco_dataset
 from .coco_ids import CocoIds
 from .coco_results import write_coco_results
 from .csv_table import write_csv
@@ -27,6 +28,8 @@ __all__ = ["KINDS", "OutputFolder"]
 KINDS = {
     "pictures": "pictures/: the images with masks, boxes and labels drawn on them",
     "coco": "coco_instances_results.json: COCO results, for evaluations",
+    "dataset": "annotations/instances_predictions.json: a COCO dataset, for annotation tools and "
+    "training",
     "csv": "predictions.csv: a line for each object, for spreadsheets and pandas",
     "label-maps": "label_maps/: a 16-bit PNG for each image, in which the pixels of its k-th "
     "object are k, and legend.csv",
@@ -61,6 +64,7 @@ class OutputFolder:
         resume: bool = False,
         labels: "LabelStyle" = "short",
         legend: bool = False,
+        segmentation: str = "polygons",
         annotations: str | None = None,
     ):
         """
@@ -73,6 +77,7 @@ class OutputFolder:
             resume: continue the run in this folder, if there is one. Kinds may be added, but
                 pictures only before the first image is done.
             labels, legend: of pictures, as in :func:`draw_predictions`.
+            segmentation: of the dataset, "polygons" or "rle".
             annotations: path of a JSON file in COCO's format with the same images and classes,
                 whose ids the predictions get, so that they can be evaluated.
 
@@ -83,14 +88,17 @@ class OutputFolder:
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ValueError(f"Outputs are {', '.join(KINDS)}; not {listed(unknown)}.")
+        if segmentation not in SEGMENTATIONS:
+            raise ValueError(f"segmentation is {' or '.join(SEGMENTATIONS)}, not {segmentation}.")
         self.folder = folder
         self.class_names = list(class_names)
-        self._labels, self._legend = labels, legend
+        self._labels, self._legend, self._segmentation = labels, legend, segmentation
         self._ids = CocoIds(class_names, annotations)
         run = {
             "class_names": self.class_names,
             "labels": labels,
             "legend": legend,
+            "segmentation": segmentation,
             "annotations": annotations,
             "settings": dict(settings),
         }
@@ -155,6 +163,16 @@ class OutputFolder:
         if "coco" in kinds:
             with write_whole(self._path("coco_instances_results.json")) as f:
                 write_coco_results(f, records(), image_ids)
+        if "dataset" in kinds:
+            os.makedirs(self._path("annotations"), exist_ok=True)
+            with write_whole(self._path("annotations", "instances_predictions.json")) as f:
+                write_coco_dataset(
+                    f,
+                    records,
+                    image_ids=image_ids,
+                    categories=dict(zip(self._ids.category_ids, self.class_names)),
+                    segmentation=self._segmentation,
+                )
         if "csv" in kinds:
             with write_whole(self._path("predictions.csv")) as f:
                 write_csv(f, records)
