@@ -34,6 +34,7 @@ __all__ = ["COMMANDS", "build_parser", "main", "run_command"]
 # What the user types, and what `msrcnn-d2 --help` says about it
 COMMANDS = {
     "train": "train a model, or evaluate one",
+    "predict": "find objects in images, and write pictures, masks and scores of them",
     "evaluate": "measure how well a model detects, and how well it scores its masks",
     "calibrate": "fit scores that say how likely each mask is good, to a trained model",
     "export": "write a model into a file that runs without PyTorch and Detectron2",

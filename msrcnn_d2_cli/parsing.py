@@ -1,14 +1,17 @@
 """Reading command lines: what the commands of `msrcnn-d2` have in common."""
 
 import argparse
+import dataclasses
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from msrcnn_d2_runtime.image_reading import ImageSettings
+    from msrcnn_d2_runtime.predictor import Predictor
 
 __all__ = [
     "ENGINES",
@@ -16,13 +19,19 @@ __all__ = [
     "UsageError",
     "add_image_arguments",
     "add_precision_arguments",
+    "add_predictor_arguments",
     "at_least",
     "image_arguments",
+    "names_in_list",
+    "number_from",
+    "predictor_from",
     "settings_from",
 ]
 
 # Those of msrcnn_d2.evaluation, which takes too long to import for --help
 ENGINES = ("faster-coco-eval", "pycocotools")
+# Of msrcnn_d2_runtime.ranking, which needs NumPy
+RANK_BY = ("quality_score", "mask_score", "score")
 
 
 class UsageError(Exception):
@@ -82,6 +91,31 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def number_from(low: float, high: float) -> Callable[[str], float]:
+    """The `type` of an argument that is a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"needs a number from {low:g} to {high:g}, not '{text}'"
+            )
+        return value
+
+    return number
+
+
+def names_in_list(text: str) -> list[str]:
+    """The `type` of an argument with names that are separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"needs names with commas between them, not '{text}'")
+    return names
 
 
 def share(text: str) -> float:
@@ -150,6 +184,106 @@ def settings_from(args: argparse.Namespace) -> "ImageSettings":
         apply_exif=not args.ignore_exif,
         max_pixels=args.max_pixels,
     )
+
+
+def add_predictor_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """
+    Options for a trained model that predicts, which :func:`predictor_from` takes, and those of
+    :func:`add_image_arguments`.
+
+    Args:
+        default: the model without any of them.
+    """
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=default,
+        metavar="MODEL",
+        help="a checkpoint with its config beside it (config.yaml, or a .py or .yaml file of its "
+        "own name); the output folder of a training; a model with published weights, such as "
+        "ms_rcnn_R_50_FPN_1x; an exported .onnx file; or 'demo', the small model of projects/"
+        f"shapes in a clone{f' (default: {default})' if default else ''}",
+    )
+    group.add_argument("--config-file", metavar="FILE", help="path or name of the config")
+    group.add_argument(
+        "--weights", metavar="FILE", help="in place of --model, together with --config-file"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="opts",
+        metavar="KEY=VALUE",
+        help="change the config; can be given several times",
+    )
+    group.add_argument(
+        "--class-names",
+        type=names_in_list,
+        metavar="NAME,...",
+        help="names of the classes, for old weights that have none",
+    )
+    group.add_argument(
+        "--rank-by",
+        choices=RANK_BY,
+        help="score that predictions are sorted by (default: the first of these that there is)",
+    )
+    group.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="such as cpu, cuda or cuda:1 (default: the config's, or cpu without a GPU)",
+    )
+    add_image_arguments(parser)
+
+
+def predictor_from(args: argparse.Namespace, score_threshold: float | str = 0.0) -> "Predictor":
+    """
+    Args:
+        args: of a parser with :func:`add_predictor_arguments`.
+        score_threshold: predictions with a lower score are left out.
+
+    Returns:
+        the predictor. For an exported .onnx file, PyTorch is not imported.
+
+    Raises:
+        UsageError, UserError: there is no such model, or it cannot be used so.
+    """
+    predictor: Predictor
+    if (args.model or "").endswith(".onnx"):
+        of_others = {
+            "--config-file": args.config_file,
+            "--weights": args.weights,
+            "--set": args.opts,
+            "--class-names": args.class_names,
+            "--device": args.device not in (None, "cpu") and args.device,
+        }
+        for option, value in of_others.items():
+            if value:
+                raise UsageError(f"{option} is not for exported models such as '{args.model}'.")
+        from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
+
+        predictor = OnnxPredictor(args.model, rank_by=args.rank_by, score_threshold=score_threshold)
+    else:
+        from msrcnn_d2.prediction.loading import load_predictor
+
+        predictor = load_predictor(
+            args.model,
+            config_file=args.config_file,
+            weights=args.weights,
+            opts=args.opts,
+            device=args.device,
+            rank_by=args.rank_by,
+            score_threshold=score_threshold,
+            class_names=args.class_names,
+        )
+    settings_from(args)  # whether the values make sense
+    given: dict[str, Any] = {"apply_exif": False} if args.ignore_exif else {}
+    if args.max_pixels is not None:
+        given["max_pixels"] = args.max_pixels
+    if args.intensity_range or args.intensity_percentiles:
+        given["intensity_range"] = args.intensity_range
+        given["intensity_percentiles"] = args.intensity_percentiles
+    predictor.image_settings = dataclasses.replace(predictor.image_settings, **given)
+    return predictor
 
 
 def image_arguments(args: argparse.Namespace) -> list[str]:

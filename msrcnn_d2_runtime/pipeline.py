@@ -41,7 +41,7 @@ def predict_all(
     skip: Collection[str] = (),
     on_error: str | OnError = "raise",
     num_readers: int | None = None,
-) -> Iterator[PredictedImage]:
+) -> Generator[PredictedImage, None, None]:
     """
     Predict images one after the other. Only a few are in memory at a time, however many there are.
 
@@ -112,7 +112,7 @@ def _predicted(
     skip: Collection[str],
     on_error: str | OnError,
     num_readers: int,
-) -> Iterator[PredictedImage]:
+) -> Generator[PredictedImage, None, None]:
     """What :func:`predict_all` yields, when its arguments are checked."""
 
     def fail(location: str, error: Exception) -> None:
@@ -228,7 +228,7 @@ def _read_ahead(
 
 def write_behind(
     images: Iterable[PredictedImage], write: Callable[[PredictedImage], None]
-) -> Iterator[PredictedImage]:
+) -> Generator[PredictedImage, None, None]:
     """
     Write images in a thread, while the next ones are predicted.
 
