@@ -55,7 +55,7 @@ EXAMPLES = """
 """
 
 # Those of msrcnn_d2_runtime.outputs, which needs NumPy
-KINDS = ("pictures", "coco", "csv", "label-maps", "masks", "jsonl")
+KINDS = ("pictures", "coco", "dataset", "csv", "label-maps", "masks", "jsonl")
 LABELS = ("short", "full", "none")
 DEFAULT_THRESHOLD = 0.3
 STANDARD_OUTPUT = "-"
