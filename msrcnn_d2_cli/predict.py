@@ -57,6 +57,7 @@ EXAMPLES = """
 # Those of msrcnn_d2_runtime.outputs, which needs NumPy
 KINDS = ("pictures", "coco", "dataset", "csv", "label-maps", "masks", "jsonl")
 LABELS = ("short", "full", "none")
+SEGMENTATIONS = ("polygons", "rle")
 DEFAULT_THRESHOLD = 0.3
 STANDARD_OUTPUT = "-"
 LOG_PERIOD = 30.0  # seconds between two lines where no bar can be shown
@@ -126,6 +127,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--legend", action="store_true", help="number the objects, with the scores beside them"
     )
     results.add_argument(
+        "--segmentation",
+        choices=SEGMENTATIONS,
+        default="polygons",
+        help="masks of the COCO dataset: polygons, or RLE, which fewer tools read "
+        "(default: polygons)",
+    )
+    results.add_argument(
         "--annotations",
         metavar="FILE",
         help="annotations of the images in COCO's format, whose ids the results then have",
@@ -186,6 +194,7 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         labels=args.labels,
         legend=args.legend,
+        segmentation=args.segmentation,
         annotations=args.annotations,
     )
     with contextlib.closing(output):

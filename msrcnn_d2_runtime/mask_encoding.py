@@ -6,6 +6,7 @@ import numpy as np
 
 __all__ = [
     "Crop",
+    "decode_crop",
     "encode_bitmasks",
     "encode_crops",
     "encode_roi_masks",
@@ -89,6 +90,30 @@ def encode_bitmasks(masks: np.ndarray) -> list[dict]:
     """
     masks = np.asarray(masks)
     return encode_crops(((0, 0, mask != 0) for mask in masks), masks.shape[1:])
+
+
+def decode_crop(rle: dict) -> Crop:
+    """
+    Decode a mask without the image around it, which takes less time and memory.
+
+    Args:
+        rle: compressed RLE, with "counts" as a string.
+
+    Returns:
+        the smallest part of the image that contains the whole mask; an empty mask has no pixels.
+    """
+    height = rle["size"][0]
+    lengths = run_lengths(rle["counts"])
+    lengths = lengths[: len(lengths) // 2 * 2]  # to the end of the mask
+    ends = lengths.cumsum()
+    if not lengths[1::2].any():
+        return 0, 0, np.zeros((0, 0), dtype=bool)
+    left, right = int(ends[0]) // height, -(-int(ends[-1]) // height)
+    lengths[0] -= left * height
+    lengths = np.append(lengths, right * height - ends[-1])
+    columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(-1, height)
+    rows = np.flatnonzero(columns.any(axis=0))
+    return int(rows[0]), left, columns[:, rows[0] : rows[-1] + 1].T
 
 
 def run_lengths(counts: str) -> np.ndarray:

@@ -7,10 +7,7 @@ from detectron2.layers import paste_masks_in_image
 from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
 
 from msrcnn_d2.evaluation.mask_encoding import encode_predicted_masks
-from msrcnn_d2_runtime.mask_encoding import (
-    encode_bitmasks,
-    encode_roi_masks,
-)
+from msrcnn_d2_runtime.mask_encoding import decode_crop, encode_bitmasks, encode_roi_masks
 
 HEIGHT, WIDTH = 60, 80
 
@@ -63,6 +60,21 @@ def test_bitmasks_are_encoded_as_by_coco(size):
     # A view whose rows do not lie one after the other
     transposed = masks.transpose(1, 2)
     assert encode_bitmasks(transposed) == rles_of_coco(transposed)
+
+
+def test_crops_are_decoded_without_the_rest():
+    generator = np.random.default_rng(0)
+    for size in [(1, 1), (1, 7), (7, 1), (9, 13)] * 10:
+        mask = np.pad(generator.random(size) < generator.random(), generator.integers(0, 3, (2, 2)))
+        (encoded,) = encode_bitmasks(mask[None])
+        top, left, inside = decode_crop(encoded)
+        rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+        if not len(rows):
+            assert inside.size == 0
+            continue
+        assert (top, left) == (rows[0], columns[0])
+        part = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+        assert inside.dtype == bool and np.array_equal(inside, part)
 
 
 # ---- masks inside their boxes

@@ -20,6 +20,7 @@ import draw
 from msrcnn_d2_cli import predict as command
 from msrcnn_d2_runtime import outputs, ranking
 from msrcnn_d2_runtime.image_reading import ImageSettings
+from msrcnn_d2_runtime.outputs import coco_dataset
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
 from tests.helpers.command import exit_code
 
@@ -91,6 +92,7 @@ def classes(folder="predictions") -> dict[str, list[str]]:
 
 def test_choices_are_those_of_the_library():
     assert command.KINDS == tuple(outputs.KINDS)
+    assert command.SEGMENTATIONS == coco_dataset.SEGMENTATIONS
     from msrcnn_d2_cli import parsing
 
     assert set(parsing.RANK_BY) == set(ranking.SCORE_FIELDS)
@@ -131,6 +133,14 @@ def test_what_is_kept(world, options, kept):
         rows = list(csv.DictReader(f))
     masks = list(Path("predictions/masks").rglob("0*.png"))
     assert len(results) == len(rows) == len(masks) == len(kept.split())
+
+
+@pytest.mark.parametrize("segmentation, kind", [("polygons", list), ("rle", dict)])
+def test_masks_of_the_dataset(world, segmentation, kind):
+    assert run("in", "--save", "dataset", "--segmentation", segmentation) == 0
+    dataset = json.loads(Path("predictions/annotations/instances_predictions.json").read_text())
+    masks = [annotation["segmentation"] for annotation in dataset["annotations"]]
+    assert len(masks) == 4 and all(isinstance(mask, kind) for mask in masks)
 
 
 def test_bad_files_are_named_and_skipped(world, capsys):

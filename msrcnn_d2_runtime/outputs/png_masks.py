@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import INCOMPLETE, write_whole
-from ..mask_encoding import Crop
+from ..mask_encoding import decode_crop
 
 __all__ = ["write_label_map", "write_object_masks"]
 
@@ -33,8 +32,9 @@ def write_label_map(path: str, record: dict[str, Any]) -> None:
             f"'{record['image']}' has more than {MAX_LABEL:,} objects, which a label map cannot "
             "tell apart: raise the threshold of the score, or write one PNG for each object."
         )
+    rles = [entry["segmentation"] for entry in record["predictions"]]
     labels = np.zeros((record["height"], record["width"]), dtype=np.uint16)
-    for k, (top, left, inside) in enumerate(_crops(record), start=1):
+    for k, (top, left, inside) in enumerate(map(decode_crop, rles), start=1):
         part = labels[top : top + inside.shape[0], left : left + inside.shape[1]]
         part[inside & (part == 0)] = k
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -55,18 +55,9 @@ def write_object_masks(folder: str, record: dict[str, Any]) -> None:
     for leftover in (incomplete, folder):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     os.makedirs(incomplete)
-    for k, (top, left, inside) in enumerate(_crops(record), start=1):
+    rles = [entry["segmentation"] for entry in record["predictions"]]
+    for k, (top, left, inside) in enumerate(map(decode_crop, rles), start=1):
         mask = np.zeros((record["height"], record["width"]), dtype=bool)
         mask[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
         Image.fromarray(mask).save(os.path.join(incomplete, f"{k:03}.png"), compress_level=1)
     os.rename(incomplete, folder)
-
-
-def _crops(record: dict[str, Any]) -> Iterator[Crop]:
-    """For each object the smallest part of the image that contains its mask."""
-    import pycocotools.mask as mask_util
-
-    for entry in record["predictions"]:
-        rle = entry["segmentation"]
-        left, top, width, height = map(int, mask_util.toBbox(rle))
-        yield top, left, mask_util.decode(rle)[top : top + height, left : left + width] != 0
