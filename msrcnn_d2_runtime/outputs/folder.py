@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from ..errors import UserError
 from ..files import INCOMPLETE, write_whole
@@ -19,9 +19,6 @@ from .journal import Journal
 from .pictures import picture_name, write_picture
 from .png_masks import write_label_map, write_object_masks
 from .records import record_of
-
-if TYPE_CHECKING:
-    from ..drawing import LabelStyle
 
 __all__ = ["KINDS", "OutputFolder"]
 
@@ -62,7 +59,7 @@ class OutputFolder:
         class_names: Sequence[str],
         settings: Mapping[str, Any],
         resume: bool = False,
-        labels: "LabelStyle" = "short",
+        labels: Literal["short", "full", "none"] = "short",
         legend: bool = False,
         segmentation: str = "polygons",
         annotations: str | None = None,
@@ -76,7 +73,7 @@ class OutputFolder:
                 thresholds. They have to be the same when the run is resumed; JSON can hold them.
             resume: continue the run in this folder, if there is one. Kinds may be added, but
                 pictures only before the first image is done.
-            labels, legend: of pictures, as in :func:`draw_predictions`.
+            labels, legend: of pictures, as in :func:`~msrcnn_d2_runtime.drawing.draw_predictions`.
             segmentation: of the dataset, "polygons" or "rle".
             annotations: path of a JSON file in COCO's format with the same images and classes,
                 whose ids the predictions get, so that they can be evaluated.
