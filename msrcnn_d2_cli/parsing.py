@@ -129,6 +129,17 @@ def share(text: str) -> float:
     return number
 
 
+def overlap(text: str) -> float:
+    """The `type` of an argument from 0 to below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to below 1, not '{text}'")
+    return number
+
+
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     """Options for what a user wants of the masks that are accepted without a look."""
     parser.add_argument(
@@ -232,14 +243,29 @@ def add_predictor_arguments(parser: argparse.ArgumentParser, default: str | None
         metavar="DEVICE",
         help="such as cpu, cuda or cuda:1 (default: the config's, or cpu without a GPU)",
     )
+    group.add_argument(
+        "--tile",
+        type=at_least(1),
+        metavar="SIZE",
+        help="also predict on tiles of this size, in pixels: for small objects in large images",
+    )
+    group.add_argument(
+        "--overlap",
+        type=overlap,
+        metavar="X",
+        help="share of a tile that is also in the next one (default: 0.2)",
+    )
     add_image_arguments(parser)
 
 
-def predictor_from(args: argparse.Namespace, score_threshold: float | str = 0.0) -> "Predictor":
+def predictor_from(
+    args: argparse.Namespace, score_threshold: float | str = 0.0, tile_batch_size: int = 1
+) -> "Predictor":
     """
     Args:
         args: of a parser with :func:`add_predictor_arguments`.
         score_threshold: predictions with a lower score are left out.
+        tile_batch_size: how many tiles of an image the model sees at once.
 
     Returns:
         the predictor. For an exported .onnx file, PyTorch is not imported.
@@ -247,6 +273,8 @@ def predictor_from(args: argparse.Namespace, score_threshold: float | str = 0.0)
     Raises:
         UsageError, UserError: there is no such model, or it cannot be used so.
     """
+    if args.tile is None and args.overlap is not None:
+        raise UsageError("--overlap is that of tiles: it needs --tile SIZE.")
     predictor: Predictor
     if (args.model or "").endswith(".onnx"):
         of_others = {
@@ -283,7 +311,16 @@ def predictor_from(args: argparse.Namespace, score_threshold: float | str = 0.0)
         given["intensity_range"] = args.intensity_range
         given["intensity_percentiles"] = args.intensity_percentiles
     predictor.image_settings = dataclasses.replace(predictor.image_settings, **given)
-    return predictor
+    if args.tile is None:
+        return predictor
+    from msrcnn_d2_runtime.tiling import TiledPredictor
+
+    return TiledPredictor(
+        predictor,
+        args.tile,
+        0.2 if args.overlap is None else args.overlap,
+        batch_size=tile_batch_size,
+    )
 
 
 def image_arguments(args: argparse.Namespace) -> list[str]:

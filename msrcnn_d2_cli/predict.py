@@ -148,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         default=1,
         metavar="N",
-        help="images that the model sees at once (default: 1)",
+        help="images, or tiles, that the model sees at once (default: 1)",
     )
 
 
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
         tell(f"{plural(found.num_ignored, 'other file')} in the inputs left out.")
     log_to_stderr()
     wanted, score_threshold = filter_from(args)
-    predictor = predictor_from(args, score_threshold)
+    predictor = predictor_from(args, score_threshold, tile_batch_size=args.batch_size)
     wanted.class_indices(predictor.class_names)  # before the folder is made
     if to_stream:
         stream = JsonLines(sys.stdout.buffer, predictor.class_names)
@@ -252,7 +252,7 @@ def predict(
             predicted = predict_all(
                 predictor,
                 sources,
-                batch_size=args.batch_size,
+                batch_size=1 if args.tile else args.batch_size,
                 filter=wanted,
                 skip=done,
                 on_error=skip,
@@ -324,6 +324,7 @@ def settings_of(
         "score_threshold": score_threshold,
         **dataclasses.asdict(wanted),
         "images": dataclasses.asdict(predictor.image_settings),
+        "tiles": {"size": args.tile, "overlap": args.overlap} if args.tile else None,
     }
 
 

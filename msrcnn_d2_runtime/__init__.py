@@ -7,6 +7,7 @@ package needs NumPy and Pillow; modules that need more import it when they are i
     image_reading, mask_encoding   from files to pixels, from pixels to masks in COCO's format
     predictions                    Predictions of an image and their Masks, in NumPy
     ranking                        which predictions are returned, in which order
+    tiling                         predictions on tiles of large images
     predictor                      what a predictor is, with PyTorch or without
     onnx_predictor, exported       predict with a model that was exported
     inputs, filtering, pipeline    from files and folders to predictions of many images

@@ -15,6 +15,10 @@ __all__ = ["CroppedMasks", "Masks", "PredictedImage", "Predictions", "RoiMasks"]
 SCORE_NAMES = (*(score.field for score in SCORES.values()), MASK_IOU_PROBS)
 
 
+def _moved(boxes: np.ndarray, top: int, left: int) -> np.ndarray:
+    return boxes + np.array([left, top, left, top], dtype=boxes.dtype)
+
+
 class Masks:
     """
     N masks of an image, which are only pasted into it where they are needed: bitmaps of the whole
@@ -43,6 +47,29 @@ class Masks:
             mask there: bool, (h, w). The part of an empty mask may have no pixels.
         """
         raise NotImplementedError
+
+    def moved(self, top: int, left: int, image_size: tuple[int, int]) -> "Masks":
+        """
+        The masks in an image of which theirs is a part.
+
+        Args:
+            top, left: the row and column at which the part begins.
+            image_size: height and width of the whole image, in pixels.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def concatenated(masks: Sequence["Masks"]) -> "Masks":
+        """
+        Args:
+            masks: at least one, all of the same image.
+        """
+        size = masks[0].image_size
+        in_boxes = [x for x in masks if isinstance(x, RoiMasks)]
+        if len(in_boxes) == len(masks) and len({x.probs.shape[1:] for x in in_boxes}) == 1:
+            probs = np.concatenate([x.probs for x in in_boxes])
+            return RoiMasks(probs, np.concatenate([x.boxes for x in in_boxes]), size)
+        return CroppedMasks([x.crop(k) for x in masks for k in range(len(x))], size)
 
     def areas(self) -> np.ndarray:
         """(N,), int64: pixels of each mask."""
@@ -81,6 +108,9 @@ class RoiMasks(Masks):
     def __getitem__(self, index: Any) -> "RoiMasks":
         return RoiMasks(self.probs[index], self.boxes[index], self.image_size)
 
+    def moved(self, top: int, left: int, image_size: tuple[int, int]) -> "RoiMasks":
+        return RoiMasks(self.probs, _moved(self.boxes, top, left), image_size)
+
     def crop(self, k: int) -> Crop:
         (crop,) = paste_roi_masks(self.probs[k, None], self.boxes[k, None], self.image_size)
         return crop
@@ -117,6 +147,11 @@ class CroppedMasks(Masks):
     def __getitem__(self, index: Any) -> "CroppedMasks":
         kept = np.arange(len(self))[index]
         return CroppedMasks([self.crops[k] for k in kept], self.image_size)
+
+    def moved(self, top: int, left: int, image_size: tuple[int, int]) -> "CroppedMasks":
+        return CroppedMasks(
+            [(top + y, left + x, inside) for y, x, inside in self.crops], image_size
+        )
 
     def crop(self, k: int) -> Crop:
         return self.crops[k]
@@ -172,6 +207,36 @@ class Predictions:
             masks=self.masks[index],
             scores={name: values[index] for name, values in self._scores.items()},
             ranking=self.ranking,
+        )
+
+    def moved(self, top: int, left: int, image_size: tuple[int, int]) -> "Predictions":
+        """The predictions in an image of which theirs is a part; see :meth:`Masks.moved`."""
+        return Predictions(
+            pred_boxes=_moved(self.pred_boxes, top, left),
+            pred_classes=self.pred_classes,
+            masks=self.masks.moved(top, left, image_size),
+            scores=self._scores,
+            ranking=self.ranking,
+        )
+
+    @classmethod
+    def concatenated(cls, predictions: Sequence["Predictions"]) -> "Predictions":
+        """
+        Args:
+            predictions: at least one, all of the same image and with the same scores.
+
+        Returns:
+            all of them in the given order, which is not that of a score.
+        """
+        return cls(
+            pred_boxes=np.concatenate([x.pred_boxes for x in predictions]),
+            pred_classes=np.concatenate([x.pred_classes for x in predictions]),
+            masks=Masks.concatenated([x.masks for x in predictions]),
+            scores={
+                name: np.concatenate([x.get(name) for x in predictions])
+                for name in predictions[0].scores_by_name
+            },
+            ranking=predictions[0].ranking,
         )
 
     def __getattr__(self, name: str) -> np.ndarray:

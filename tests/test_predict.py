@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 import draw
+from msrcnn_d2.prediction.loading import load_predictor
 from msrcnn_d2_cli import predict as command
 from msrcnn_d2_runtime import outputs, ranking
 from msrcnn_d2_runtime.image_reading import ImageSettings
 from msrcnn_d2_runtime.outputs import coco_dataset
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
+from msrcnn_d2_runtime.tiling import TiledPredictor
 from tests.helpers.command import exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +74,7 @@ def world(tmp_path, monkeypatch):
         Image.new("RGB", (6, 4), (255, 204, 51)).save(tmp_path / "in" / folder / "1.png")
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "a" / "2.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "predictor_from", lambda args, threshold: Colours(threshold))
+    monkeypatch.setattr(command, "predictor_from", lambda args, threshold, **_: Colours(threshold))
     return tmp_path
 
 
@@ -233,6 +235,8 @@ def test_results_inside_the_folder_of_the_images(world):
         (["in", "--output", "-", "--save", "csv"], "--save"),
         (["in", "--output", "in"], "'in'"),
         (["in", "--top-k", "0"], "at least 1"),
+        (["in", "--tile", "0"], "at least 1"),
+        (["in", "--tile", "9", "--overlap", "1"], "below 1"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(world, args, said, capsys):
@@ -300,3 +304,23 @@ def test_an_exported_model_needs_neither_pytorch_nor_detectron2(world):
     assert ran.returncode == 0, ran.stderr
     assert [len(x) for x in classes().values()] == [2, 2, 2]
     assert exit_code("predict", "in", "--model", "model.onnx", "--device", "cuda") == 2
+
+
+def test_tiles_of_large_images(world, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    scene = draw.draw_scene(np.random.default_rng(0)).image
+    Image.fromarray(np.tile(scene, (2, 2, 1))).save("large.png")
+    tiles = ["--tile", "128", "--overlap", "0", "--batch-size", "3", "--save", "jsonl"]
+    assert run("large.png", *tiles) == 0
+    predictor = load_predictor("demo", score_threshold=command.DEFAULT_THRESHOLD)
+    (expected,) = TiledPredictor(predictor, 128, 0, batch_size=3).predictions(["large.png"])
+    (plain,) = predictor.predictions(["large.png"])
+    found = [x["mask_score"] for x in journal()["large.png"]]
+    assert found == pytest.approx(expected.mask_scores.tolist(), abs=1e-3)
+    assert found != pytest.approx(plain.mask_scores.tolist(), abs=1e-3)
+    assert run("large.png", "--overlap", "0.3", "--output", "other") == 2
+    assert "--tile" in capsys.readouterr().err
+    assert run("large.png", *tiles, "--resume") == 0
+    assert run("large.png", *tiles, "--tile", "100", "--resume") == 2
+    assert "tiles" in capsys.readouterr().err

@@ -116,3 +116,44 @@ def test_the_predictor_gives_the_same_in_both_ways(tmp_path, pasted_by_the_model
         for name in ("scores", "pred_mask_ious", "mask_scores", "pred_classes"):
             assert np.array_equal(found.get(name), instances.get(name).numpy()), name
         assert found.ranking == "mask_scores" and (np.diff(found.rank_scores) <= 0).all()
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["in boxes", "cropped"])
+def test_predictions_in_a_part_are_moved_into_the_image(bitmaps_and_masks, kind):
+    inside, masks = bitmaps_and_masks[0], bitmaps_and_masks[kind]
+    part = Predictions(
+        pred_boxes=BOXES,
+        pred_classes=np.arange(4),
+        masks=masks,
+        scores={"scores": np.ones(4, dtype=np.float32)},
+        ranking="scores",
+    )
+    moved = part.moved(3, 16, (50, 80))
+    expected = np.zeros((4, 50, 80), dtype=bool)
+    expected[:, 3:43, 16:76] = inside
+    # Outside of their part, masks whose boxes extend beyond it have pixels that no one has seen
+    assert np.array_equal(moved.pred_masks[2:], expected[2:])
+    assert np.array_equal(moved.pred_masks[:, 3:43, 16:76], inside)
+    assert moved.image_size == (50, 80)
+    assert moved.pred_boxes.tolist() == (BOXES + [16, 3, 16, 3]).tolist()
+    assert part.pred_boxes.tolist() == BOXES.tolist()
+
+
+@pytest.mark.parametrize("kinds", [(1, 1), (1, 2), (2, 2)])
+def test_predictions_of_an_image_are_concatenated(bitmaps_and_masks, kinds):
+    parts = [
+        Predictions(
+            pred_boxes=BOXES,
+            pred_classes=np.arange(4),
+            masks=bitmaps_and_masks[kind],
+            scores={"scores": np.arange(4) + number, "mask_scores": np.arange(4) * number},
+            ranking="mask_scores",
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    both = Predictions.concatenated([parts[0], parts[1][1:]])
+    assert both.scores.tolist() == [0, 1, 2, 3, 2, 3, 4] and both.ranking == "mask_scores"
+    assert both.mask_scores.tolist() == [0, 0, 0, 0, 1, 2, 3]
+    assert both.pred_classes.tolist() == [0, 1, 2, 3, 1, 2, 3]
+    assert np.array_equal(both.pred_masks, bitmaps_and_masks[0][[0, 1, 2, 3, 1, 2, 3]])
+    assert both.pred_boxes.shape == (7, 4)

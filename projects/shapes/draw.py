@@ -101,12 +101,25 @@ def draw_coverage(rng: np.random.Generator, category: str) -> np.ndarray:
     """
     radius = np.exp(rng.uniform(*np.log(RADIUS)))
     center = rng.uniform(0.4 * radius, SIZE - 0.4 * radius, size=2)
+    return draw_coverage_at(rng, category, radius, center, SIZE)
+
+
+def draw_coverage_at(
+    rng: np.random.Generator, category: str, radius: float, center: np.ndarray, size: int
+) -> np.ndarray:
+    """
+    Args:
+        radius, center: of the object, in pixels; the centre is x, y.
+
+    Returns:
+        (size, size) float array: share of each pixel that the object covers, in [0, 1].
+    """
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
     waves = np.stack([rng.uniform(0, 0.06, size=4), rng.uniform(0, 2 * np.pi, size=4)], axis=1)
 
-    canvas = Image.new("L", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
+    canvas = Image.new("L", (size * SUPERSAMPLING, size * SUPERSAMPLING))
     for points, fill in CLASSES[category](rng):
         points = (_irregular(points, waves) * stretch) @ rotation.T * radius + center
         outline = [tuple(point) for point in (points * SUPERSAMPLING).tolist()]
@@ -114,39 +127,40 @@ def draw_coverage(rng: np.random.Generator, category: str) -> np.ndarray:
     return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def _smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """(SIZE, SIZE) random field in about [-1, 1] that varies over SIZE / cells pixels."""
+def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+    """(size, size) random field in about [-1, 1] that varies over SIZE / cells pixels."""
+    cells = max(round(cells * size / SIZE), 2)
     coarse = rng.uniform(-1, 1, size=(cells, cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _stripes(rng: np.random.Generator) -> np.ndarray:
-    """(SIZE, SIZE) soft waves in [-1, 1], of a random direction and a period of 4 to 12 pixels."""
+def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size) soft waves in [-1, 1], of a random direction and a period of 4 to 12 pixels."""
     angle, phase = rng.uniform(0, 2 * np.pi, size=2)
-    along = 2 * np.pi / rng.uniform(4, 12) * np.arange(SIZE, dtype=np.float32)
+    along = 2 * np.pi / rng.uniform(4, 12) * np.arange(size, dtype=np.float32)
     x, y = along * np.float32(np.cos(angle)), along * np.float32(np.sin(angle))
     return np.sin(x[None] + y[:, None] + np.float32(phase))
 
 
-def _pattern(rng: np.random.Generator) -> np.ndarray:
-    """(SIZE, SIZE) texture in about [-1, 1]: clouds, grain, stripes or a weave."""
+def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size) texture in about [-1, 1]: clouds, grain, stripes or a weave."""
     kind = rng.integers(4)
     if kind == 0:
-        return _smooth_noise(rng, 12)
+        return _smooth_noise(rng, 12, size)
     if kind == 1:
-        return _smooth_noise(rng, 48)
+        return _smooth_noise(rng, 48, size)
     if kind == 2:
-        return _stripes(rng)
-    return _stripes(rng) * _stripes(rng)
+        return _stripes(rng, size)
+    return _stripes(rng, size) * _stripes(rng, size)
 
 
-def draw_texture(rng: np.random.Generator, strength: float) -> np.ndarray:
-    """(SIZE, SIZE, 3) RGB values in about [0, 255]: two colours mixed by a pattern, and shading."""
+def draw_texture(rng: np.random.Generator, strength: float, size: int = SIZE) -> np.ndarray:
+    """(size, size, 3) RGB values in about [0, 255]: two colours mixed by a pattern, and shading."""
     first = rng.uniform(40, 230, size=3).astype(np.float32)
     change = rng.uniform(-90, 90, size=3).astype(np.float32) * strength
     second = np.clip(first + change, 0, 255)
-    share = 0.5 + 0.5 * _pattern(rng)[..., None]
-    shading = 1 + 0.15 * _smooth_noise(rng, 3)[..., None]
+    share = 0.5 + 0.5 * _pattern(rng, size)[..., None]
+    shading = 1 + 0.15 * _smooth_noise(rng, 3, size)[..., None]
     return (second + (first - second) * share) * shading
 
 
@@ -193,10 +207,10 @@ def _well_visible(mask: np.ndarray, coverage: np.ndarray) -> bool:
     return mask.sum() >= max(MIN_AREA, MIN_VISIBLE * (coverage > 0.5).sum())
 
 
-def _cast_shadow(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+def cast_shadow(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     """Darkens what lies below and to the right of an object: a soft edge that is not its own."""
-    coarse = Image.fromarray(coverage).reduce(4)
-    blurred = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    drawn = Image.fromarray(coverage)
+    blurred = np.asarray(drawn.reduce(4).resize(drawn.size, Image.Resampling.BICUBIC))
     shadow = np.pad(blurred[:-2, :-2], ((2, 0), (2, 0)))
     return image * (1 - 0.3 * shadow[..., None])
 
@@ -209,7 +223,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     for coverage in coverages:
         contrast = np.float32(rng.uniform(*CONTRAST))
         texture = contrast * draw_texture(rng, strength=1.0) + (1 - contrast) * mean_color
-        image = _cast_shadow(image, coverage)
+        image = cast_shadow(image, coverage)
         image = image + coverage[..., None] * (texture - image)
     image = image + 4 * rng.standard_normal(image.shape, dtype=np.float32)
     masks = np.stack([top == i for i in range(len(categories))])
