@@ -9,12 +9,14 @@ Data flow::
     preflight    what would fail later fails now
     loop         the training: trainer (steps), loaders (images), hooks (checkpoints, signals)
     evaluate     results, and what to do with them
+    evaluate_predictor  the same for a predictor, such as an exported model
 
 Nothing else in the package needs it: Detectron2's `DefaultTrainer` trains our ROI heads, too.
 """
 
 from .configs import device_of, find_config_file, load_config, register_dataset
 from .evaluate import evaluate_checkpoint
+from .evaluate_predictor import evaluate_predictor
 from .loop import train
 from .preflight import check_data, check_recipe, keep_config_of_training, refuse_other_run
 from .recipe import Recipe, build_recipe
@@ -26,6 +28,7 @@ __all__ = [
     "check_recipe",
     "device_of",
     "evaluate_checkpoint",
+    "evaluate_predictor",
     "find_config_file",
     "keep_config_of_training",
     "load_config",

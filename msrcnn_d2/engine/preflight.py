@@ -33,7 +33,9 @@ __all__ = [
     "check_data",
     "check_names_of_weights",
     "check_number",
+    "check_output_dir",
     "check_recipe",
+    "check_registered",
     "dicts_of_dataset",
     "keep_config_of_training",
     "names_of_dataset",
@@ -68,7 +70,7 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
     Raises:
         UserError: the first check that fails, with what to do about it.
     """
-    _check_output_dir(recipe.output_dir)
+    check_output_dir(recipe.output_dir)
     # On a CPU torch.compile calls $CXX or g++; for a GPU it brings its own compiler
     compiler = (os.environ.get("CXX") or "g++").split()[0]
     if recipe.compile and recipe.device == "cpu" and not shutil.which(compiler):
@@ -92,7 +94,7 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
     for name in dict.fromkeys(trained_on + [n for t in recipe.test_sets for n in t.names]):
         # Classes of a test set are found by name. Without names of a training set, numbers decide
         names_matter = name in trained_on or (training and not trained_on)
-        _check_dataset(name, recipe.num_classes if names_matter else None)
+        check_registered(name, recipe.num_classes if names_matter else None)
     check_names_of_datasets(recipe, training)
     for size in (test_set.batch_size for test_set in recipe.test_sets):
         if size is not None and not (isinstance(size, int) and size >= 1):
@@ -108,7 +110,11 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
         )
 
 
-def _check_output_dir(path: str) -> None:
+def check_output_dir(path: str) -> None:
+    """
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
         PathManager.mkdirs(path)
         with tempfile.TemporaryFile(dir=path):
@@ -161,7 +167,15 @@ def keep_config_of_training(output_dir: str) -> Iterator[None]:
             os.replace(aside, written)
 
 
-def _check_dataset(name: str, num_classes: int | None) -> None:
+def check_registered(name: str, num_classes: int | None = None) -> None:
+    """
+    Args:
+        num_classes: that the dataset should have, if that matters.
+
+    Raises:
+        UserError: there is no such dataset, its files are missing, or it has another number of
+            classes.
+    """
     if name not in DatasetCatalog.list():
         nearest = difflib.get_close_matches(name, DatasetCatalog.list(), n=2)
         hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."
