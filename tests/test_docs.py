@@ -49,7 +49,8 @@ CALIBRATE = ROOT / "docs/calibrate.md"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = [p for p in PAGES if p not in DOCS]  # they take minutes to hours
 SCALING = ROOT / "docs" / "scaling.md"
-DATA = ("text", "bibtex")  # nothing to run
+# Nothing to run here: C++ needs a compiler, and tests/test_javascript.py runs JavaScript
+DATA = ("text", "bibtex", "cpp", "js")
 STAND_INS = {"PORT": "29500", "$SLURM_NNODES": "2"}  # for what the parser takes as a number
 
 
@@ -195,7 +196,9 @@ def check_command(words: list[str]) -> None:
     elif program == "msrcnn-d2" or (program == "python" and args[0] == "train_net.py"):
         command = args[0] if program == "msrcnn-d2" else "train"
         parsed = msrcnn_d2_cli.build_parser(command).parse(args[1:])
-        if command in ("train", "evaluate") and not parsed.config_file.startswith("output/"):
+        if command == "evaluate" and msrcnn_d2_cli.evaluate.is_exported(parsed):
+            msrcnn_d2_cli.evaluate.check_arguments(parsed)
+        elif command in ("train", "evaluate") and not parsed.config_file.startswith("output/"):
             path = real_config(parsed.config_file)
             load_config(path, parsed.opts, parsed.retrofit, parsed.weights)
     elif program == "make":

@@ -47,7 +47,9 @@ def write_onnx(path, outputs, metadata=None) -> str:
         outputs: arrays by their names; or the name of an input ("image", "output_size"), which the
             output then repeats, as float32.
     """
-    nodes, constants, infos = [], [], []
+    nodes, infos = [], []
+    # An input with an initial value can be left out
+    constants = [numpy_helper.from_array(np.zeros(2, np.int64), "output_size")]
     for name, value in outputs.items():
         if isinstance(value, str):
             nodes.append(helper.make_node("Cast", [value], [name], to=TensorProto.FLOAT))
