@@ -244,6 +244,16 @@ def add_predictor_arguments(parser: argparse.ArgumentParser, default: str | None
         help="such as cpu, cuda or cuda:1 (default: the config's, or cpu without a GPU)",
     )
     group.add_argument(
+        "--amp",
+        action="store_true",
+        help="mixed precision: faster on a GPU, and on a CPU that computes in bfloat16",
+    )
+    group.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: the image in several sizes and flipped, many times the work",
+    )
+    group.add_argument(
         "--tile",
         type=at_least(1),
         metavar="SIZE",
@@ -282,6 +292,8 @@ def predictor_from(
             "--weights": args.weights,
             "--set": args.opts,
             "--class-names": args.class_names,
+            "--amp": args.amp,
+            "--tta": args.tta,
             "--device": args.device not in (None, "cpu") and args.device,
         }
         for option, value in of_others.items():
@@ -302,6 +314,8 @@ def predictor_from(
             rank_by=args.rank_by,
             score_threshold=score_threshold,
             class_names=args.class_names,
+            amp=args.amp,
+            tta=args.tta,
         )
     settings_from(args)  # whether the values make sense
     given: dict[str, Any] = {"apply_exif": False} if args.ignore_exif else {}

@@ -324,6 +324,8 @@ def settings_of(
         "score_threshold": score_threshold,
         **dataclasses.asdict(wanted),
         "images": dataclasses.asdict(predictor.image_settings),
+        "amp": args.amp,
+        "tta": args.tta,
         "tiles": {"size": args.tile, "overlap": args.overlap} if args.tile else None,
     }
 

@@ -15,6 +15,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from msrcnn_d2 import MaskScoringPredictor, add_mask_calibrator
+from msrcnn_d2.modeling import MaskScoringRCNNWithTTA, ScaledTTAMapper
 from msrcnn_d2.modeling.acceleration import use_channels_last_on_cpu
 from msrcnn_d2.utils.errors import UserError
 from msrcnn_d2_runtime.image_reading import read_bgr_image
@@ -324,3 +325,49 @@ def test_half_of_a_file(tmp_path):
     (tmp_path / "image.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="image.png' cannot be read"):
         read_bgr_image(tmp_path / "image.png")
+
+
+# ---- mixed precision and test-time augmentation
+
+
+def test_mixed_precision_finds_nearly_the_same(lazy_config):
+    image = random_image()
+    full = MaskScoringPredictor(lazy_config)(image)["instances"]
+    predict = MaskScoringPredictor(lazy_config, amp=True)
+    seen = []
+    predict.model.backbone.bottom_up.stem.conv1.register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)
+    )
+    mixed = predict.predictions([image])[0]
+    assert seen == [torch.bfloat16]
+    assert mixed.scores.dtype == np.float32 and len(mixed) > 0
+    assert abs(mixed.mask_scores[0] - full.mask_scores[0].item()) < 0.05
+
+
+def test_augmentation_is_that_of_an_evaluation(yacs_config):
+    cfg = yacs_config.clone()
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE, cfg.TEST.AUG.FLIP = (64, 96), 200, True
+    image = random_image()
+    predict = MaskScoringPredictor(cfg, tta=True)
+    found = predict(image)["instances"]
+    with torch.no_grad():
+        tta = MaskScoringRCNNWithTTA(cfg, predict.model, batch_size=1)
+        expected = tta([predict._model_input(image)])[0]["instances"]
+    expected = expected[expected.mask_scores.argsort(descending=True, stable=True)]
+    assert len(found) > 0
+    for name in ("scores", "mask_scores", "pred_masks"):
+        assert torch.equal(found.get(name), expected.get(name)), name
+    assert np.array_equal(predict.predictions([image])[0].pred_masks, found.pred_masks.numpy())
+
+
+def test_augmentation_of_a_lazy_config_is_relative_to_its_size(lazy_config, monkeypatch):
+    monkeypatch.setattr(ScaledTTAMapper, "SCALES", (0.5, 1.0))
+    predict = MaskScoringPredictor(lazy_config, tta=True)
+    sizes = []
+    predict.model.backbone.register_forward_pre_hook(
+        lambda module, args: sizes.append(min(args[0].shape[2:]))
+    )
+    (found,) = predict.predictions([random_image()])
+    # The short edge of 48 pixels, padded to multiples of 32; twice, for boxes and for masks
+    assert sizes == [32, 32, 64, 64] * 2
+    assert len(found) > 0 and (np.diff(found.mask_scores) <= 0).all()

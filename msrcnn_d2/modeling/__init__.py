@@ -18,7 +18,7 @@ from .mask_iou_target import mask_iou_targets
 from .postprocessing import UnpastedMasks
 from .retrofit import LEARN_FROM, RetrofitRCNN
 from .roi_heads import CascadeMaskScoringROIHeads, MaskScoringROIHeads
-from .test_time_augmentation import MaskScoringRCNNWithTTA
+from .test_time_augmentation import MaskScoringRCNNWithTTA, ScaledTTAMapper
 
 __all__ = [
     "CUES",
@@ -31,6 +31,7 @@ __all__ = [
     "MaskCalibrator",
     "MaskIoUHead",
     "MaskScoringRCNNWithTTA",
+    "ScaledTTAMapper",
     "MaskScoringROIHeads",
     "RetrofitRCNN",
     "UnpastedMasks",

@@ -36,6 +36,8 @@ def load_predictor(
     rank_by: str | None = None,
     score_threshold: float | str = 0.0,
     class_names: Sequence[str] | None = None,
+    amp: bool = False,
+    tta: bool = False,
 ) -> Predictor:
     """
     Load a model by its file or its name.
@@ -58,14 +60,17 @@ def load_predictor(
         config_file: path or name of the config, in place of the one that `model` has.
         weights: in place of `model`, together with `config_file`.
         opts: overrides of the config, as on the command line.
-        device, rank_by, score_threshold, class_names: as for :class:`MaskScoringPredictor`.
+        device, rank_by, score_threshold, class_names, amp, tta: as for
+            :class:`MaskScoringPredictor`.
 
     Raises:
         UserError: a file or a name does not exist, it is unclear which one is meant, or the model
             cannot be used so, as for :class:`MaskScoringPredictor`.
     """
     if model is not None and os.fspath(model).endswith(".onnx"):
-        given = {"config": config_file, "weights": weights, "overrides": opts, "names": class_names}
+        given: dict[str, object] = {"config": config_file, "weights": weights}
+        given |= {"overrides": opts, "names": class_names}
+        given |= {"mixed precision": amp, "test-time augmentation": tta}
         for name, value in given.items():
             if value:
                 raise UserError(f"'{model}' is an exported model, which takes no {name}.")
@@ -82,6 +87,8 @@ def load_predictor(
         score_threshold=score_threshold,
         device=device,
         class_names=class_names,
+        amp=amp,
+        tta=tta,
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import detectron2.data.transforms as T
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances, ROIMasks
 
 from msrcnn_d2_runtime.image_reading import ImageLike, read_bgr_image
@@ -31,7 +31,7 @@ from msrcnn_d2_runtime.text import listed
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import same
 from ..image_reading import image_settings
-from ..modeling import UnpastedMasks
+from ..modeling import MaskScoringRCNNWithTTA, UnpastedMasks
 from ..modeling.acceleration import use_channels_last_on_cpu
 from ..utils.errors import UserError
 
@@ -71,6 +71,8 @@ class MaskScoringPredictor:
         score_threshold: float | str = 0.0,
         device: str | None = None,
         class_names: Sequence[str] | None = None,
+        amp: bool = False,
+        tta: bool = False,
     ):
         """
         Args:
@@ -89,6 +91,11 @@ class MaskScoringPredictor:
                 GPU.
             class_names: names of the classes. By default, those in the weights' file, or if it has
                 none, those of the config's first test dataset.
+            amp: predict in mixed precision: float16 on a GPU, bfloat16 on a CPU, where it is
+                faster only if the CPU computes in bfloat16.
+            tta: test-time augmentation, :class:`MaskScoringRCNNWithTTA`: means over several sizes
+                of the image, flipped and not. A yacs config has the sizes in TEST.AUG; for a
+                LazyConfig they are 0.5 to 1.5 of the usual one, which is 18 times the work.
 
         Raises:
             UserError: the weights do not fit the whole model, the model lacks the score or the
@@ -124,6 +131,19 @@ class MaskScoringPredictor:
         num_classes = getattr(roi_heads, "num_classes", 0)
         self.class_names = tuple(self.metadata.get("thing_classes", map(str, range(num_classes))))
         use_channels_last_on_cpu(self.model)
+        self.amp = amp
+        self._augmented: nn.Module | None = None
+        if tta:
+            if not isinstance(self.model, GeneralizedRCNN):
+                raise UserError(
+                    "Test-time augmentation is for models of Detectron2's class GeneralizedRCNN, "
+                    f"not for a {type(self.model).__name__}."
+                )
+            yacs = cfg if isinstance(cfg, CfgNode) else None
+            # One augmented image at a time takes the least memory
+            self._augmented = MaskScoringRCNNWithTTA(
+                yacs, self.model, batch_size=1, paste_masks=False
+            )
 
     @property
     def rank_by(self) -> str:
@@ -196,8 +216,12 @@ class MaskScoringPredictor:
     def _detect(self, images: Sequence[ImageLike]) -> list[dict[str, Any]]:
         """Outputs of the model. Instances are selected and sorted before masks are pasted."""
         arrays = [read_bgr_image(x, self.image_settings) for x in images]
-        model = UnpastedMasks(self.model) if UnpastedMasks.supports(self.model) else self.model
-        outputs = model([self._model_input(x) for x in arrays])
+        model = self._augmented or self.model
+        if model is self.model and UnpastedMasks.supports(self.model):
+            model = UnpastedMasks(self.model)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, enabled=self.amp):
+            outputs = model([self._model_input(x) for x in arrays])
         for output in outputs:
             instances = output["instances"]
             # As Ranking.order, but on the device of the model, which then waits only once
