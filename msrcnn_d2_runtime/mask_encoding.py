@@ -16,6 +16,7 @@ __all__ = [
 
 # The first row and column of a part of an image, and the pixels in it: bool, (h, w)
 Crop = tuple[int, int, np.ndarray]
+PIXELS_AT_ONCE = 2**18  # whose probabilities fit into the cache of a core
 
 
 def encode_roi_masks(
@@ -62,8 +63,16 @@ def paste_roi_masks(
             left, x, x_share = _neighbours(x0, x1, width, masks.shape[2])
             top, y, y_share = _neighbours(y0, y1, height, masks.shape[1])
             across = cells[:, x] * (1 - x_share) + cells[:, x + 1] * x_share
-            probs = across[y] * (1 - y_share)[:, None] + across[y + 1] * y_share[:, None]
-            yield top, left, probs >= threshold
+            inside = np.empty((len(y), len(x)), dtype=bool)
+            # Some rows at a time: the probabilities of an object as large as the image would take
+            # many times the memory of its mask
+            step = max(PIXELS_AT_ONCE // max(len(x), 1), 1)
+            for first in range(0, len(y), step):
+                rows = slice(first, first + step)
+                share = y_share[rows, None]
+                probs = across[y[rows]] * (1 - share) + across[y[rows] + 1] * share
+                inside[rows] = probs >= threshold
+            yield top, left, inside
 
 
 def encode_crops(crops: Iterable[Crop], image_size: tuple[int, int]) -> list[dict]:

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes
 
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.modeling import UnpastedMasks
+from msrcnn_d2_runtime import mask_encoding
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions, RoiMasks
 from tests.helpers.toy import tiny_yacs_config
 from tests.test_predictor import random_image, saved
@@ -157,3 +158,10 @@ def test_predictions_of_an_image_are_concatenated(bitmaps_and_masks, kinds):
     assert both.pred_classes.tolist() == [0, 1, 2, 3, 1, 2, 3]
     assert np.array_equal(both.pred_masks, bitmaps_and_masks[0][[0, 1, 2, 3, 1, 2, 3]])
     assert both.pred_boxes.shape == (7, 4)
+
+
+def test_large_masks_are_pasted_some_rows_at_a_time(bitmaps_and_masks, monkeypatch):
+    bitmaps, masks, _ = bitmaps_and_masks
+    for pixels in (1, 45, 10**9):  # single rows, a few, all
+        monkeypatch.setattr(mask_encoding, "PIXELS_AT_ONCE", pixels)
+        assert np.array_equal(masks.pasted(), bitmaps)
