@@ -165,7 +165,7 @@ def test_each_setting_names_keys_that_exist():
             assert value is not ABSENT
             assert setting.holds is None or setting.holds(value)
         if setting.holds:
-            assert not setting.holds(math.nan) and not setting.holds([])
+            assert not setting.holds(math.nan) and not setting.holds([math.nan])
         parent, _, name = (setting.lazy or "train.").rpartition(".")
         node = _find(lazy, parent)
         assert node is not ABSENT and (name in ("", *_known_keys(node)[0]))
