@@ -67,7 +67,7 @@ score_threshold, nms_threshold, max_detections
     of the config, as JSON numbers. The latter two are fixed.
 accept_thresholds
     only with a calibrator: 10 lists of 99 numbers, see
-    :class:`msrcnn_d2.modeling.MaskCalibrator`.
+    :class:`~.MaskCalibrator`.
 precision
     "float32" or "int8".
 """
