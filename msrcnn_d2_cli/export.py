@@ -1,9 +1,9 @@
 """
-Write a model into one file that runs without PyTorch and Detectron2.
+Write a model into one file that runs without Detectron2.
 
-An ONNX file has the whole inference: it takes an image of any size, resizes it, and returns boxes,
-classes, scores and masks, the best first. The file is compared with the model on two images before
-it is written.
+An ONNX file runs without PyTorch too; a TorchScript file needs PyTorch and torchvision. Either has
+the whole inference: it takes an image of any size, resizes it, and returns boxes, classes, scores
+and masks, the best first. The file is compared with the model on two images before it is written.
 """
 
 import argparse
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from msrcnn_d2.export import Exported
 
-USAGE = "MODEL OUT.onnx [options] [KEY=VALUE ...]"
+USAGE = "MODEL OUT [options] [KEY=VALUE ...]"
 EXAMPLES = """
   a checkpoint, whose config lies beside it:
     {prog} output/model_final.pth model.onnx
   published weights (`msrcnn-d2 zoo` lists them), with masks as bitmaps of the image:
     {prog} ms_rcnn_R_50_FPN_1x model.onnx --masks pasted
+  for programs that have PyTorch, such as those in C++ with LibTorch:
+    {prog} output/model_final.pth model.ts --format torchscript
   a plain Mask R-CNN:
     {prog} mask_rcnn.pth mask_rcnn.onnx --rank-by score
 """
@@ -25,7 +27,10 @@ EXAMPLES = """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, its folder, or a name")
-    parser.add_argument("output", metavar="OUT", help="file to write: .onnx")
+    parser.add_argument(
+        "output", metavar="OUT", help="file to write: .onnx, or .ts for TorchScript"
+    )
+    parser.add_argument("--format", choices=["onnx", "torchscript"], default="onnx")
     parser.add_argument(
         "--config-file", metavar="FILE", help="config of the model (default: the one beside it)"
     )
@@ -48,13 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from msrcnn_d2.export import export_onnx
+    from msrcnn_d2.export import export_onnx, export_torchscript
     from msrcnn_d2.export.exporting import checked_target
     from msrcnn_d2.prediction.loading import load_predictor
     from msrcnn_d2.prediction.predictor import MaskScoringPredictor
     from msrcnn_d2.utils.errors import UserError
 
-    checked_target(args.output, ".onnx")  # before a download
+    to_torchscript = args.format == "torchscript"
+    checked_target(args.output, ".ts" if to_torchscript else ".onnx")  # before a download
     predict = load_predictor(
         args.model,
         config_file=args.config_file,
@@ -64,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if not isinstance(predict, MaskScoringPredictor):
         raise UserError(f"'{args.model}' is exported already: give the checkpoint it comes from.")
-    show(export_onnx(predict, args.output, masks=args.masks))
+    export = export_torchscript if to_torchscript else export_onnx
+    show(export(predict, args.output, masks=args.masks))
 
 
 def show(exported: "Exported") -> None:

@@ -16,7 +16,7 @@ from detectron2.data import DatasetMapper
 from detectron2.layers import batched_nms
 
 from msrcnn_d2 import MaskScoringPredictor, add_mask_calibrator, add_mask_scoring
-from msrcnn_d2.export import export_onnx
+from msrcnn_d2.export import export_onnx, export_torchscript
 from msrcnn_d2.export.onnx_file import Session, onnx_operators
 from msrcnn_d2.export.resizing import ResizeRule, resized, resized_size
 from msrcnn_d2.utils.errors import UserError
@@ -67,19 +67,51 @@ def image_of(width, height, seed=0):
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
+class OnnxFile(Session):
+    def __init__(self, path):
+        super().__init__(path.read_bytes())
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+
+    def resized(self, image, output_size):
+        values = self.session.run(None, {"image": image, "output_size": output_size})
+        return dict(zip(self.names, values))
+
+
+class TorchScriptFile:
+    def __init__(self, path):
+        extra_files = {"metadata.json": ""}
+        self.model = torch.jit.load(path, _extra_files=extra_files)
+        self.metadata = json.loads(extra_files["metadata.json"])
+        self.names = [*self(image_of(80, 60))]
+
+    def __call__(self, image, *score_threshold):
+        return self._values(torch.tensor(image), None, *score_threshold)
+
+    def resized(self, image, output_size):
+        return self._values(torch.tensor(image), torch.from_numpy(output_size))
+
+    def _values(self, *args):
+        return {name: value.numpy() for name, value in self.model(*args).items()}
+
+
 class Case:
     """A model, its file, and what the model was like before."""
 
-    def __init__(self, folder, masks, **kwargs):
+    def __init__(self, folder, file_type, masks, **kwargs):
         self.predict = toy_predictor(folder, **kwargs)
         model = self.predict.model
         model.backbone.train()  # such as to measure something
         before = self.state()
-        self.path = str(folder / "model.onnx")
-        self.exported = export_onnx(self.predict, self.path, masks=masks)
+        export, name = {
+            OnnxFile: (export_onnx, "model.onnx"),
+            TorchScriptFile: (export_torchscript, "model.ts"),
+        }[file_type]
+        self.path = folder / name
+        self.exported = export(self.predict, self.path, masks=masks)
         self.is_unchanged = self.state() == before
         model.eval()
-        self.session = Session((folder / "model.onnx").read_bytes())
+        self.session = file_type(self.path)
+        self.metadata = self.session.metadata
 
     def state(self):
         modules = [(name, x.training) for name, x in self.predict.model.named_modules()]
@@ -97,17 +129,22 @@ class Case:
         pasted = self.metadata["masks"] == "pasted"
         return outputs | {"masks": found.masks.pasted() if pasted else found.masks.probs}
 
-    @property
-    def metadata(self):
-        return self.session.session.get_modelmeta().custom_metadata_map
 
-
-@pytest.fixture(scope="module", params=["calibrated", "cascade"])
+@pytest.fixture(scope="module", params=["calibrated", "cascade", "torchscript"])
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "cascade":
-        return Case(folder, "pasted", cascade=True, scoring=True, calibrator=False)
-    return Case(folder, "unpasted", cascade=False, scoring=True, calibrator=True)
+        return Case(folder, OnnxFile, "pasted", cascade=True, scoring=True, calibrator=False)
+    file_type = TorchScriptFile if request.param == "torchscript" else OnnxFile
+    return Case(folder, file_type, "unpasted", cascade=False, scoring=True, calibrator=True)
+
+
+def test_a_plain_cascade_as_torchscript(tmp_path):
+    options = {"cascade": True, "scoring": False, "calibrator": False}
+    case = Case(tmp_path, TorchScriptFile, "pasted", **options)
+    for size in SIZES[:2]:
+        assert_same(case.session(image_of(*size)), case.expected(image_of(*size)))
+    assert not len(case.session(image_of(80, 60), 0.99)["boxes"])
 
 
 def assert_same(found, expected):
@@ -161,8 +198,7 @@ def test_an_image_that_is_resized_already(case):
     image = image_of(301, 123)
     smaller = np.asarray(Image.fromarray(image).resize((120, 49), Image.Resampling.BILINEAR))
     size = np.array(image.shape[:2])
-    outputs = case.session.session.run(None, {"image": smaller, "output_size": size})
-    assert_same(dict(zip(case.session.names, outputs)), case.session(image))
+    assert_same(case.session.resized(smaller, size), case.session(image))
 
 
 def test_the_model_is_left_as_it_was(case):
@@ -174,7 +210,7 @@ def test_it_says_what_was_compared(case):
     assert other.num_expected == other.num_found == other.num_same > 2
     assert none.num_expected == none.num_found == 0
     assert other.image_size != image_of(*SIZES[0]).shape[:2]
-    assert case.exported.num_bytes == len(open(case.path, "rb").read())
+    assert case.exported.num_bytes == case.path.stat().st_size
 
 
 def test_metadata(case):
@@ -252,6 +288,8 @@ def plain(tmp_path_factory):
 def test_targets_that_cannot_be_written(plain, tmp_path, target, words):
     with pytest.raises(UserError, match=words):
         export_onnx(plain, tmp_path / target)
+    with pytest.raises(UserError, match="end with .ts"):
+        export_torchscript(plain, tmp_path / "model.pt")
 
 
 def test_augmentations_that_a_file_cannot_have(plain, tmp_path, monkeypatch):

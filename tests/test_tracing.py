@@ -58,7 +58,9 @@ def inference(model, images):
 def test_a_traced_model_finds_what_the_model_finds(cascade, scoring, calibrator):
     model = toy_model(cascade, scoring, calibrator)
     adapter = TracingAdapter(model, [{"image": noise(SIZES[0])}], inference)
-    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False), file)
+    traced = torch.jit.load(io.BytesIO(file.getvalue()))
     counts = set()
     for image in [grey_image(), *map(noise, SIZES)]:
         for found, expected in zip(traced(image), adapter(image), strict=True):

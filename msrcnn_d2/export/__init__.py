@@ -1,5 +1,6 @@
 """
-Write a model into one file that runs without PyTorch and Detectron2: ONNX, or TorchScript.
+Write a model into one file that runs without Detectron2: ONNX, which needs no PyTorch either, or
+TorchScript.
 
 The file has the whole inference: it resizes the image, normalises it, finds objects, scales their
 boxes to the image, pastes masks if that is asked for, and sorts everything by the ranking score.
@@ -16,8 +17,8 @@ output_size
     default (0, 0) stands for the size of `image`. It serves callers that resize images themselves:
     they give the image that the model should see, and the size of the original.
 score_threshold
-    float32 scalar, optional: detections whose class score is not above it are left out. The default
-    is that of the model's config.
+    float32 scalar (in TorchScript a float), optional: detections whose class score is not above it
+    are left out. The default is that of the model's config.
 
 An image that already has the size that the rule `resize` asks for is not resized. Others are
 resized as Pillow does with BILINEAR, with equal pixels (or in images more than twice as high as
@@ -41,8 +42,8 @@ masks
     the object where their bilinear interpolation at its center, with 0 outside of the box, is 0.5
     or more. "pasted": bool (N, H, W), one bitmap of the image for each object, or of `output_size`.
 
-Metadata, all strings (`metadata_props` in ONNX, the extra file "metadata.json" in TorchScript).
-Values other than plain text are JSON:
+Metadata, all strings: `metadata_props` in ONNX; in TorchScript, an object in the extra file
+"metadata.json". Values other than plain text are JSON:
 
 format, format_version
     "msrcnn_d2" and "1". The version changes if a reader of the old one would be wrong.
@@ -72,6 +73,6 @@ precision
     "float32" or "int8".
 """
 
-from .exporting import Exported, export_onnx
+from .exporting import Exported, export_onnx, export_torchscript
 
-__all__ = ["Exported", "export_onnx"]
+__all__ = ["Exported", "export_onnx", "export_torchscript"]

@@ -16,8 +16,9 @@ from .checking import Comparison, check, drawn_image, threshold_for
 from .graph import InferenceGraph
 from .metadata import metadata_of
 from .onnx_file import Session, import_onnx, onnx_model, onnx_operators
+from .torchscript_file import TORCHSCRIPT_OPERATORS, run_torchscript, torchscript_model
 
-__all__ = ["MASKS", "Exported", "export_onnx"]
+__all__ = ["MASKS", "Exported", "export_onnx", "export_torchscript"]
 
 MASKS = ("unpasted", "pasted")
 
@@ -66,6 +67,31 @@ def export_onnx(
     metadata = metadata_of(predict, masks, "float32")
     contents = onnx_model(graph, example_of(graph), metadata).SerializeToString()
     comparisons = check(graph, Session(contents))
+    write(path, contents)
+    return Exported(path, len(contents), time.perf_counter() - start, comparisons)
+
+
+def export_torchscript(
+    predict: MaskScoringPredictor, path: str | os.PathLike, *, masks: str = "unpasted"
+) -> Exported:
+    """
+    Write a model into a TorchScript file, for programs that have PyTorch and torchvision: the same
+    as :func:`export_onnx`, except for the format of the file. No further package is needed.
+
+    Args:
+        predict, masks: as for :func:`export_onnx`.
+        path: of the file, which ends with ".ts".
+
+    Raises:
+        UserError: the model cannot be exported or the file cannot be written, or the file does not
+            find what the model finds.
+    """
+    start = time.perf_counter()
+    path = checked_target(path, ".ts")
+    graph = InferenceGraph(predict, masks == "pasted", TORCHSCRIPT_OPERATORS)
+    metadata = metadata_of(predict, masks, "float32")
+    contents = torchscript_model(graph, example_of(graph), metadata)
+    comparisons = check(graph, lambda *args: run_torchscript(contents, *args))
     write(path, contents)
     return Exported(path, len(contents), time.perf_counter() - start, comparisons)
 

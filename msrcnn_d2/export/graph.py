@@ -27,6 +27,7 @@ NMS_USERS = (
     "detectron2.modeling.proposal_generator.proposal_utils",
     "detectron2.modeling.roi_heads.fast_rcnn",
 )
+SCALE_GRADIENT = "detectron2.modeling.roi_heads.cascade_rcnn._ScaleGradient"
 # Up to this many boxes, torchvision's batched_nms on a CPU moves the classes apart and runs once;
 # that rounds the boxes, so that the choice among near-duplicates can be another one
 MAX_BOXES_MOVED_APART = 1000
@@ -58,6 +59,12 @@ class Operators(NamedTuple):
 
     nms: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
     best_first: Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Unscaled:
+    @staticmethod
+    def apply(features: torch.Tensor, scale: float) -> torch.Tensor:
+        return features
 
 
 class InferenceGraph(nn.Module):
@@ -98,6 +105,8 @@ class InferenceGraph(nn.Module):
         self.ops = ops
         self.model = copy.deepcopy(model).cpu().float()
         self.model.to(memory_format=torch.contiguous_format)
+        # TorchScript would record operations for a gradient, unless its user says no_grad
+        self.model.requires_grad_(False)
         self.eval()
 
     def forward(
@@ -135,6 +144,8 @@ class InferenceGraph(nn.Module):
             stack.enter_context(patch_builtin_len())
             for user in NMS_USERS:
                 stack.enter_context(mock.patch(f"{user}.batched_nms", self.ops.nms))
+            # A Python function, which a Cascade of Detectron2 0.6 calls for its gradient only
+            stack.enter_context(mock.patch(SCALE_GRADIENT, _Unscaled))
             patch = mock.patch.object(predictor, "test_score_thresh", score_threshold)
             stack.enter_context(patch)
             yield

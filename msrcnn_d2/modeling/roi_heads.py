@@ -242,3 +242,14 @@ class MaskScoringROIHeads(StandardROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class CascadeMaskScoringROIHeads(MaskScoringROIHeads, CascadeROIHeads):
     """:class:`CascadeROIHeads` whose masks are scored as in :class:`MaskScoringROIHeads`."""
+
+    def _run_stage(
+        self, features: list[torch.Tensor], proposals: list[Instances], stage: int
+    ) -> Any:
+        """Args and returns as in the base class."""
+        if self.training:
+            return super()._run_stage(features, proposals, stage)
+        # Detectron2 0.6 scales a gradient here, by a Python function. A traced model with one
+        # cannot be saved
+        box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
+        return self.box_predictor[stage](self.box_head[stage](box_features))
