@@ -1,6 +1,8 @@
 # Mask Scoring R-CNN for Detectron2. Each target does the set-up that it needs; nothing is done twice.
 #   make demo     draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
 #   make test     check style and types, run all tests
+#   make test-integrations
+#                the tests with supervision, sahi, MLflow, ..., which it installs (230 MB)
 #   make docs     build the documentation: output/docs/index.html
 #   make nightly  what takes too long for make test: 15,000 random cases, other ones each time, and a
 #                training that is killed 20 times (minutes)
@@ -27,7 +29,7 @@ INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constrai
 # A process that has no tests left takes some of those that another was to run
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo test nightly docs bench lint clean
+.PHONY: setup demo test test-integrations nightly docs bench lint clean
 
 setup: $(READY)
 
@@ -48,6 +50,12 @@ demo: setup
 
 test: lint
 	$(PYTEST)
+
+# uv leaves out opencv-python (see pyproject.toml); MLflow and W&B would report that they are used
+test-integrations: setup
+	$(INSTALL) --editable ".[integrations]"
+	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true WANDB_ERROR_REPORTING=false \
+	  $(BIN)/python -m pytest tests/test_integrations.py tests/test_docs.py -k integrations
 
 nightly: setup
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/properties

@@ -33,7 +33,7 @@ def to_supervision(
         confidence: the score that becomes the confidence: "score" for the class score,
             "mask_score", or "quality_score" for the calibrated score.
         compact_masks: keep only the part of each mask that is not empty, as supervision's
-            `CompactMask`. Bitmaps of the whole image take N x height x width bytes.
+            `CompactMask` (from its version 0.30 on). Bitmaps take N x height x width bytes.
 
     Returns:
         Detections in the order of the predictions. Their `data` have all scores that the model

@@ -1,18 +1,28 @@
-"""Predictions for supervision, sahi and torchmetrics, where they are installed."""
+"""
+Predictions and metrics for other libraries, where these are installed: `make test-integrations`.
+
+Here is what they get. That the examples of docs/integrations.md run at all is for test_docs.py.
+"""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pycocotools.cocoeval import COCOeval
 
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
+import draw
 import msrcnn_d2
 from msrcnn_d2_runtime.errors import UserError
 from msrcnn_d2_runtime.integrations import to_supervision
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
+from tests.helpers.pages import blocks_of
 
+PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
 NAMES = ("cat", "dog", "cow")
 FIELDS = {
     "scores": [0.9, 0.8, 0.7],
@@ -134,3 +144,141 @@ def test_without_supervision_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ModuleNotFoundError, match="pip install supervision"):
         to_supervision(in_numpy())
+
+
+# ---- the examples of docs/integrations.md
+
+
+def example(word: str, **replaced: str) -> dict:
+    """
+    Run the example with this word in it.
+
+    Args:
+        replaced: lines that begin with a key, and what to run instead.
+
+    Returns:
+        its names.
+    """
+    (block,) = [x for x in blocks_of(PAGE) if x.language == "python" and word in x.text]
+    lines = block.text.splitlines()
+    for start, line in replaced.items():
+        (k,) = [k for k, x in enumerate(lines) if x.startswith(f"{start} =")]
+        lines[k:] = [line, *lines[k + 1 :]] if line else []
+    names: dict = {"__name__": "example"}
+    exec(compile("\n".join(lines), str(block), "exec"), names)
+    return names
+
+
+class BluePixels:
+    """A predictor that finds the blue pixels of an image, as one mask."""
+
+    class_names = NAMES
+
+    def predictions(self, images):
+        masks = [(image == (255, 0, 0)).all(axis=2) for image in images]  # BGR
+        return [self._prediction(mask) for mask in masks]
+
+    def _prediction(self, mask):
+        scores = {"scores": np.array([0.5]), "mask_scores": np.array([0.25])}
+        found = Predictions(
+            pred_boxes=np.zeros((1, 4)),
+            pred_classes=np.array([1]),
+            masks=CroppedMasks.of(mask[None]),
+            scores=scores,
+            ranking="mask_scores",
+        )
+        return found
+
+
+def test_sahi_merges_what_our_predictor_finds_in_slices():
+    predict = pytest.importorskip("sahi.predict")
+    model = example("MaskScoringModel", model="")["MaskScoringModel"](model=BluePixels())
+    image = np.full((100, 150, 3), 200, dtype=np.uint8)  # RGB
+    image[10:30, 5:25] = image[60:90, 100:140] = (0, 0, 255)
+    result = predict.get_sliced_prediction(
+        image, model, slice_height=50, slice_width=75, overlap_height_ratio=0, verbose=0
+    )
+    found = result.object_prediction_list
+    assert {x.category.name for x in found} == {"dog"}
+    assert {x.score.value for x in found} == {0.25}
+    together = np.any([x.mask.bool_mask for x in found], axis=0)
+    blue = (image == (0, 0, 255)).all(axis=2)
+    # sahi's polygons lose some of the outline
+    assert (together & ~blue).sum() <= 0.01 * blue.sum()
+    assert (together & blue).sum() > 0.9 * blue.sum()
+
+
+def test_torchmetrics_has_the_ap_of_mask_scores(tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.chdir(tmp_path)
+    draw.draw_dataset(tmp_path, 1, 6, seed=3)
+    (tmp_path / "val").rename("images")
+    predictor = msrcnn_d2.load_predictor("demo")
+    monkeypatch.setattr(msrcnn_d2, "load_predictor", lambda folder: predictor, raising=False)
+    names = example("torchmetrics")
+
+    coco = names["coco"]
+    results = []
+    for image in coco.dataset["images"]:
+        (found,) = predictor.predictions([f"images/{image['file_name']}"])
+        results += [
+            {"image_id": image["id"], "category_id": int(k) + 1, "segmentation": rle, "score": s}
+            for k, rle, s in zip(found.pred_classes, found.masks.rles(), found.mask_scores)
+        ]
+    evaluation = COCOeval(coco, coco.loadRes(results), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    ap = names["metric"].compute()
+    assert 0.2 < evaluation.stats[0] < 1
+    assert ap["map"].item() == pytest.approx(evaluation.stats[0], abs=1e-6)
+    assert ap["map_75"].item() == pytest.approx(evaluation.stats[2], abs=1e-6)
+
+
+def write_metrics(writer) -> None:
+    """Losses of two iterations, and a result of the second."""
+    with EventStorage() as storage:
+        for storage.iter, loss in enumerate([4.0, 2.0]):
+            storage.put_scalar("total_loss", loss)
+            if storage.iter == 1:
+                storage.put_scalar("segm/AP-a (b)", 12.5, smoothing_hint=False)
+            writer.write()
+        storage.iter = 2  # nothing is new
+        writer.write()
+
+
+def test_mlflow_has_the_metrics(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # its database takes seconds to set up
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    writer = example("MLflowWriter")["MLflowWriter"]("my experiment")
+    write_metrics(writer)
+    writer.close()
+    assert mlflow.active_run() is None
+    (run,) = mlflow.search_runs(experiment_names=["my experiment"], output_format="list")
+    history = {
+        name: [
+            (x.step, x.value)
+            for x in mlflow.MlflowClient().get_metric_history(run.info.run_id, name)
+        ]
+        for name in run.data.metrics
+    }
+    # Smoothed by their median, as in the log
+    assert history == {"total_loss": [(0, 4), (1, 3)], "segm/AP-a _b_": [(1, 12.5)]}
+
+
+def test_wandb_has_the_metrics(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    if not hasattr(wandb, "init"):
+        pytest.skip("wandb is a folder of earlier runs")
+    arguments = {"project": "shapes", "mode": "offline", "dir": str(tmp_path)}
+    writer = example("WandbWriter")["WandbWriter"](**arguments)
+    write_metrics(writer)
+    summary = dict(writer.run.summary)
+    writer.close()
+    wandb.teardown()  # it would write the next run of this process beside this one
+    assert {k: summary[k] for k in ("total_loss", "segm/AP-a (b)")} == {
+        "total_loss": 3,
+        "segm/AP-a (b)": 12.5,
+    }
+    assert [*tmp_path.glob("wandb/offline-run-*/*.wandb")]

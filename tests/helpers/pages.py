@@ -28,6 +28,8 @@ NEEDS = re.compile(
     r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model)( and (COCO|a download|GPUs|a GPU))?"
 )
 CONTINUES = "continues"
+# A library of the extra "integrations", without which the block is not run
+CLIENT = re.compile(r"client: (\w+)")
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
