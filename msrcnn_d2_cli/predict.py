@@ -1,10 +1,11 @@
 """
-Find objects in images with a trained model, and write what is found: pictures to look at, and
-masks and scores in the formats of other tools.
+Find objects in images and videos with a trained model, and write what is found: pictures to look
+at, and masks and scores in the formats of other tools.
 
-An INPUT is an image; a folder, with its subfolders; a pattern such as 'photos/**/*.jpg'; an address
-with http:// or https://; or - for a list of these on standard input. Results are in a folder that
-mirrors the folders of the inputs. A run that was interrupted, or killed, continues with --resume.
+An INPUT is an image or a video; a folder, with its subfolders; a pattern such as 'photos/**/*.jpg';
+the address of an image, with http:// or https://; or - for a list of these on standard input.
+Results are in a folder that mirrors the folders of the inputs. A run that was interrupted, or
+killed, continues with --resume.
 
 Only objects with a score of at least 0.3 are kept, unless a threshold is given. The score is the
 one that they are sorted by, usually the mask score: class score x predicted IoU of the mask. To
@@ -19,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .parsing import (
@@ -33,9 +34,10 @@ from .parsing import (
 
 if TYPE_CHECKING:
     from msrcnn_d2_runtime.filtering import Filter
-    from msrcnn_d2_runtime.inputs import Source
-    from msrcnn_d2_runtime.predictions import PredictedImage
+    from msrcnn_d2_runtime.predictions import PredictedImage, Predictions
     from msrcnn_d2_runtime.predictor import Predictor
+    from msrcnn_d2_runtime.sources import Source
+    from msrcnn_d2_runtime.video import VideoSource
 
 USAGE = "INPUT... --model MODEL [options]"
 EXAMPLES = """
@@ -46,6 +48,8 @@ EXAMPLES = """
   only good masks of people, as COCO results and a PNG for each mask:
     {prog} 'photos/**/*.jpg' --model output/model_final.pth --classes person \\
       --min-mask-score 0.6 --save coco,masks
+  every second frame of a video, whose objects have numbers:
+    {prog} clip.mp4 --model output/model_final.pth --stride 2 --track
   an exported model, without PyTorch:
     {prog} photos/ --model model.onnx
   a line of JSON for each image, for other programs:
@@ -150,6 +154,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images, or tiles, that the model sees at once (default: 1)",
     )
+    work.add_argument(
+        "--stride",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="predict every N-th frame of a video (default: 1)",
+    )
+    work.add_argument(
+        "--track",
+        action="store_true",
+        help="give the objects of a video numbers, which they keep from frame to frame",
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -170,13 +186,16 @@ def run(args: argparse.Namespace) -> int:
     from msrcnn_d2_runtime.inputs import find_inputs
     from msrcnn_d2_runtime.outputs import JsonLines, OutputFolder
     from msrcnn_d2_runtime.text import plural
+    from msrcnn_d2_runtime.video import VideoSource
 
     to_stream = args.output == STANDARD_OUTPUT
     found = find_inputs(
         args.inputs,
         standard_input=sys.stdin.buffer if "-" in args.inputs else None,
         without=None if to_stream else args.output,
+        stride=args.stride,
     )
+    videos = [source for source in found.sources if isinstance(source, VideoSource)]
     if found.num_ignored:
         tell(f"{plural(found.num_ignored, 'other file')} in the inputs left out.")
     log_to_stderr()
@@ -185,7 +204,8 @@ def run(args: argparse.Namespace) -> int:
     wanted.class_indices(predictor.class_names)  # before the folder is made
     if to_stream:
         stream = JsonLines(sys.stdout.buffer, predictor.class_names)
-        return predict(args, predictor, found.sources, wanted, stream.write, set())
+        write = tracking(args, videos, stream.write)
+        return predict(args, predictor, found.sources, wanted, write, set())
     output = OutputFolder(
         args.output,
         args.save or ["pictures", "csv"],
@@ -196,12 +216,30 @@ def run(args: argparse.Namespace) -> int:
         legend=args.legend,
         segmentation=args.segmentation,
         annotations=args.annotations,
+        videos=videos,
     )
     with contextlib.closing(output):
-        code = predict(args, predictor, found.sources, wanted, output.write, output.done)
+        earlier = ((name, output.predictions(name)) for name in sorted(output.done))
+        write = tracking(args, videos, output.write, earlier)
+        code = predict(args, predictor, found.sources, wanted, write, output.done)
         output.finish()  # after an interruption, too: what there is can be used
     print(f"results: {os.path.join(args.output, '')}")
     return code
+
+
+def tracking(
+    args: argparse.Namespace,
+    videos: "Sequence[VideoSource]",
+    write: "Callable[[PredictedImage], None]",
+    earlier: "Iterable[tuple[str, Predictions]]" = (),
+) -> "Callable[[PredictedImage], None]":
+    """Give objects numbers before they are written, if that is asked for."""
+    if not args.track:
+        return write
+    from msrcnn_d2_runtime.tracking import VideoTracker
+
+    track = VideoTracker(videos, earlier)
+    return lambda image: write(track(image))
 
 
 def filter_from(args: argparse.Namespace) -> "tuple[Filter, float | str]":
@@ -235,10 +273,12 @@ def predict(
 
     skipped: list[str] = []
     done = set(done)  # the writer adds to the other one
-    num_done = sum(source.name in done for source in sources)
+    frames_done = Counter(name.rpartition("/")[0] for name in done)
+    num_done = sum(source.name in done or frames_done[source.name] for source in sources)
     if num_done:
         tell(f"{plural(num_done, 'image')} done before.")
-    progress = Progress(len(sources) - num_done)
+    num_left = sum(source.num_images for source in sources) - num_done
+    progress = Progress(num_left)
 
     def skip(location: str, error: Exception) -> None:
         skipped.append(location)
@@ -281,7 +321,7 @@ def predict(
     ]
     print("; ".join(parts), file=sys.stderr if args.output == STANDARD_OUTPUT else sys.stdout)
     if interrupted:
-        left = len(sources) - num_done - num_images - len(skipped)
+        left = max(0, num_left - num_images - len(skipped))
         advice = "" if args.output == STANDARD_OUTPUT else ": add --resume to continue"
         tell(f"Interrupted, {plural(left, 'image')} left{advice}.")
         return 128 + signal.SIGINT
@@ -326,6 +366,8 @@ def settings_of(
         "images": dataclasses.asdict(predictor.image_settings),
         "amp": args.amp,
         "tta": args.tta,
+        "stride": args.stride,
+        "track": args.track,
         "tiles": {"size": args.tile, "overlap": args.overlap} if args.tile else None,
     }
 

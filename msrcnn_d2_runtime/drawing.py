@@ -18,7 +18,7 @@ from .labels import (
     label_size,
     place_labels,
 )
-from .predictions import Masks, Predictions
+from .predictions import TRACK_IDS, Masks, Predictions
 
 try:
     import cv2
@@ -160,7 +160,11 @@ def label_texts(
         k: left_to_right(cut_to(class_names[k], width, font_size)) if class_names else str(k)
         for k in set(classes)
     }
-    return [f"{names[k]} {score}" for k, score in zip(classes, scores)]
+    texts = [f"{names[k]} {score}" for k, score in zip(classes, scores)]
+    if predictions.has(TRACK_IDS):
+        ids = predictions.get(TRACK_IDS).tolist()
+        texts = [f"#{x} {text}" if x >= 0 else text for x, text in zip(ids, texts)]
+    return texts
 
 
 def draw_objects(

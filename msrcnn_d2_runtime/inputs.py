@@ -1,4 +1,4 @@
-"""Find the images that somebody asks for: files, folders, patterns, lists and addresses."""
+"""Find the images and videos that are asked for: files, folders, patterns, lists, addresses."""
 
 import glob
 import hashlib
@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import IO, Any
@@ -20,17 +20,17 @@ from PIL import UnidentifiedImageError
 
 from .errors import UserError
 from .image_reading import ImageLike, ImageSettings, open_image, read_bgr_image, to_rgb
+from .sources import Reader, Source, printable
 from .text import listed, plural
+from .video import VIDEO_SUFFIXES, VideoSource
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "FoundInputs",
     "ImageInMemory",
     "ImageSource",
-    "Source",
     "download",
     "find_inputs",
-    "printable",
 ]
 
 # What is taken from folders and by patterns; a file that is named is always tried
@@ -38,35 +38,12 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff "
     ".webp".split()
 )
+SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 STANDARD_INPUT = "-"
 TIMEOUT = 30.0  # seconds without any data
 MAX_SECONDS = 300.0  # of a download
 MAX_BYTES = 2**28  # of a download
 CHUNK = 2**16
-
-# Reads an image: uint8 (H, W, 3), BGR
-Reader = Callable[[], np.ndarray]
-
-
-class Source:
-    """
-    Something that has images: one, or many as a video does.
-
-    Attributes:
-        name: POSIX path that its outputs are called by, unique in a run.
-        location: the file or URL.
-    """
-
-    name: str
-    location: str
-
-    def images(self, settings: ImageSettings) -> Iterator[tuple[str, Reader]]:
-        """
-        Yields:
-            name and reader of each image, in order. A reader may be called in another thread, while
-            the next image is asked for, or not at all.
-        """
-        raise NotImplementedError
 
 
 @dataclass
@@ -142,6 +119,7 @@ def find_inputs(
     *,
     standard_input: IO[bytes] | None = None,
     without: str | os.PathLike | None = None,
+    stride: int = 1,
 ) -> FoundInputs:
     """
     Args:
@@ -149,12 +127,13 @@ def find_inputs(
             an address that begins with "http://" or "https://"; or "-" for a list of these, one in
             each line (or separated by NUL, as `find -print0` writes it), from `standard_input`.
         without: a folder that is left out, such as the one that results are written to.
+        stride: every so many frames of a video are read.
 
     Returns:
-        their images. The name of an image is its path in the folder that was given, or below the
-        part of a pattern before the first wildcard; that of a file is its own. If two inputs then
-        have equal names, all names begin with folders that tell the inputs apart. Hidden files and
-        folders are left out.
+        their images and videos. The name of one is its path in the folder that was given, or below
+        the part of a pattern before the first wildcard; that of a file is its own. If two inputs
+        then have equal names, all names begin with folders that tell the inputs apart. Hidden files
+        and folders are left out.
 
     Raises:
         UserError: an input does not exist, cannot be read, or has no image.
@@ -202,13 +181,15 @@ def find_inputs(
     if missing:
         raise UserError(f"Not found: {listed(missing)}.")
     unique = list(found.values())
-    sources = [ImageSource(name, x.location) for name, x in zip(_names(unique), unique)]
-    return FoundInputs([*sources], num_ignored)
-
-
-def printable(path: str) -> str:
-    """A path in which bytes that are no text, as names of files can have, are replaced."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    sources: list[Source] = []
+    for name, place in zip(_names(unique), [x.location for x in unique]):
+        if _suffix(place) not in VIDEO_SUFFIXES:
+            sources.append(ImageSource(name, place))
+        elif not _is_url(place):
+            sources.append(VideoSource(name, place, stride))
+        else:
+            raise UserError(f"Video '{printable(place)}' is on a server: download it first.")
+    return FoundInputs(sources, num_ignored)
 
 
 def _lines(file: IO[bytes]) -> list[str]:
@@ -233,7 +214,7 @@ def _in_folder(folder: str, root: str, excluded: str | None) -> tuple[list[_Foun
         folders[:] = sorted(x for x in folders if not x.startswith("."))
         for file in sorted(x for x in files if not x.startswith(".")):
             path = os.path.join(place, file)
-            if _suffix(file) in IMAGE_SUFFIXES:
+            if _suffix(file) in SUFFIXES:
                 images.append(_Found(path, root, os.path.relpath(path, root)))
             else:
                 num_ignored += 1
@@ -261,7 +242,7 @@ def _matching(pattern: str, excluded: str | None) -> tuple[list[_Found], int]:
             num_ignored += others
         elif excluded and os.path.realpath(path).startswith(os.path.join(excluded, "")):
             continue
-        elif _suffix(path) in IMAGE_SUFFIXES:
+        elif _suffix(path) in SUFFIXES:
             images.append(_Found(path, root, os.path.relpath(path, root or ".")))
         else:
             num_ignored += 1

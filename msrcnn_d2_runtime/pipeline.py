@@ -13,9 +13,10 @@ import numpy as np
 from .errors import UserError
 from .filtering import Filter
 from .image_reading import ImageLike, ImageSettings
-from .inputs import ImageInMemory, Source, find_inputs, printable
+from .inputs import ImageInMemory, find_inputs
 from .predictions import PredictedImage, Predictions
 from .predictor import Predictor
+from .sources import Source, printable
 from .text import listed, plural
 
 __all__ = ["Inputs", "predict_all", "write_behind"]

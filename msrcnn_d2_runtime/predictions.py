@@ -9,8 +9,17 @@ import numpy as np
 from .mask_encoding import Crop, encode_crops, paste_roi_masks
 from .scores import MASK_IOU_PROBS, SCORES
 
-__all__ = ["CroppedMasks", "Masks", "PredictedImage", "Predictions", "RoiMasks"]
+__all__ = [
+    "SCORE_NAMES",
+    "TRACK_IDS",
+    "CroppedMasks",
+    "Masks",
+    "PredictedImage",
+    "Predictions",
+    "RoiMasks",
+]
 
+TRACK_IDS = "track_ids"
 # What predictions may have besides boxes, classes and masks
 SCORE_NAMES = (*(score.field for score in SCORES.values()), MASK_IOU_PROBS)
 
@@ -172,7 +181,7 @@ class Predictions:
 
     The scores that the model predicts are attributes too, float32 (N,): "scores",
     "pred_mask_ious", "mask_scores", "quality_scores", "expected_mask_ious"; and "mask_iou_probs",
-    (N, 10).
+    (N, 10). In a video whose objects are tracked, "track_ids" are their numbers, int64 (N,).
     """
 
     def __init__(
@@ -264,6 +273,16 @@ class Predictions:
     def scores_by_name(self) -> dict[str, np.ndarray]:
         """The scores that there are, by their names."""
         return dict(self._scores)
+
+    def with_field(self, name: str, values: np.ndarray) -> "Predictions":
+        """The same predictions with one more field, whose first index counts them."""
+        return Predictions(
+            pred_boxes=self.pred_boxes,
+            pred_classes=self.pred_classes,
+            masks=self.masks,
+            scores=self._scores | {name: values},
+            ranking=self.ranking,
+        )
 
     def has(self, name: str) -> bool:
         """Whether there is a field with this name."""

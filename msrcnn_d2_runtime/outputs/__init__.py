@@ -4,6 +4,7 @@ Write predictions to files. Each format has its module::
     folder          OutputFolder: a folder with any of the formats, which survives a kill
     json_lines      JSON lines to a stream
     pictures        the images with predictions drawn on them
+    videos          the same for videos
     coco_results    COCO results, for evaluations
     coco_dataset    COCO dataset, for annotation tools and training
     polygons        outlines of masks with their holes, for the dataset

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..files import INCOMPLETE, write_whole
-from ..predictions import PredictedImage
+from ..predictions import PredictedImage, Predictions
 from ..text import listed, shown
+from ..video import VideoSource
 from .coco_dataset import SEGMENTATIONS, write_coco_dataset
 from .coco_ids import CocoIds
 from .coco_results import write_coco_results
@@ -18,12 +19,14 @@ from .csv_table import write_csv
 from .journal import Journal
 from .pictures import picture_name, write_picture
 from .png_masks import write_label_map, write_object_masks
-from .records import record_of
+from .records import predictions_of, record_of
+from .videos import AnnotatedVideos
 
 __all__ = ["KINDS", "OutputFolder"]
 
 KINDS = {
-    "pictures": "pictures/: the images with masks, boxes and labels drawn on them",
+    "pictures": "pictures/: the images with masks and labels drawn on them, and an MP4 file for "
+    "each video",
     "coco": "coco_instances_results.json: COCO results, for evaluations",
     "dataset": "annotations/instances_predictions.json: a COCO dataset, for annotation tools and "
     "training",
@@ -63,6 +66,7 @@ class OutputFolder:
         legend: bool = False,
         segmentation: str = "polygons",
         annotations: str | None = None,
+        videos: Sequence[VideoSource] = (),
     ):
         """
         Args:
@@ -77,6 +81,7 @@ class OutputFolder:
             segmentation: of the dataset, "polygons" or "rle".
             annotations: path of a JSON file in COCO's format with the same images and classes,
                 whose ids the predictions get, so that they can be evaluated.
+            videos: whose frames will come. Videos have no legend.
 
         Raises:
             UserError: the folder has something else or is in use, the run there had other settings,
@@ -106,6 +111,9 @@ class OutputFolder:
         self._journal = Journal(self._path("predictions.jsonl"))
         try:
             self.done = set(self._journal.names)
+            self._videos = AnnotatedVideos(
+                self._path("pictures"), videos, self.class_names, labels, self.done
+            )
             self._pictures: set[str] = set()
             for name in self._journal.names:
                 self._ids.check(name)
@@ -139,7 +147,9 @@ class OutputFolder:
         self._ids.check(image.name)
         record = record_of(image, self.class_names, self._ids.category_ids)
         picture = picture_name(image.name, self._pictures)
-        if "pictures" in self.kinds:
+        if "pictures" in self.kinds and self._videos.video_of(image.name):
+            self._videos.write(image)
+        elif "pictures" in self.kinds:
             to = self._path("pictures", picture)
             write_picture(to, image, self.class_names, self._labels, self._legend)
         self._write_pngs(record, self.kinds)
@@ -153,8 +163,17 @@ class OutputFolder:
         if "masks" in kinds:
             write_object_masks(self._path("masks", record["image"]), record)
 
+    def predictions(self, name: str) -> Predictions:
+        """
+        Args:
+            name: of an image that is done.
+        """
+        return predictions_of(self._journal.record(name), self._ids.category_ids)
+
     def finish(self) -> None:
-        """Write the files about all images that are done."""
+        """Complete videos, and write the files about all images that are done."""
+        if "pictures" in self.kinds:
+            self._videos.finish(self.done, self.predictions)
         records, kinds = self._journal.records, self.kinds
         image_ids = self._ids.image_ids(self._journal.names)
         if "coco" in kinds:
@@ -180,6 +199,7 @@ class OutputFolder:
 
     def close(self) -> None:
         """Let go of the folder, so that another process can resume the run."""
+        self._videos.abandon()
         self._journal.close()
 
     def __enter__(self) -> "OutputFolder":

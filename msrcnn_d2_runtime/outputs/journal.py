@@ -85,10 +85,14 @@ class Journal:
         The records of all images, sorted by name: the same, whatever the order in which they were
         written. One at a time is in memory.
         """
+        for name in sorted(self._offsets):
+            yield self.record(name)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of an image."""
         with open(self._path, "rb") as f:
-            for name in sorted(self._offsets):
-                f.seek(self._offsets[name])
-                yield json.loads(f.readline())
+            f.seek(self._offsets[name])
+            return json.loads(f.readline())
 
     def close(self) -> None:
         self._file.close()

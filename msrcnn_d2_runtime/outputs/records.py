@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ..predictions import PredictedImage
+from ..predictions import TRACK_IDS, CroppedMasks, PredictedImage, Predictions
 from ..ranking import SCORE_FIELDS
 from ..scores import MASK_IOU_PROBS, SCORES
 
-__all__ = ["SCORE_KEYS", "line_of", "record_of"]
+__all__ = ["SCORE_KEYS", "TRACK_ID", "line_of", "predictions_of", "record_of"]
+
+TRACK_ID = "track_id"
 
 # The names of the scores in JSON and CSV files, in their order
 SCORE_KEYS = tuple(score.key for score in SCORES.values())
@@ -27,7 +29,8 @@ def record_of(
     Returns:
         "image", "source", "height", "width", "ranked_by", and "predictions", the best first. These
         have "category_id", "class", "bbox" (XYWH in pixels), the scores that the model predicts, by
-        the keys of `SCORES`, "area" (pixels of the mask) and "segmentation" (compressed RLE).
+        the keys of `SCORES`, "track_id" in tracked videos, "area" (pixels of the mask) and
+        "segmentation" (compressed RLE).
     """
     import pycocotools.mask as mask_util
 
@@ -40,6 +43,8 @@ def record_of(
     if predictions.has(MASK_IOU_PROBS):
         probs = predictions.get(MASK_IOU_PROBS).tolist()
         columns[MASK_IOU_PROBS] = [[round(p, 6) for p in row] for row in probs]
+    if predictions.has(TRACK_IDS):
+        columns[TRACK_ID] = predictions.get(TRACK_IDS).tolist()
     columns["segmentation"] = rles = predictions.masks.rles()
     areas = mask_util.area(rles).tolist() if rles else []
 
@@ -60,6 +65,40 @@ def record_of(
         "ranked_by": RANKINGS[predictions.ranking],
         "predictions": entries,
     }
+
+
+def predictions_of(record: dict[str, Any], category_ids: Sequence[int]) -> Predictions:
+    """
+    Args:
+        record: from :func:`record_of`.
+        category_ids: as it was given there.
+
+    Returns:
+        the predictions; their boxes and probabilities are rounded.
+    """
+    import pycocotools.mask as mask_util
+
+    entries = record["predictions"]
+    keys = {score.field: score.key for score in SCORES.values()}
+    keys |= {MASK_IOU_PROBS: MASK_IOU_PROBS, TRACK_IDS: TRACK_ID}
+    ranking = SCORE_FIELDS[record["ranked_by"]]
+    fields = {
+        name: np.array([x[key] for x in entries], np.int64 if name == TRACK_IDS else np.float32)
+        for name, key in keys.items()
+        if (key in entries[0] if entries else name in ("scores", ranking))
+    }
+    boxes = np.array([x["bbox"] for x in entries], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    bitmaps = (mask_util.decode(x["segmentation"]) for x in entries)
+    crops = [CroppedMasks.of(bitmap[None]).crops[0] for bitmap in bitmaps]
+    index = {category: k for k, category in enumerate(category_ids)}
+    return Predictions(
+        pred_boxes=boxes,
+        pred_classes=np.array([index[x["category_id"]] for x in entries], np.int64),
+        masks=CroppedMasks(crops, (record["height"], record["width"])),
+        scores=fields,
+        ranking=ranking,
+    )
 
 
 def _shortened(values: np.ndarray) -> list[float]:
