@@ -20,6 +20,7 @@ from msrcnn_d2.engine import (
 from msrcnn_d2.export import export_onnx
 from msrcnn_d2.prediction.loading import demo_model
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.image_reading import read_bgr_image
 from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
 from tests.helpers.command import exit_code
 from tests.helpers.onnx_files import OUTPUTS, metadata, write_onnx
@@ -135,6 +136,19 @@ def test_an_exported_model_finds_what_the_model_finds(shapes):
             np.testing.assert_allclose(found.get(name), values, atol=2e-4, err_msg=name)
         differ = np.count_nonzero(found.pred_masks != expected.pred_masks)
         assert differ <= 1e-4 * expected.pred_masks.size
+
+
+def test_openvino_runs_the_file(shapes):
+    """At a size that is no multiple of 16, to which images are padded."""
+    openvino = pytest.importorskip("openvino")
+    image = np.ascontiguousarray(read_bgr_image(shapes.images[0])[:100, :90])
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(shapes.exported.path, "CPU", settings)
+    found = model({"image": np.ascontiguousarray(image[:, :, ::-1])})
+    expected = shapes.exported(image)["instances"]
+    assert len(expected) > 3
+    np.testing.assert_allclose(found["boxes"], expected.pred_boxes, atol=2e-3)
+    np.testing.assert_allclose(found["mask_scores"], expected.mask_scores, atol=1e-4)
 
 
 def test_the_results_are_those_of_evaluating_the_model(shapes):

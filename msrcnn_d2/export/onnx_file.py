@@ -100,6 +100,7 @@ def onnx_model(graph: InferenceGraph, example: tuple[torch.Tensor, ...], metadat
             dynamo=False,
         )
     model = onnx.load_from_string(buffer.getvalue())
+    round_down_by_remainder(model.graph)
     defaults = {
         "output_size": np.zeros(2, np.int64),
         "score_threshold": np.array(float(metadata["score_threshold"]), np.float32),
@@ -109,6 +110,44 @@ def onnx_model(graph: InferenceGraph, example: tuple[torch.Tensor, ...], metadat
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     onnx.helper.set_model_props(model, metadata)
     return model
+
+
+def round_down_by_remainder(graph: Any) -> None:
+    """
+    Replace x / n * n of whole numbers, by which Detectron2 pads images to a multiple of n, by
+    x - x mod n. OpenVINO 2026.4 takes the first one for x.
+
+    Args:
+        graph: an `onnx.GraphProto`.
+    """
+    onnx, _ = import_onnx()
+    producers = {name: node for node in graph.node for name in node.output}
+
+    def constant(name: str) -> np.ndarray | None:
+        node = producers.get(name)
+        if node is None or node.op_type != "Constant":
+            return None
+        return onnx.numpy_helper.to_array(node.attribute[0].t)
+
+    for position, node in reversed([*enumerate(graph.node)]):
+        if node.op_type != "Mul":
+            continue
+        division = producers.get(node.input[0])
+        while division is not None and division.op_type == "Cast":
+            division = producers.get(division.input[0])
+        if division is None or division.op_type != "Div":
+            continue
+        divisor, factor = constant(division.input[1]), constant(node.input[1])
+        if divisor is None or factor is None or divisor.dtype.kind != "i":
+            continue
+        if np.array_equal(divisor, factor):
+            x, n = division.input
+            (result,) = node.output
+            remainder = f"{result}_remainder"
+            graph.node.remove(node)
+            graph.node.insert(position, onnx.helper.make_node("Mod", [x, n], [remainder]))
+            rest = onnx.helper.make_node("Sub", [x, remainder], [result])
+            graph.node.insert(position + 1, rest)
 
 
 class _NonMaxSuppression(torch.autograd.Function):
