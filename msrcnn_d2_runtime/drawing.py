@@ -207,10 +207,9 @@ def draw_objects(
     if fitting < font_size:
         font_size = fitting
         sizes = np.array([label_size(text, font_size) for text in labels], dtype=float)
-    tags = [label_image(text, font_size, color) for text, color in zip(labels, colors)]
     # An object that is smaller than its label loses importance
     if importance is None:
-        importance = np.arange(len(tags), 0, -1)
+        importance = np.arange(len(labels), 0, -1)
     weights = {
         k: importance[k] * min(1, (spot.box[2:] - spot.box[:2]).prod() / sizes[k].prod())
         for k, spot in spots.items()
@@ -229,8 +228,9 @@ def draw_objects(
             ends = [end, end.clip(place[:2], place[2:] - 1)]
             _draw_lines(canvas, [np.array(ends, np.int32)], colors[k], line, closed=False)
     for k, place, _ in placed:
-        x, y = np.minimum(place[:2].round().astype(int), picture - sizes[k].astype(int))
-        canvas[y : y + tags[k].shape[0], x : x + tags[k].shape[1]] = tags[k]
+        image = label_image(labels[k], font_size, colors[k])
+        x, y = np.minimum(place[:2].round().astype(int), picture - image.shape[1::-1])
+        canvas[y : y + image.shape[0], x : x + image.shape[1]] = image
 
 
 def _draw_masks(

@@ -19,7 +19,7 @@ ELLIPSIS = "…"
 # Sizes in an image of a label, in font sizes
 PADDING = 0.3  # on both sides of the text
 ASCENT, DESCENT = 1.1, 0.35  # above and below the baseline
-BRIGHT = 125  # the luma from which on texts are black
+BRIGHT = 110  # the luma from which on texts are black
 
 # The places that are tried for a label. The first one is above its object, in the middle of its
 # uppermost part.
@@ -104,7 +104,8 @@ def label_image(text: str, font_size: int, color: Color) -> np.ndarray:
 
 def _fonts_of(text: str, size: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
     """The parts of a text from left to right, and the font to draw each with."""
-    parts = [(part, _font(file, size)) for part, file in runs(text)]
+    one_line = " ".join(text.split())
+    parts = [(part, _font(file, size)) for part, file in runs(one_line)]
     if is_right_to_left(text) and not features.check("raqm"):
         # Without this library Pillow draws letters from left to right, in the order they have
         parts = [(part[::-1] if is_right_to_left(part) else part, font) for part, font in parts]
@@ -170,7 +171,9 @@ def place_labels(
         aside = np.maximum(tried[:, 0, None] - x, x - tried[:, 2, None])
         above = np.maximum(tried[:, 1, None] - y, y - tried[:, 3, None])
         gap = np.hypot(np.maximum(aside, 0), np.maximum(above, 0)).min(axis=1)
-        hidden = (_overlaps(tried, boxes) / areas).sum(axis=1)
+        lowest, highest = tried[:, :2].min(axis=0), tried[:, 2:].max(axis=0)
+        near = ((boxes[:, :2] < highest) & (boxes[:, 2:] > lowest)).all(axis=1)
+        hidden = (_overlaps(tried, boxes[near]) / areas[near]).sum(axis=1)
         shift = np.abs((corners - home) / (2 * height, height)).sum(axis=1)
         cost = 0.5 * hidden + 0.2 * gap / height + 0.05 * shift  # weights are a matter of taste
         bad = (gap > MAX_GAP * height) | (hidden > MAX_HIDDEN) | (density > MAX_DENSITY)

@@ -394,6 +394,13 @@ def test_long_names_are_cut(drawn):
     assert cut_to("a" * 1000, 0, 13) == "a…"
 
 
+def test_names_of_several_lines_are_drawn_in_one(drawn):
+    names = ["traffic\nlight\t(red)", " "]
+    draw_predictions(grey((480, 640)), two_objects(), names, legend=True)
+    one_line = label_image("traffic light (red) 0.90", 20, (0, 0, 0))
+    np.testing.assert_array_equal(label_image(f"{names[0]} 0.90", 20, (0, 0, 0)), one_line)
+
+
 @pytest.mark.parametrize("color, ink", [((255, 255, 0), 0), ((0, 0, 128), 255)])
 def test_texts_contrast_with_their_background(color, ink):
     image = label_image("person", 20, color)
