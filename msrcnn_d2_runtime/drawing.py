@@ -45,6 +45,7 @@ FONT_SHARE = 1 / 55  # font size / square root of the picture's area
 CROWDED_FONT_SHARE = 1 / 90  # if there are many labels
 LINE_SHARE = 1 / 300  # the widest outlines / square root of the picture's area
 LINE_SHARE_OF_OBJECT = 1 / 20  # outlines / side of the median object
+MAX_LEGEND_WIDTH = 4  # in widths of the picture
 FILL = 0.4  # opacity of masks
 DARK = 0.3  # brightness of the edges of an outline: they show it on light pictures
 NUM_POINTS = 50  # on an outline, and about as many inside, for the place of its label
@@ -75,7 +76,8 @@ def draw_predictions(
             sorted by; "full" for labels like "person 0.71 x IoU 0.63 = 0.45", with all scores; or
             "none".
         legend: objects have their numbers as labels, beginning with 1, and the full labels are
-            beside the picture, on the right. The width of the result depends on the predictions.
+            beside the picture, on the right, as far as they have room in four times its width. The
+            width of the result depends on the predictions.
         colors: the colour of each class; by default those of
             :func:`~msrcnn_d2_runtime.class_colors.class_colors`.
         scale: the factor by which the picture is enlarged. By default pictures that are too small
@@ -334,14 +336,19 @@ def _with_legend(
         return canvas
     height, width = canvas.shape[:2]
     font_size = _font_size(height, width)
-    tags = [label_image(number, font_size, color) for number, color in zip(numbers, colors)]
-    lines = [label_image(text, font_size, (255, 255, 255)) for text in texts]
+    white = (255, 255, 255)
     space = font_size // 2
-    row_height = max(x.shape[0] for x in (*tags, *lines)) + space // 2
-    tag_width, line_width = (max(x.shape[1] for x in images) for images in (tags, lines))
+    row_height = label_size(texts[0], font_size)[1] + space // 2
+    tag_width, line_width = (max(label_size(x, font_size)[0] for x in y) for y in (numbers, texts))
     column_width = space + tag_width + line_width
     rows = max(1, (height - space) // row_height)
-    columns = -(-len(texts) // rows)
+    columns = min(-(-len(texts) // rows), max(1, MAX_LEGEND_WIDTH * width // column_width))
+    if len(texts) > rows * columns:  # the last row says how many are left out
+        num = rows * columns - 1
+        numbers, texts = [*numbers[:num], ""], [*texts[:num], f"and {len(texts) - num:,} more"]
+        colors = [*colors[:num], white]
+    tags = [label_image(number, font_size, color) for number, color in zip(numbers, colors)]
+    lines = [label_image(text, font_size, white) for text in texts]
     shape = max(height, row_height + space), width + columns * column_width + space, 3
     result = np.full(shape, 255, np.uint8)
     result[:height, :width] = canvas

@@ -456,6 +456,14 @@ def test_a_legend_takes_as_many_columns_as_it_needs(size):
     assert few.shape[0] == many.shape[0] and few.shape[1] < many.shape[1]
 
 
+def test_a_legend_says_how_many_objects_have_no_row(drawn):
+    found = predictions((480, 640), [(1, 1, 5, 5)] * 1000)
+    picture = draw_predictions(grey((480, 640)), found, NAMES, legend=True)
+    assert 3 * 640 < picture.shape[1] <= 5 * 640 + 20
+    rows = [text for text in drawn.texts if "IoU" in text]
+    assert 100 < len(rows) < 999 and drawn.texts[-1] == f"and {1000 - len(rows)} more"
+
+
 # ---- mistakes of callers
 
 
