@@ -123,9 +123,10 @@ def find_inputs(
 ) -> FoundInputs:
     """
     Args:
-        inputs: each is a file; a folder, with its subfolders; a pattern such as "photos/**/*.jpg";
-            an address that begins with "http://" or "https://"; or "-" for a list of these, one in
-            each line (or separated by NUL, as `find -print0` writes it), from `standard_input`.
+        inputs: each is a file; a folder, with its subfolders; a pattern such as
+            ``photos/**/*.jpg``; an address that begins with "http://" or "https://"; or "-" for a
+            list of these, one in each line (or separated by NUL, as `find -print0` writes it), from
+            `standard_input`.
         without: a folder that is left out, such as the one that results are written to.
         stride: every so many frames of a video are read.
 
