@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from msrcnn_d2.export import Exported
+    from msrcnn_d2.prediction.predictor import MaskScoringPredictor
+
+MAX_IMAGES = 100  # to measure ranges on: more take time and change little
 
 USAGE = "MODEL OUT [options] [KEY=VALUE ...]"
 EXAMPLES = """
@@ -20,6 +23,9 @@ EXAMPLES = """
     {prog} ms_rcnn_R_50_FPN_1x model.onnx --masks pasted
   for programs that have PyTorch, such as those in C++ with LibTorch:
     {prog} output/model_final.pth model.ts --format torchscript
+  in int8, and what that costs in AP:
+    {prog} output/model_final.pth model.onnx --int8 train_images/ \\
+      --dataset my_val val.json val_images/
   a plain Mask R-CNN:
     {prog} mask_rcnn.pth mask_rcnn.onnx --rank-by score
 """
@@ -33,6 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=["onnx", "torchscript"], default="onnx")
     parser.add_argument(
         "--config-file", metavar="FILE", help="config of the model (default: the one beside it)"
+    )
+    parser.add_argument(
+        "--int8",
+        metavar="IMAGES",
+        action="append",
+        help="compute large layers in int8, with ranges that are measured on these images: a file, "
+        "folder or pattern; can be given several times. Of more than 100 images, 100 are used",
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
+        help="with --int8: a dataset in COCO's format, to print the AP before and after",
     )
     parser.add_argument(
         "--masks",
@@ -59,7 +78,17 @@ def run(args: argparse.Namespace) -> None:
     from msrcnn_d2.prediction.predictor import MaskScoringPredictor
     from msrcnn_d2.utils.errors import UserError
 
+    if args.int8 and args.format == "torchscript":
+        raise UserError("--int8 is for ONNX only: leave out --format torchscript.")
+    if args.dataset and not args.int8:
+        raise UserError(
+            "--dataset is for --int8 only: `msrcnn-d2 evaluate` takes any exported file."
+        )
     to_torchscript = args.format == "torchscript"
+    if args.dataset:
+        from msrcnn_d2.engine import register_dataset
+
+        register_dataset(*args.dataset)
     checked_target(args.output, ".ts" if to_torchscript else ".onnx")  # before a download
     predict = load_predictor(
         args.model,
@@ -70,8 +99,37 @@ def run(args: argparse.Namespace) -> None:
     )
     if not isinstance(predict, MaskScoringPredictor):
         raise UserError(f"'{args.model}' is exported already: give the checkpoint it comes from.")
-    export = export_torchscript if to_torchscript else export_onnx
-    show(export(predict, args.output, masks=args.masks))
+    if to_torchscript:
+        show(export_torchscript(predict, args.output, masks=args.masks))
+        return
+    images = None
+    if args.int8:
+        from msrcnn_d2_runtime.inputs import find_inputs
+
+        sources = find_inputs(args.int8).sources
+        step = max(1, len(sources) / MAX_IMAGES)  # from all of a sorted folder
+        images = [sources[int(k * step)].location for k in range(min(len(sources), MAX_IMAGES))]
+    show(export_onnx(predict, args.output, masks=args.masks, calibration_images=images))
+    if args.dataset:
+        show_ap(predict, args.output, args.dataset)
+
+
+def show_ap(predict: "MaskScoringPredictor", path: str, dataset: list[str]) -> None:
+    """
+    Args:
+        path: of the int8 file.
+        dataset: name, annotations and folder of images.
+    """
+    from msrcnn_d2.engine import evaluate_predictor
+    from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
+
+    name = dataset[0]
+    before = evaluate_predictor(predict, name)
+    after = evaluate_predictor(OnnxPredictor(path, rank_by=predict.rank_by), name)
+    print(f"AP on {name}, before and after int8:")
+    for task, metrics in before.items():
+        if "AP" in metrics:
+            print(f"  {task}: {metrics['AP']:.2f}, {after[task]['AP']:.2f}")
 
 
 def show(exported: "Exported") -> None:

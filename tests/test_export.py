@@ -232,6 +232,35 @@ def test_metadata(case):
         assert "accept_thresholds" not in values
 
 
+def int8_layers(path):
+    import onnx
+
+    types = [x.op_type for x in onnx.load(path).graph.node]
+    return types.count("DequantizeLinear")
+
+
+def test_int8_finds_about_the_same(plain, tmp_path):
+    images = [image_of(96, 64, seed)[:, :, ::-1] for seed in range(4)]
+    exported = export_onnx(plain, tmp_path / "model.onnx", calibration_images=images)
+    session = OnnxFile(tmp_path / "model.onnx")
+    assert session.metadata["precision"] == "int8"
+    assert json.loads(session.metadata["class_names"]) == NAMES
+    assert int8_layers(tmp_path / "model.onnx") > 10
+    other, none = exported.comparisons
+    assert other.num_same >= other.num_expected / 2 > 1 and none.num_found == 0
+    assert other.image_size == (64, 96)
+    assert any(other.differences.values())
+
+
+def test_int8_needs_images_with_objects(plain, tmp_path, monkeypatch):
+    run = Session.__call__
+    # Without a threshold, as for the images, it finds nothing
+    monkeypatch.setattr(Session, "__call__", lambda self, x, t=2.0: run(self, x, t))
+    with pytest.raises(UserError, match="images with objects"):
+        export_onnx(plain, tmp_path / "model.onnx", calibration_images=[image_of(96, 64)])
+    assert not [*tmp_path.iterdir()]
+
+
 # ---- parts
 
 

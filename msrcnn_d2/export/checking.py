@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -20,13 +21,27 @@ __all__ = ["Comparison", "check", "drawn_image", "eager_outputs", "threshold_for
 # image and threshold -> the outputs by their names
 Run = Callable[[np.ndarray, float], dict[str, np.ndarray]]
 
-# Two detections are the same one if their class scores and their boxes differ by less
-MAX_SCORE_DIFFERENCE = 0.01
-MAX_BOX_DIFFERENCE = 0.01  # of the longer side of the image
-# So many may be other ones: where two boxes overlap by just the threshold, rounding decides
-MAX_OTHERS = 0.02
-# What the outputs may differ by; masks in the share of the pixels, or in the mean probability
-MAX_DIFFERENCE = 0.02
+
+class Tolerance(NamedTuple):
+    """
+    Attributes:
+        score, box: two detections are the same one if their class scores and their boxes differ by
+            less; boxes in the share of the longer side of the image.
+        others: such a share of the detections may be other ones.
+        difference: what the outputs may differ by; masks in the share of the pixels, or in the mean
+            probability.
+    """
+
+    score: float
+    box: float
+    others: float
+    difference: float
+
+
+# Where two boxes overlap by just the threshold of non-maximum suppression, rounding decides
+FLOAT32 = Tolerance(score=0.01, box=0.01, others=0.02, difference=0.02)
+# A file that has gone wrong finds other things; how good it is, only AP says
+INT8 = Tolerance(score=0.3, box=0.05, others=0.5, difference=1.0)
 
 
 @dataclass
@@ -39,6 +54,7 @@ class Comparison:
         num_expected, num_found, num_same: detections of the model, of the file, of both.
         differences: the largest difference of each output, over the detections of both. Of masks,
             the largest mean difference over cells or pixels.
+        tolerance: what is taken for the same.
     """
 
     image_size: tuple[int, int]
@@ -46,14 +62,15 @@ class Comparison:
     num_found: int
     num_same: int
     differences: dict[str, float]
+    tolerance: Tolerance
 
     @property
     def agrees(self) -> bool:
         most = max(self.num_expected, self.num_found)
         others = most - self.num_same
-        boxes = MAX_BOX_DIFFERENCE * max(self.image_size)
-        limits = {name: MAX_DIFFERENCE for name in self.differences} | {"boxes": boxes}
-        return others <= 1 + MAX_OTHERS * most and all(
+        boxes = self.tolerance.box * max(self.image_size)
+        limits = {name: self.tolerance.difference for name in self.differences} | {"boxes": boxes}
+        return others <= 1 + self.tolerance.others * most and all(
             value <= limits[name] for name, value in self.differences.items()
         )
 
@@ -68,7 +85,12 @@ class Comparison:
         )
 
 
-def check(graph: InferenceGraph, run: Run, seed: int = 1) -> list[Comparison]:
+def check(
+    graph: InferenceGraph,
+    run: Run,
+    image: np.ndarray | None = None,
+    tolerance: Tolerance = FLOAT32,
+) -> list[Comparison]:
     """
     Compare a file with the model on an image of another size than the one that it was traced with,
     and on one without detections.
@@ -76,15 +98,18 @@ def check(graph: InferenceGraph, run: Run, seed: int = 1) -> list[Comparison]:
     Args:
         graph: has the model.
         run: runs the file.
+        image: uint8 (H, W, 3), RGB, to compare them on. None for a drawn one.
+        tolerance: what they may differ by.
 
     Raises:
-        UserError: they differ by more than rounding.
+        UserError: they differ by more than that.
     """
-    image = drawn_image(graph, portrait=True, seed=seed)
+    if image is None:
+        image = drawn_image(graph, portrait=True, seed=1)
     comparisons = []
     for threshold in (threshold_for(graph, image), 2.0):
         expected = eager_outputs(graph, image, threshold)
-        comparisons.append(compared(expected, run(image, threshold), image.shape[:2]))
+        comparisons.append(compared(expected, run(image, threshold), image.shape[:2], tolerance))
     for comparison in comparisons:
         if not comparison.agrees:
             raise UserError(
@@ -151,7 +176,10 @@ def eager_outputs(
 
 
 def compared(
-    expected: dict[str, np.ndarray], found: dict[str, np.ndarray], image_size: tuple[int, int]
+    expected: dict[str, np.ndarray],
+    found: dict[str, np.ndarray],
+    image_size: tuple[int, int],
+    tolerance: Tolerance,
 ) -> Comparison:
     """
     Args:
@@ -164,8 +192,8 @@ def compared(
         )
     # For each detection of the file the nearest one of the model that has its class
     distances = np.abs(found["boxes"][:, None] - expected["boxes"]).max(axis=2, initial=0)
-    distances = distances / max(image_size) / MAX_BOX_DIFFERENCE
-    scores = np.abs(found["scores"][:, None] - expected["scores"]) / MAX_SCORE_DIFFERENCE
+    distances = distances / max(image_size) / tolerance.box
+    scores = np.abs(found["scores"][:, None] - expected["scores"]) / tolerance.score
     distances = np.maximum(distances, scores)
     distances[found["classes"][:, None] != expected["classes"]] = np.inf
     pairs: dict[int, int] = {}
@@ -179,6 +207,5 @@ def compared(
         values = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
         values = values.mean(axis=(1, 2)) if name == "masks" else values
         differences[name] = float(values.max())
-    return Comparison(
-        image_size, len(expected["scores"]), len(found["scores"]), len(pairs), differences
-    )
+    counts = len(expected["scores"]), len(found["scores"]), len(pairs)
+    return Comparison(image_size, *counts, differences, tolerance)

@@ -64,9 +64,10 @@ def run_torchscript(contents: bytes, image: np.ndarray, score_threshold: float) 
         contents: of a file.
         image: uint8 (H, W, 3), RGB.
     """
-    model = torch.jit.load(io.BytesIO(contents))
-    with torch.no_grad():
-        found = model(torch.tensor(image), score_threshold=score_threshold)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the age of TorchScript
+        model = torch.jit.load(io.BytesIO(contents))
+    found = model(torch.tensor(image), score_threshold=score_threshold)
     return {name: value.numpy() for name, value in found.items()}
 
 
