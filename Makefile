@@ -3,6 +3,7 @@
 #   make test     check style and types, run all tests
 #   make test-integrations
 #                the tests with supervision, sahi, MLflow, ..., which it installs (230 MB)
+#   make test-web test the page of `msrcnn-d2 demo`, with Gradio and, if it is installed, in Chromium
 #   make docs     build the documentation: output/docs/index.html
 #   make nightly  what takes too long for make test: 15,000 random cases, other ones each time, and a
 #                training that is killed 20 times (minutes)
@@ -29,7 +30,7 @@ INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constrai
 # A process that has no tests left takes some of those that another was to run
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo test test-integrations nightly docs bench lint clean
+.PHONY: setup demo test test-integrations test-web nightly docs bench lint clean
 
 setup: $(READY)
 
@@ -56,6 +57,11 @@ test-integrations: setup
 	$(INSTALL) --editable ".[integrations]"
 	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true WANDB_ERROR_REPORTING=false \
 	  $(BIN)/python -m pytest tests/test_integrations.py tests/test_docs.py -k integrations
+
+# Gradio needs an older Pillow than the one that all else is tested with: both in a layer of their own
+test-web: setup
+	$(UV) run --no-project --python $(BIN)/python --with "gradio>=6,<7" --with playwright \
+		python -m pytest tests/test_web_page.py
 
 nightly: setup
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/properties

@@ -41,6 +41,7 @@ COMMANDS = {
     "check-data": "find and fix mistakes in a dataset in COCO's format",
     "convert": "convert a checkpoint of another framework to Detectron2's names",
     "report": "write a report about mask scores from predictions in COCO's format",
+    "demo": "try a model in the browser",
     "zoo": "list the models that come with msrcnn-d2, and where their weights are",
 }
 

@@ -212,8 +212,8 @@ def add_predictor_arguments(parser: argparse.ArgumentParser, default: str | None
         metavar="MODEL",
         help="a checkpoint with its config beside it (config.yaml, or a .py or .yaml file of its "
         "own name); the output folder of a training; a model with published weights, such as "
-        "ms_rcnn_R_50_FPN_1x; an exported .onnx file; or 'demo', the small model of projects/"
-        f"shapes in a clone{f' (default: {default})' if default else ''}",
+        "ms_rcnn_R_50_FPN_1x; an exported .onnx file; or 'demo', the small model of drawn shapes "
+        f"that comes with msrcnn-d2{f' (default: {default})' if default else ''}",
     )
     group.add_argument("--config-file", metavar="FILE", help="path or name of the config")
     group.add_argument(

@@ -23,7 +23,7 @@ LAYERS = [
     ["engine"],
     ["calibration", "prediction"],
     ["export"],
-    ["msrcnn_d2"],  # __init__.py
+    ["msrcnn_d2", "msrcnn_d2_web"],  # the former is __init__.py
     ["msrcnn_d2_cli"],
 ]
 # What `import msrcnn_d2` leaves for when it is needed. Detectron2 itself imports cv2 if it can.

@@ -156,12 +156,6 @@ def test_the_demo_names_its_classes():
     assert predict.class_names == ("star", "moon", "heart", "ring")
 
 
-def test_outside_of_a_clone_there_is_no_demo(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "__file__", str(tmp_path / "a" / "b" / "loading.py"))
-    with pytest.raises(UserError, match="clone"):
-        load_predictor("demo")
-
-
 def test_an_exported_model(monkeypatch):
     stand_in = SimpleNamespace(OnnxPredictor=lambda path, **kwargs: (path, kwargs))
     monkeypatch.setitem(sys.modules, "msrcnn_d2_runtime.onnx_predictor", stand_in)

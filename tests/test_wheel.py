@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import draw
 from msrcnn_d2 import model_zoo
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime", "msrcnn_d2_web")
+DEMO_MODEL = ("ms_rcnn_shapes.safetensors", "ms_rcnn_shapes.py", "mask_rcnn_shapes.py")
 REPOSITORY = "https://example.org/someone/msrcnn_d2"  # of a release
 
 
@@ -22,7 +25,7 @@ REPOSITORY = "https://example.org/someone/msrcnn_d2"  # of a release
 def installed(tmp_path_factory):
     """The folder that a wheel of this repository is unpacked to."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for folder in ("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime", "configs"):
+    for folder in (*PACKAGES, "configs", "projects/shapes"):
         shutil.copytree(ROOT / folder, source / folder)
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -58,17 +61,16 @@ def files_of(*folders):
         str(path.relative_to(folder.parent))
         for folder in folders
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".yaml", ".jinja", ".js", ".typed")
+        if path.suffix in (".py", ".yaml", ".jinja", ".js", ".css", ".jpg", ".typed")
     }
 
 
 def test_it_has_all_files_and_no_others(installed):
     metadata_folder = next(installed.glob("*.dist-info"))
-    assert {x.name for x in installed.iterdir()} == {
-        *("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime", metadata_folder.name)
-    }
-    expected = files_of(*(ROOT / x for x in ("msrcnn_d2", "msrcnn_d2_cli", "msrcnn_d2_runtime")))
+    assert {x.name for x in installed.iterdir()} == {*PACKAGES, metadata_folder.name}
+    expected = files_of(*(ROOT / x for x in PACKAGES))
     expected |= {f"msrcnn_d2/{path}" for path in files_of(ROOT / "configs")}
+    expected |= {f"msrcnn_d2/shapes/{name}" for name in DEMO_MODEL}
     found = {
         str(path.relative_to(installed))
         for path in installed.rglob("*")
@@ -92,7 +94,7 @@ def test_it_has_the_command(installed):
     assert dict(entry_points["console_scripts"]) == {"msrcnn-d2": "msrcnn_d2_cli:main"}
     (found,) = metadata.distributions(name="msrcnn-d2", path=[str(installed)])
     extras = set(found.metadata.get_all("Provides-Extra"))
-    assert {"completion", "demo", "test"} <= extras
+    assert {"completion", "demo", "web", "test"} <= extras
     assert found.metadata["Requires-Python"] == ">=3.10"
 
 
@@ -125,3 +127,17 @@ def test_it_trains_by_the_name_of_a_config(python):
     ran = python("-m", "msrcnn_d2_cli", "train", "--config-file", config)
     assert ran.returncode == 2 and "DETECTRON2_DATASETS" in ran.stderr, ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+LOAD_DEMO = """
+from msrcnn_d2.prediction.loading import demo_model, load_predictor
+print(demo_model(), *load_predictor("demo", device="cpu").class_names)
+"""
+
+
+def test_it_has_the_model_of_the_demo(installed, python):
+    ran = python("-c", LOAD_DEMO)
+    assert ran.returncode == 0, ran.stderr
+    path, *class_names = ran.stdout.split()
+    assert Path(path) == installed / "msrcnn_d2" / "shapes" / DEMO_MODEL[0]
+    assert class_names == list(draw.CLASSES)

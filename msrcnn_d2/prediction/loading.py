@@ -55,7 +55,7 @@ def load_predictor(
               such as "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x";
             - a config that names its weights;
             - an exported model, ".onnx";
-            - "demo" for the small model of projects/shapes, in a clone of the repository.
+            - "demo" for the small model of projects/shapes, which comes with this package.
 
         config_file: path or name of the config, in place of the one that `model` has.
         weights: in place of `model`, together with `config_file`.
@@ -132,20 +132,11 @@ def find_model(
 
 
 def demo_model() -> str:
-    """
-    Returns:
-        the path of the demo's weights, which have their config beside them.
-
-    Raises:
-        UserError: this is not a clone of the repository.
-    """
-    clone = Path(__file__).resolve().parents[2]
-    path = clone / "projects" / "shapes" / "ms_rcnn_shapes.safetensors"
-    if not path.is_file():
-        raise UserError(
-            f"'{DEMO}' is in projects/shapes of a clone of the repository only: {EXAMPLES}."
-        )
-    return str(path)
+    """The path of the demo's weights, which have their config beside them."""
+    package = Path(__file__).resolve().parents[1]
+    folders = package / "shapes", package.parent / "projects" / "shapes"  # in a wheel, in a clone
+    folder = next(filter(Path.is_dir, folders))
+    return str(folder / "ms_rcnn_shapes.safetensors")
 
 
 def _find(model: str) -> tuple[str, str | None]:
