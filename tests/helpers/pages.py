@@ -25,7 +25,8 @@ from tests.helpers.weights import MMDETECTION, renamed
 
 # A mark is a comment before the block, which no reader sees
 NEEDS = re.compile(
-    r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model|a video|Gradio)( and (COCO|a download|GPUs|a GPU))?"
+    r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model|a video|Gradio)"
+    r"( and (COCO|a download|GPUs|a GPU))?"
 )
 CONTINUES = "continues"
 # A library of the extra "integrations", without which the block is not run
