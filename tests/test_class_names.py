@@ -107,6 +107,8 @@ def dataset(tmp_path):
 
 def recipe_on(folder, train, test):
     return SimpleNamespace(
+        hooks=[],
+        writers=[],
         has_calibrator=False,
         output_dir=str(folder / "output"),
         train_names=tuple(train),
