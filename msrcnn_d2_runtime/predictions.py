@@ -220,12 +220,9 @@ class Predictions:
 
     def moved(self, top: int, left: int, image_size: tuple[int, int]) -> "Predictions":
         """The predictions in an image of which theirs is a part; see :meth:`Masks.moved`."""
-        return Predictions(
+        return self.replaced(
             pred_boxes=_moved(self.pred_boxes, top, left),
-            pred_classes=self.pred_classes,
             masks=self.masks.moved(top, left, image_size),
-            scores=self._scores,
-            ranking=self.ranking,
         )
 
     @classmethod
@@ -274,15 +271,19 @@ class Predictions:
         """The scores that there are, by their names."""
         return dict(self._scores)
 
-    def with_field(self, name: str, values: np.ndarray) -> "Predictions":
-        """The same predictions with one more field, whose first index counts them."""
-        return Predictions(
-            pred_boxes=self.pred_boxes,
-            pred_classes=self.pred_classes,
-            masks=self.masks,
-            scores=self._scores | {name: values},
-            ranking=self.ranking,
-        )
+    def replaced(self, **changes: Any) -> "Predictions":
+        """
+        Args:
+            changes: some of the arguments of the class, in place of those of these predictions.
+        """
+        same: dict[str, Any] = {
+            "pred_boxes": self.pred_boxes,
+            "pred_classes": self.pred_classes,
+            "masks": self.masks,
+            "scores": self._scores,
+            "ranking": self.ranking,
+        }
+        return Predictions(**same | changes)
 
     def has(self, name: str) -> bool:
         """Whether there is a field with this name."""

@@ -76,15 +76,10 @@ class Ranking:
             f"calibrated ({highest}): ask for a lower precision or a lower IoU."
         )
 
-    @property
-    def fields(self) -> set[str]:
-        """The fields that decide."""
-        return {self.field, SCORE_FIELDS[self.rank_by]}
-
     def order(self, fields: Mapping[str, np.ndarray]) -> np.ndarray:
         """
         Args:
-            fields: the values of `fields`, whose first index counts the predictions.
+            fields: the scores by their names, whose first index counts the predictions.
 
         Returns:
             int array, the indices of the predictions that are returned, the best first.

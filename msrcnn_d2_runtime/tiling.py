@@ -13,8 +13,8 @@ from .predictor import Predictor
 
 __all__ = ["TiledPredictor", "merge_tiles"]
 
-# A detection that another one overlaps by more than this is left out. Values from 0.4 to 0.6 give
-# the same AP within 0.03 (python -m benchmarks tiles).
+# A detection that another one overlaps by more than this is left out. Values from 0.4 to 0.6 gave
+# the same AP within 0.03 on 12 images of projects/shapes/draw_large.py.
 OVERLAP_OF_DUPLICATES = 0.5
 
 

@@ -1,5 +1,6 @@
 """Follow objects through the frames of a video."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ class VideoTracker:
         ids = self._ids(image.name, image.predictions)
         if ids is None:
             return image
-        found = image.predictions.with_field(TRACK_IDS, ids)
-        return PredictedImage(image.name, image.source, image.image, found)
+        scores = image.predictions.scores_by_name | {TRACK_IDS: ids}
+        return dataclasses.replace(image, predictions=image.predictions.replaced(scores=scores))
 
     def _ids(self, name: str, predictions: Predictions) -> np.ndarray | None:
         video = self._videos.get(name.rpartition("/")[0])

@@ -143,14 +143,7 @@ def read_image(data: bytes, settings: ImageSettings) -> np.ndarray:
 
 def ordered(predictions: Predictions, index: np.ndarray, ranking: str) -> Predictions:
     """The predictions with these indices, in their order, which is by the score `ranking`."""
-    chosen = predictions[index]
-    return Predictions(
-        pred_boxes=chosen.pred_boxes,
-        pred_classes=chosen.pred_classes,
-        masks=chosen.masks,
-        scores=chosen.scores_by_name,
-        ranking=ranking,
-    )
+    return predictions[index].replaced(ranking=ranking)
 
 
 def shown(predictions: Predictions, view: View) -> np.ndarray:
@@ -191,13 +184,7 @@ def scaled(predictions: Predictions, size: tuple[int, int]) -> Predictions:
     else:
         crops = [_scaled_crop(masks.crop(k), (height, width), size) for k in range(len(masks))]
         resized = CroppedMasks(crops, size)
-    return Predictions(
-        pred_boxes=boxes,
-        pred_classes=predictions.pred_classes,
-        masks=resized,
-        scores=predictions.scores_by_name,
-        ranking=predictions.ranking,
-    )
+    return predictions.replaced(pred_boxes=boxes, masks=resized)
 
 
 def _scaled_crop(crop: Crop, old_size: tuple[int, int], new_size: tuple[int, int]) -> Crop:

@@ -40,6 +40,7 @@ class Journal:
                         "until it is done."
                     ) from None
             self._offsets = self._read()
+            self._reader = open(path, "rb")
         except BaseException:
             self._file.close()
             raise
@@ -90,9 +91,9 @@ class Journal:
 
     def record(self, name: str) -> dict[str, Any]:
         """The record of an image."""
-        with open(self._path, "rb") as f:
-            f.seek(self._offsets[name])
-            return json.loads(f.readline())
+        self._reader.seek(self._offsets[name])
+        return json.loads(self._reader.readline())
 
     def close(self) -> None:
         self._file.close()
+        self._reader.close()
