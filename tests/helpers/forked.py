@@ -24,6 +24,10 @@ from tests.helpers import toy_training  # noqa: F401
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__])
 
+# PyTorch's first set_num_threads() after a fork makes its thread pool anew, without a lock. Two
+# threads of a backward pass that come first together end the process: "Invalid thread pool!"
+os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+
 
 def start(
     function: Callable, *args: object, log: Path, environment: Mapping[str, str] | None = None
@@ -51,7 +55,6 @@ def _run(function, args, log, environment):
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     # launch_processes() spawns its processes, which import everything again; forked ones need not
     torch.multiprocessing.spawn = functools.partial(
         torch.multiprocessing.start_processes, start_method="fork"
