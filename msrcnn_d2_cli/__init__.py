@@ -102,9 +102,9 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
             parser.fail(str(error))
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name != "detectron2":
+        if error.name not in ("detectron2", "cv2"):
             raise
-        parser.fail(str(error))  # msrcnn_d2 says how to install it
+        parser.fail(str(error))  # ours, which says how to install it
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader has seen enough, such as `| head`

@@ -282,7 +282,9 @@ def predict(
 
     def skip(location: str, error: Exception) -> None:
         skipped.append(location)
-        progress.tell(f"skipped '{location}': {reason(error)}")
+        message = reason(error)
+        named = f"'{location}'" in message
+        progress.tell(f"skipped: {message}" if named else f"skipped '{location}': {message}")
         progress.add()
 
     counts: Counter[str] = Counter()
@@ -330,13 +332,14 @@ def predict(
 
 def reason(error: Exception) -> str:
     """What is wrong with an image, and which option helps."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    options = {
-        "image-deep": "--intensity-range LOW HIGH or --intensity-percentiles LOW HIGH",
-        "image-pixels": "--max-pixels N",
+    advice = {
+        "image-deep": "it has more than 8 bits per pixel: say which values become 0 and 255 by "
+        "--intensity-range, such as 0 4095, or by --intensity-percentiles, such as 0.1 99.9",
+        "image-pixels": "it has more pixels than --max-pixels allows: give a larger number if its "
+        "source is trusted",
     }
-    option = options.get(getattr(error.__cause__, "kind", ""))
-    return f"{message} Here: {option}." if option else message
+    kind = getattr(error.__cause__, "kind", "")
+    return advice.get(kind) or " ".join(str(error).split()) or type(error).__name__
 
 
 def settings_of(

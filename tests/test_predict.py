@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import draw
+import msrcnn_d2_runtime
 from msrcnn_d2.prediction.loading import load_predictor
 from msrcnn_d2_cli import predict as command
 from msrcnn_d2_runtime import outputs, ranking
@@ -153,9 +154,10 @@ def test_bad_files_are_named_and_skipped(world, capsys):
     assert list(journal()) == ["a/1.png", "a/2.png", "b c/1.png"]
     printed = capsys.readouterr()
     assert "2 skipped" in printed.out
-    skipped = [x for x in printed.err.splitlines() if x.startswith("skipped ")]
-    assert len(skipped) == 2 and "in/a/0.png" in skipped[0] and "in/a/deep.tif" in skipped[1]
-    assert "--intensity-range" in skipped[1]
+    skipped = [x for x in printed.err.splitlines() if x.startswith("skipped")]
+    assert len(skipped) == 2 and "in/a/deep.tif" in skipped[1]
+    assert skipped[0].count("in/a/0.png") == 1
+    assert "--intensity-range" in skipped[1] and "yaml" not in skipped[1]
     assert "1 other file" in printed.err
 
 
@@ -324,3 +326,13 @@ def test_tiles_of_large_images(world, monkeypatch, capsys):
     assert run("large.png", *tiles, "--resume") == 0
     assert run("large.png", *tiles, "--tile", "100", "--resume") == 2
     assert "tiles" in capsys.readouterr().err
+
+
+def test_without_opencv_pictures_are_refused_before_any_work(world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "msrcnn_d2_runtime.drawing", raising=False)
+    monkeypatch.delattr(msrcnn_d2_runtime, "drawing", raising=False)
+    assert run("in") == 2
+    assert "pip install" in capsys.readouterr().err
+    assert not (world / "predictions").exists()
+    assert run("in", "--save", "coco,csv,masks") == 0

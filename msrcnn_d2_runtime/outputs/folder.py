@@ -86,12 +86,15 @@ class OutputFolder:
         Raises:
             UserError: the folder has something else or is in use, the run there had other settings,
                 or the annotations cannot be used.
+            ModuleNotFoundError: pictures are to be drawn, and OpenCV is not installed.
         """
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ValueError(f"Outputs are {', '.join(KINDS)}; not {listed(unknown)}.")
         if segmentation not in SEGMENTATIONS:
             raise ValueError(f"segmentation is {' or '.join(SEGMENTATIONS)}, not {segmentation}.")
+        if "pictures" in kinds:
+            from .. import drawing  # noqa: F401  fails now, before any work, without OpenCV
         self.folder = folder
         self.class_names = list(class_names)
         self._labels, self._legend, self._segmentation = labels, legend, segmentation
