@@ -45,6 +45,9 @@ COMMANDS = {
     "zoo": "list the models that come with msrcnn-d2, and where their weights are",
 }
 
+# Packages that are not there where an exported model runs and nobody has installed them
+OPTIONAL_FOR_EXPORTED = ("matplotlib", "pycocotools", "tqdm")
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "msrcnn-d2") -> int:
     """
@@ -102,9 +105,12 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
             parser.fail(str(error))
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name not in ("detectron2", "cv2"):
-            raise
-        parser.fail(str(error))  # ours, which says how to install it
+        if error.name in ("detectron2", "cv2"):
+            parser.fail(str(error))  # ours, which says how to install it
+        package = str(error.name).partition(".")[0]
+        if package in OPTIONAL_FOR_EXPORTED:
+            parser.fail(f"{package} is not installed: run `pip install {package}`.")
+        raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader has seen enough, such as `| head`

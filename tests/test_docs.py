@@ -240,14 +240,21 @@ def real_config(name: str) -> str:
 
 
 def check_installation(args: list[str]) -> None:
-    assert args[0] == "install"
-    *_, target = args
+    """A folder of the repository with extras that it has, or packages that setup.cfg names."""
+    command, *_, target = args
+    assert command == "install"
     folder, _, extras = target.partition("[")
-    assert (ROOT / folder / "pyproject.toml").is_file()
     setup = configparser.ConfigParser()
-    setup.read(ROOT / folder / "setup.cfg")
-    for extra in filter(None, extras.rstrip("]").split(",")):
-        assert extra in setup["options.extras_require"]
+    if (ROOT / folder / "pyproject.toml").is_file():
+        setup.read(ROOT / folder / "setup.cfg")
+        for extra in filter(None, extras.rstrip("]").split(",")):
+            assert extra in setup["options.extras_require"]
+        return
+    setup.read(ROOT / "setup.cfg")
+    extra_packages = setup["options.extras_require"].values()
+    known = "\n".join([setup["options"]["install_requires"], *extra_packages])
+    names = {re.split("[^A-Za-z0-9._-]", line)[0] for line in known.splitlines()}
+    assert {re.split("[<>=]", x)[0] for x in args[1:]} <= names
 
 
 def run_command(words: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Predictions from exported files, without PyTorch and Detectron2."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -174,6 +175,25 @@ def test_only_onnx_runtime_numpy_and_pillow_are_needed(file, tmp_path):
     expected = OnnxPredictor(file)(IMAGE)["instances"]
     areas = expected.pred_masks.sum(axis=(1, 2)).tolist()
     assert ran.stdout.strip() == f"{expected.scores.tolist()} {areas}"
+
+
+def test_the_command_predict_needs_no_pytorch(file, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "image.png")
+    arguments = ["predict", str(tmp_path / "image.png"), "--model", file, "--score-threshold", "0"]
+    arguments += ["--output", str(tmp_path / "results"), "--save", "pictures,csv,coco,masks"]
+    code = f"from msrcnn_d2_cli import main\nsys.exit(main({arguments}))"
+    ran = run_without(["torch", "detectron2", "msrcnn_d2"], code)
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads((tmp_path / "results/coco_instances_results.json").read_text())
+    expected = OnnxPredictor(file)(IMAGE)["instances"]
+    assert [x["mask_score"] for x in results] == pytest.approx(expected.mask_scores)
+    assert (tmp_path / "results/pictures/image.png").is_file()
+
+    shutil.rmtree(tmp_path / "results")
+    for package in ("tqdm", "pycocotools", "matplotlib"):
+        ran = run_without([package], code)
+        assert ran.returncode == 2
+        assert f"pip install {package}" in ran.stderr.splitlines()[-1]
 
 
 def test_without_onnx_runtime_it_says_what_to_install(file):
