@@ -46,7 +46,7 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from msrcnn_d2_runtime.drawing import draw_predictions
-    from msrcnn_d2_runtime.integrations import to_supervision
+    from msrcnn_d2_runtime.integrations import to_sahi, to_supervision
 
     from . import model_zoo
     from .calibration.calibrate import calibrate
@@ -76,6 +76,7 @@ __all__ = [
     "model_zoo",
     "modeling",
     "retrofit",
+    "to_sahi",
     "to_supervision",
 ]
 
@@ -93,6 +94,7 @@ _LAZY = {
     "draw_predictions": "msrcnn_d2_runtime.drawing",
     "load_predictor": ".prediction.loading",
     "retrofit": ".config",
+    "to_sahi": "msrcnn_d2_runtime.integrations",
     "to_supervision": "msrcnn_d2_runtime.integrations",
 }
 

@@ -7,12 +7,14 @@ import numpy as np
 
 from .errors import UserError
 from .predictions import SCORE_NAMES, CroppedMasks, Masks, Predictions
+from .predictor import Predictor
 from .ranking import SCORE_FIELDS
 
 if TYPE_CHECKING:
     import supervision
+    from sahi.models.base import DetectionModel
 
-__all__ = ["to_supervision"]
+__all__ = ["to_sahi", "to_supervision"]
 
 
 def to_supervision(
@@ -113,6 +115,83 @@ def _masks_of(predictions: Any, compact: bool) -> Any:
         height, width = inside.shape
         corners[k] = left, top, left + width - 1, top + height - 1
     return CompactMask.from_coco_rle(masks.rles(), corners, masks.image_size)
+
+
+def to_sahi(predictor: Predictor, confidence_threshold: float = 0.3) -> "DetectionModel":
+    """
+    A predictor as detection model of `sahi <https://github.com/obss/sahi>`_, which predicts on
+    slices of an image and merges what it finds there.
+
+    Args:
+        predictor: any of ours. Scores in sahi are those that it ranks by.
+        confidence_threshold: as in sahi, predictions with a lower score are left out. Below 0.1,
+            sahi suppresses predictions that overlap instead of merging them.
+
+    Raises:
+        ModuleNotFoundError: sahi is not installed.
+
+    Example:
+        >>> model = to_sahi(predictor, confidence_threshold=0.5)
+        >>> result = get_sliced_prediction("image.jpg", model, slice_height=512, slice_width=512)
+    """
+    try:
+        from sahi.models.base import DetectionModel
+        from sahi.prediction import ObjectPrediction
+        from sahi.utils.compatibility import fix_full_shape_list, fix_shift_amount_list
+        from sahi.utils.cv import get_coco_segmentation_from_bool_mask
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "sahi":
+            raise
+        raise ModuleNotFoundError(
+            "to_sahi needs sahi: run `pip install sahi`.", name=error.name
+        ) from error
+
+    class PredictorModel(DetectionModel):
+        def set_model(self, model: Predictor, **_: Any) -> None:
+            self.model = model
+
+        def perform_inference(self, image: np.ndarray) -> None:
+            self.perform_batch_inference([image])
+
+        def perform_batch_inference(self, images: Sequence[np.ndarray]) -> None:
+            # sahi's images are RGB
+            self._original_predictions = self.model.predictions([x[:, :, ::-1] for x in images])
+
+        def _create_object_prediction_list_from_original_predictions(
+            self, shift_amount_list: list | None = None, full_shape_list: list | None = None
+        ) -> None:
+            places = zip(
+                self._original_predictions,
+                fix_shift_amount_list(shift_amount_list),
+                fix_full_shape_list(full_shape_list),
+            )
+            self._object_prediction_list_per_image = [self._objects(*x) for x in places]
+
+        def _objects(self, found: Predictions, shift: list[int], full_shape: list[int]) -> list:
+            objects = []
+            for k in np.flatnonzero(found.rank_scores >= self.confidence_threshold).tolist():
+                # Outlines in the mask's own part of the image: pasted, all masks of a large image
+                # would take gigabytes
+                top, left, inside = found.masks.crop(k)
+                outlines = get_coco_segmentation_from_bool_mask(np.pad(inside, 1))
+                if not outlines:  # the mask is empty, or a line
+                    continue
+                class_, corner = int(found.pred_classes[k]), (left - 1, top - 1)
+                objects.append(
+                    ObjectPrediction(
+                        category_id=class_,
+                        category_name=self.model.class_names[class_],
+                        segmentation=[
+                            (np.reshape(x, (-1, 2)) + corner).ravel().tolist() for x in outlines
+                        ],
+                        score=float(found.rank_scores[k]),
+                        shift_amount=shift,
+                        full_shape=full_shape,
+                    )
+                )
+            return objects
+
+    return PredictorModel(model=predictor, confidence_threshold=confidence_threshold)
 
 
 def _to_numpy(values: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 import draw
 import msrcnn_d2
 from msrcnn_d2_runtime.errors import UserError
-from msrcnn_d2_runtime.integrations import to_supervision
+from msrcnn_d2_runtime.integrations import to_sahi, to_supervision
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
 from tests.helpers.pages import blocks_of
 
@@ -140,33 +140,20 @@ def test_supervision_draws_and_tracks_them(supervision):
     assert len(kept) <= 3 and "mask_scores" in kept.data
 
 
-def test_without_supervision_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install supervision"):
-        to_supervision(in_numpy())
+@pytest.mark.parametrize(
+    "library, convert",
+    [("supervision", to_supervision), ("sahi", to_sahi)],
+    ids=["supervision", "sahi"],
+)
+def test_without_the_library_it_says_what_to_install(monkeypatch, library, convert):
+    for name in [x for x in sys.modules if x.startswith(f"{library}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {library}"):
+        convert(in_numpy())
 
 
-# ---- the examples of docs/integrations.md
-
-
-def example(word: str, **replaced: str) -> dict:
-    """
-    Run the example with this word in it.
-
-    Args:
-        replaced: lines that begin with a key, and what to run instead.
-
-    Returns:
-        its names.
-    """
-    (block,) = [x for x in blocks_of(PAGE) if x.language == "python" and word in x.text]
-    lines = block.text.splitlines()
-    for start, line in replaced.items():
-        (k,) = [k for k, x in enumerate(lines) if x.startswith(f"{start} =")]
-        lines[k:] = [line, *lines[k + 1 :]] if line else []
-    names: dict = {"__name__": "example"}
-    exec(compile("\n".join(lines), str(block), "exec"), names)
-    return names
+# ---- sahi
 
 
 class BluePixels:
@@ -190,15 +177,21 @@ class BluePixels:
         return found
 
 
-def test_sahi_merges_what_our_predictor_finds_in_slices():
+def slices_of(image: np.ndarray, confidence_threshold: float = 0.1, **options):
+    """What sahi finds in slices of 50 x 75 pixels, with the predictor of blue pixels."""
     predict = pytest.importorskip("sahi.predict")
-    model = example("MaskScoringModel", model="")["MaskScoringModel"](model=BluePixels())
+    model = msrcnn_d2.to_sahi(BluePixels(), confidence_threshold)
+    options = {"slice_height": 50, "slice_width": 75, "overlap_height_ratio": 0} | options
+    result = predict.get_sliced_prediction(image, model, verbose=0, **options)
+    return result.object_prediction_list
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}], ids=["one by one", "in batches"])
+def test_sahi_merges_what_our_predictor_finds_in_slices(options):
+    pytest.importorskip("sahi", minversion="0.12" if options else None)  # 0.11 has no batches
     image = np.full((100, 150, 3), 200, dtype=np.uint8)  # RGB
     image[10:30, 5:25] = image[60:90, 100:140] = (0, 0, 255)
-    result = predict.get_sliced_prediction(
-        image, model, slice_height=50, slice_width=75, overlap_height_ratio=0, verbose=0
-    )
-    found = result.object_prediction_list
+    found = slices_of(image, **options)
     assert {x.category.name for x in found} == {"dog"}
     assert {x.score.value for x in found} == {0.25}
     together = np.any([x.mask.bool_mask for x in found], axis=0)
@@ -206,6 +199,46 @@ def test_sahi_merges_what_our_predictor_finds_in_slices():
     # sahi's polygons lose some of the outline
     assert (together & ~blue).sum() <= 0.01 * blue.sum()
     assert (together & blue).sum() > 0.9 * blue.sum()
+
+
+def test_masks_in_sahi_have_their_holes_and_places():
+    image = np.full((100, 150, 3), 200, dtype=np.uint8)
+    image[60:90, 100:140] = (0, 0, 255)
+    image[70:80, 105:130] = 200
+    image[95, 3:9] = (0, 0, 255)  # a line
+    (found,) = slices_of(image, perform_standard_pred=False, overlap_width_ratio=0)
+    blue = (image == (0, 0, 255)).all(axis=2)
+    blue[95] = False
+    assert np.array_equal(found.mask.bool_mask, blue)
+
+
+def test_sahi_leaves_out_scores_below_its_threshold():
+    image = np.full((50, 75, 3), (0, 0, 255), dtype=np.uint8)
+    assert len(slices_of(image, 0.25)) == 1
+    assert not slices_of(image, 0.26)
+
+
+# ---- the examples of docs/integrations.md
+
+
+def example(word: str, **replaced: str) -> dict:
+    """
+    Run the example with this word in it.
+
+    Args:
+        replaced: lines that begin with a key, and what to run instead.
+
+    Returns:
+        its names.
+    """
+    (block,) = [x for x in blocks_of(PAGE) if x.language == "python" and word in x.text]
+    lines = block.text.splitlines()
+    for start, line in replaced.items():
+        (k,) = [k for k, x in enumerate(lines) if x.startswith(f"{start} =")]
+        lines[k:] = [line, *lines[k + 1 :]] if line else []
+    names: dict = {"__name__": "example"}
+    exec(compile("\n".join(lines), str(block), "exec"), names)
+    return names
 
 
 def test_torchmetrics_has_the_ap_of_mask_scores(tmp_path, monkeypatch):
