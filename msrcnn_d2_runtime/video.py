@@ -129,10 +129,9 @@ class VideoWriter:
             os.replace(self._incomplete, self._path)
 
     def abandon(self) -> None:
-        """Remove what has been written."""
+        """Remove what has been written, also if :meth:`close` was interrupted."""
         if self._encoder is not None:
-            self._encoder.close()
-            self._encoder = None
+            self._encoder = None  # not closed: it cannot complete a file twice
             os.remove(self._incomplete)
 
 

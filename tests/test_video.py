@@ -131,6 +131,22 @@ def test_the_fallback_to_opencv_is_said(tmp_path, monkeypatch, caplog, odd):
     assert not list(tmp_path.glob("y*"))
 
 
+def test_of_an_interrupted_end_nothing_is_left(tmp_path, monkeypatch):
+    writer = VideoWriter(str(tmp_path / "clip.mp4"), FPS)
+    writer.add(draw_frame(0))
+    end = writer._encoder.close
+
+    def interrupted():
+        end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer._encoder, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    writer.abandon()
+    assert not list(tmp_path.iterdir())
+
+
 def test_h264_with_pyav(tmp_path):
     av = pytest.importorskip("av")
     writer = VideoWriter(str(tmp_path / "x.mp4"), 29.97)
