@@ -341,7 +341,7 @@ def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
         request = Request(
             urlunsplit((parts.scheme, host, path, query, "")), headers={"User-Agent": "msrcnn-d2"}
         )
-        data = b""
+        data = bytearray()
         with build_opener(_WebOnly).open(request, timeout=TIMEOUT) as answer:
             expected = answer.length  # of the body, if the server says it
             while chunk := answer.read1(CHUNK):
@@ -352,7 +352,7 @@ def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
                     raise URLError(f"it takes longer than {max_seconds:g} seconds")
         if expected is not None and len(data) < expected:
             raise URLError(f"the connection ended after {len(data):,} of {expected:,} bytes")
-        return data
+        return bytes(data)
     except (OSError, ValueError, HTTPException) as error:
         shown = re.sub("//[^/]*@", "//", url)  # without a user's password
         raise UserError(f"Cannot download '{shown}' ({_what_failed(error)}).") from error
