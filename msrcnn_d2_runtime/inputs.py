@@ -40,6 +40,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 STANDARD_INPUT = "-"
+MAX_NAME_BYTES = 200  # files have up to 255, and results add suffixes such as ".png.incomplete"
 TIMEOUT = 30.0  # seconds without any data
 MAX_SECONDS = 300.0  # of a download
 MAX_BYTES = 2**28  # of a download
@@ -151,22 +152,28 @@ def find_inputs(
     excluded = None if without is None else os.path.realpath(without)
     found: dict[str, _Found] = {}
     missing = []
-    num_ignored = 0
+    ignored: set[str] = set()
     for value in given:
+        others: list[str] = []
         if _is_url(value):
-            images, others = [_of_url(value)], 0
+            images = [_of_url(value)]
         elif re.match(r"[A-Za-z][\w+.-]+://", value):
             raise UserError(
                 f"Input '{printable(value)}' is neither a file nor an address with http:// or "
                 "https://."
             )
         elif os.path.isdir(value):
+            if os.path.realpath(value) == excluded:
+                raise UserError(
+                    f"Folder '{printable(value)}' is the one that results are written to: give "
+                    "another one for them."
+                )
             images, others = _in_folder(value, value, excluded)
             if not images:
-                note = f", only {plural(others, 'other file')}" if others else ""
+                note = f", only {plural(len(others), 'other file')}" if others else ""
                 raise UserError(f"Folder '{printable(value)}' has no images{note}.")
         elif os.path.exists(value):
-            images, others = [_Found(value, *os.path.split(value))], 0
+            images = [_Found(value, *os.path.split(value))]
         elif glob.has_magic(value):
             images, others = _matching(value, excluded)
             if not images:
@@ -175,7 +182,7 @@ def find_inputs(
         else:
             missing.append(f"'{printable(value)}'")
             continue
-        num_ignored += others
+        ignored.update(map(os.path.abspath, others))
         for image in images:
             place = image.location
             found.setdefault(place if _is_url(place) else os.path.abspath(place), image)
@@ -190,7 +197,7 @@ def find_inputs(
             sources.append(VideoSource(name, place, stride))
         else:
             raise UserError(f"Video '{printable(place)}' is on a server: download it first.")
-    return FoundInputs(sources, num_ignored)
+    return FoundInputs(sources, len(ignored))
 
 
 def _lines(file: IO[bytes]) -> list[str]:
@@ -199,12 +206,12 @@ def _lines(file: IO[bytes]) -> list[str]:
     return [os.fsdecode(x.rstrip(b"\r")) for x in data.split(separator) if x.strip()]
 
 
-def _in_folder(folder: str, root: str, excluded: str | None) -> tuple[list[_Found], int]:
+def _in_folder(folder: str, root: str, excluded: str | None) -> tuple[list[_Found], list[str]]:
     """
     Returns:
-        the images in a folder and its subfolders, sorted, and how many other files there are.
+        the images in a folder and its subfolders, sorted, and the paths of other files.
     """
-    images, num_ignored = [], 0
+    images, others = [], []
     seen = set()  # links to folders are followed, but not in circles
     for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
@@ -218,8 +225,8 @@ def _in_folder(folder: str, root: str, excluded: str | None) -> tuple[list[_Foun
             if _suffix(file) in SUFFIXES:
                 images.append(_Found(path, root, os.path.relpath(path, root)))
             else:
-                num_ignored += 1
-    return images, num_ignored
+                others.append(path)
+    return images, others
 
 
 def _refuse(error: OSError) -> None:
@@ -228,26 +235,26 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
-def _matching(pattern: str, excluded: str | None) -> tuple[list[_Found], int]:
-    """The images that match a pattern or lie in a folder that does, and how many other files do."""
+def _matching(pattern: str, excluded: str | None) -> tuple[list[_Found], list[str]]:
+    """The images that match a pattern or lie in a folder that does, and other files that do."""
     parts = pattern.split(os.sep)
     first = next(k for k, part in enumerate(parts) if glob.has_magic(part))
     root = os.sep.join(parts[:first]) or (os.sep if pattern.startswith(os.sep) else "")
-    images, num_ignored = [], 0
+    images, others = [], []
     for path in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(path):
-            if "**" in parts:  # which matches the files in it, too, as far as they are meant
+            if "**" in parts and parts[-1] in ("*", "**"):  # which match the files in it, too
                 continue
-            in_folder, others = _in_folder(path, root or ".", excluded)
+            in_folder, others_there = _in_folder(path, root or ".", excluded)
             images += in_folder
-            num_ignored += others
+            others += others_there
         elif excluded and os.path.realpath(path).startswith(os.path.join(excluded, "")):
             continue
         elif _suffix(path) in SUFFIXES:
             images.append(_Found(path, root, os.path.relpath(path, root or ".")))
         else:
-            num_ignored += 1
-    return images, num_ignored
+            others.append(path)
+    return images, others
 
 
 def _suffix(path: str) -> str:
@@ -284,11 +291,25 @@ def _parts(path: str) -> list[str]:
 
 
 def _safe(path: str) -> str:
-    """A relative POSIX path that leads nowhere else, of characters that can be written."""
+    """A relative POSIX path that leads nowhere else, and that the files of an image can have."""
     parts = printable(path).replace(os.sep, "/").split("/")
     # Names on the web may have what names of files cannot
     parts = [re.sub(r"[\x00-\x1f\x7f]", "_", x) for x in parts if x not in ("", ".")]
-    return "/".join("_" if x == ".." else x for x in parts)
+    return "/".join("_" if x == ".." else _shortened(x) for x in parts)
+
+
+def _shortened(name: str) -> str:
+    """A name that is as long as files allow leaves no room for the suffixes of the results."""
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    stem, suffix = os.path.splitext(name)
+    end = f"~{_digest(name)}{suffix if len(suffix.encode()) < 20 else ''}"
+    return stem.encode()[: MAX_NAME_BYTES - len(end.encode())].decode(errors="ignore") + end
+
+
+def _digest(text: str) -> str:
+    """Tells names apart."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
 
 
 # ---- the web
@@ -299,14 +320,22 @@ def _is_url(path: str) -> bool:
 
 
 def _of_url(url: str) -> _Found:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError as error:
+        raise UserError(f"'{printable(url)}' is not an address ({error}).") from None
+    if "@" in parts.netloc:  # and say nothing of a password
+        raise UserError(
+            f"Addresses with a user name, here of {host}, are not supported: download "
+            "the image first."
+        )
     folder, name = posixpath.split(parts.path)
-    # As a name that a file can have; the names of others may differ in their query only
+    # The names of others may differ in their query only
     stem, suffix = os.path.splitext(unquote(name).replace("/", "_") or "index")
     if parts.query:
-        stem += "-" + hashlib.sha256(parts.query.encode("utf-8", "replace")).hexdigest()[:8]
-    root = f"{parts.scheme}://{parts.hostname or ''}{unquote(folder)}"
-    return _Found(url, root, stem[:150] + suffix[:20])
+        stem += f"-{_digest(parts.query)}"
+    return _Found(url, f"{parts.scheme}://{host or ''}{unquote(folder)}", stem + suffix)
 
 
 class _WebOnly(HTTPRedirectHandler):

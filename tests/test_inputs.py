@@ -41,6 +41,8 @@ def test_a_folder_with_its_subfolders_in_order(tree):
     assert [x.location for x in found.sources] == [f"photos/{x.name}" for x in found.sources]
     assert found.num_ignored == 1
     assert names_of(tree) == names_of("photos/") == names_of("./photos")
+    twice = find_inputs(["photos", "./photos", "photos/*"])
+    assert len(twice.sources) == len(found.sources) and twice.num_ignored == 1
 
 
 def test_links_in_circles(tree):
@@ -65,6 +67,8 @@ def test_the_folder_of_the_results_is_left_out(tree):
         ("photos/[ab].*", ["a.JPG", "b.png"]),
         ("photos/[x].png", ["[x].png"]),  # it is there
         ("photos/s*/d*", ["sub/deep/c.tif"]),  # a folder
+        ("photos/**/d*", ["sub/deep/c.tif"]),
+        ("photos/**/*", [*"[x].png a.JPG b.png other/a.JPG sub/a.JPG".split(), "sub/deep/c.tif"]),
         ("photos/**", [*"[x].png a.JPG b.png other/a.JPG sub/a.JPG".split(), "sub/deep/c.tif"]),
     ],
 )
@@ -113,6 +117,18 @@ def test_a_name_that_is_no_text(tree):
     assert all(os.path.exists(x.location) for x in found)
 
 
+def test_names_that_leave_no_room_for_the_suffixes_of_results(tree):
+    long = ["x" * 250 + "1.png", "x" * 250 + "2.png", "图" * 80 + ".jpg", "y." + "z" * 250]
+    for name in long:
+        (tree / name).touch()
+    urls = [f"http://x.org/{'图' * 100}.png?id={k}" for k in range(2)]
+    names = names_of("photos/b.png", *(tree / name for name in long), *urls)
+    assert names[0] == "b.png" and len(set(names)) == 7
+    assert max(len(x.encode()) for x in names) <= 200
+    assert [os.path.splitext(x)[1] for x in names[1:4]] == [".png", ".png", ".jpg"]
+    assert names[1:5] == names_of(*(tree / name for name in long))
+
+
 @pytest.mark.parametrize("separator", ["\n", "\r\n", "\0"])
 def test_a_list_on_standard_input(tree, separator):
     listed = separator.join(["photos/sub/größe 1.webp", "photos/b.png", ""])
@@ -131,12 +147,20 @@ def test_a_list_on_standard_input(tree, separator):
         (["empty"], "no images"),
         (["ftp://x.org/a.png"], "http"),
         (["file:///etc/passwd"], "http"),
+        (["http://[x/a.png"], "not an address"),
+        (["http://user:secret@x.org/a.png"], "of x.org"),
     ],
 )
 def test_inputs_that_are_not_there(tree, given, said):
     (tree.parent / "empty").mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
         find_inputs(given)
+    assert "secret" not in str(error.value)
+
+
+def test_results_among_the_images(tree):
+    with pytest.raises(UserError, match="results"):
+        find_inputs(["./photos"], without="photos")
 
 
 def test_a_file_that_is_named_is_tried(tree):
