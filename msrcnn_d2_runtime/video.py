@@ -1,11 +1,11 @@
 """Read the frames of a video, and write a video that browsers play."""
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class VideoSource(Source):
     location: str
     stride: int = 1
 
-    @cached_property
+    @functools.cached_property
     def _announced(self) -> tuple[float, int]:
         """Frames per second and number of frames, as the file says; (25, 0) if it does not."""
         cv2 = _opencv()
@@ -67,10 +67,12 @@ class VideoSource(Source):
             UserError: it cannot be opened, or ends too early.
         """
         place = printable(self.location)
-        video = _opencv().VideoCapture(self.location)
+        cv2 = _opencv()
+        video = cv2.VideoCapture(self.location)
         try:
-            number = 0
+            number, seconds = 0, 0.0
             while video.grab():
+                seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
                 if number % self.stride == 0:
                     is_read, frame = video.retrieve()
                     if not is_read:
@@ -82,8 +84,9 @@ class VideoSource(Source):
             video.release()
         if not number:
             raise UserError(f"'{place}' is not a video that can be read.")
-        announced = self._announced[1]
-        if number < MIN_SHARE * announced:
+        # Recordings of a screen may have few frames, for which the file announces the highest rate
+        fps, announced = self._announced
+        if MIN_SHARE * (seconds * fps + 1) <= number < MIN_SHARE * announced:
             raise UserError(
                 f"Video '{place}' ends after {number:,} of {announced:,} frames: it is damaged."
             )
@@ -166,16 +169,21 @@ class _OpenCV:
         if not self._writer.isOpened():
             raise UserError("OpenCV cannot write videos here: run `pip install av`.")
         if code != "avc1":
-            logger.warning(
-                "Videos are in MPEG-4 Part 2, which browsers do not play: for H.264, run "
-                "`pip install av`."
-            )
+            _say_that_browsers_play_none()
 
     def add(self, frame: np.ndarray) -> None:
         self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
 
     def close(self) -> None:
         self._writer.release()
+
+
+@functools.cache
+def _say_that_browsers_play_none() -> None:
+    """Once, and not for each video."""
+    logger.warning(
+        "Videos are in MPEG-4 Part 2, which browsers do not play: for H.264, run `pip install av`."
+    )
 
 
 def _opencv() -> Any:
