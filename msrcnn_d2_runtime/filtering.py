@@ -65,21 +65,25 @@ class Filter:
 
     def class_indices(self, class_names: Sequence[str]) -> list[int]:
         """
-        The indices of `classes`. Upper and lower case mean the same.
+        The indices of `classes`. Upper and lower case mean the same, unless the model has both.
 
         Raises:
             UserError: the model has no such class.
         """
-        known = {name.casefold(): k for k, name in enumerate(class_names)}
-        indices = []
-        for name in class_names if self.classes is None else self.classes:
-            if name.casefold() not in known:
-                nearest = difflib.get_close_matches(name.casefold(), known, n=1)
-                near = [class_names[known[x]] for x in nearest] or class_names
+        if self.classes is None:
+            return [*range(len(class_names))]
+        folded = [name.casefold() for name in class_names]
+        indices: list[int] = []
+        for name in self.classes:
+            found = [k for k, x in enumerate(class_names) if x == name]
+            found = found or [k for k, x in enumerate(folded) if x == name.casefold()]
+            if not found:
+                nearest = difflib.get_close_matches(name.casefold(), folded, n=1)
+                near = [class_names[folded.index(x)] for x in nearest] or class_names
                 advice = "did you mean" if nearest else "it has"
                 raise UserError(
                     f"The model has no class '{name}'; {advice} {listed([*near], 10)}"
                     f"{'?' if nearest else '.'}"
                 )
-            indices.append(known[name.casefold()])
+            indices += found
         return indices

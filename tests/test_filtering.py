@@ -50,6 +50,12 @@ def test_what_is_kept(wanted, kept):
     assert np.array_equal(some.pred_classes, np.array(CLASSES)[kept])
 
 
+def test_names_that_differ_in_their_case_only():
+    letters = ("a", "A", "b", "b")
+    for wanted, indices in ((["a"], [0]), (["A"], [1]), (["B"], [2, 3]), (None, [0, 1, 2, 3])):
+        assert Filter(classes=wanted).class_indices(letters) == indices
+
+
 def test_scores_and_classes_that_there_are_not():
     for wanted in ({"min_mask_score": 0.1}, {"min_iou": 0.1}):
         with pytest.raises(UserError, match="only class score"):
