@@ -1,9 +1,11 @@
 """Reading command lines: what the commands of `msrcnn-d2` have in common."""
 
 import argparse
+import csv
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +66,8 @@ class Parser(argparse.ArgumentParser):
         name = wrong.split("=")[0] if kind == "option" else wrong
         nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help."
+        if os.path.lexists(wrong):
+            advice = f"write ./{wrong} if you mean the file."
         self.fail(f"Unknown {kind} '{name}'; {advice}")
 
     def fail(self, message: str) -> NoReturn:
@@ -97,10 +101,7 @@ def number_from(low: float, high: float) -> Callable[[str], float]:
     """The `type` of an argument that is a number from `low` to `high`."""
 
     def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = _number(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(
                 f"needs a number from {low:g} to {high:g}, not '{text}'"
@@ -110,34 +111,39 @@ def number_from(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
-def names_in_list(text: str) -> list[str]:
-    """The `type` of an argument with names that are separated by commas."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"needs names with commas between them, not '{text}'")
-    return names
-
-
 def share(text: str) -> float:
     """The `type` of an argument between 0 and 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 < number < 1:
+    value = _number(text)
+    if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"needs a number between 0 and 1, not '{text}'")
-    return number
+    return value
 
 
 def overlap(text: str) -> float:
     """The `type` of an argument from 0 to below 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1:
+    value = _number(text)
+    if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"needs a number from 0 to below 1, not '{text}'")
-    return number
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN, which is in no range, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def names_in_list(text: str) -> list[str]:
+    """
+    The `type` of an argument with names that are separated by commas. A name with a comma is in
+    double quotes, as in CSV files.
+    """
+    names = [name.strip() for name in next(csv.reader([text], skipinitialspace=True))]
+    if not names or not all(names):
+        raise argparse.ArgumentTypeError(f"needs names with commas between them, not '{text}'")
+    return names
 
 
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,6 +291,7 @@ def predictor_from(
     """
     if args.tile is None and args.overlap is not None:
         raise UsageError("--overlap is that of tiles: it needs --tile SIZE.")
+    settings_from(args)  # tells whether the values make sense, before the model is loaded
     predictor: Predictor
     if (args.model or "").endswith(".onnx"):
         of_others = {
@@ -317,7 +324,6 @@ def predictor_from(
             amp=args.amp,
             tta=args.tta,
         )
-    settings_from(args)  # whether the values make sense
     given: dict[str, Any] = {"apply_exif": False} if args.ignore_exif else {}
     if args.max_pixels is not None:
         given["max_pixels"] = args.max_pixels

@@ -14,14 +14,17 @@ compute AP from the results, keep all with --score-threshold 0.
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from msrcnn_d2_runtime.errors import UserError
 
 from .parsing import (
     UsageError,
@@ -101,7 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         kept.add_argument(f"--min-{name}", type=score, metavar="X", help=f"smallest {title}")
     kept.add_argument(
-        "--classes", type=names_in_list, metavar="NAME,...", help="only objects of these classes"
+        "--classes",
+        type=names_in_list,
+        metavar="NAME,...",
+        help="only objects of these classes; a name with a comma is in double quotes",
     )
     kept.add_argument(
         "--top-k", type=at_least(1), metavar="K", help="at most K objects of an image, the best"
@@ -205,26 +211,43 @@ def run(args: argparse.Namespace) -> int:
     if to_stream:
         stream = JsonLines(sys.stdout.buffer, predictor.class_names)
         write = tracking(args, videos, stream.write)
-        return predict(args, predictor, found.sources, wanted, write, set())
-    output = OutputFolder(
-        args.output,
-        args.save or ["pictures", "csv"],
-        class_names=predictor.class_names,
-        settings=settings_of(args, predictor, wanted, score_threshold),
-        resume=args.resume,
-        labels=args.labels,
-        legend=args.legend,
-        segmentation=args.segmentation,
-        annotations=args.annotations,
-        videos=videos,
-    )
-    with contextlib.closing(output):
-        earlier = ((name, output.predictions(name)) for name in sorted(output.done))
-        write = tracking(args, videos, output.write, earlier)
-        code = predict(args, predictor, found.sources, wanted, write, output.done)
-        output.finish()  # after an interruption, too: what there is can be used
+        with writing("standard output"):
+            return predict(args, predictor, found.sources, wanted, write, set())
+    settings = settings_of(args, predictor, wanted, score_threshold)
+    with writing(f"'{args.output}'", ": when that is mended, continue with --resume"):
+        output = OutputFolder(
+            args.output,
+            args.save or ["pictures", "csv"],
+            class_names=predictor.class_names,
+            settings=settings,
+            resume=args.resume,
+            labels=args.labels,
+            legend=args.legend,
+            segmentation=args.segmentation,
+            annotations=args.annotations,
+            videos=videos,
+        )
+        with contextlib.closing(output):
+            earlier = ((name, output.predictions(name)) for name in sorted(output.done))
+            write = tracking(args, videos, output.write, earlier)
+            code = predict(args, predictor, found.sources, wanted, write, output.done)
+            output.finish()  # after an interruption, too: what there is can be used
     print(f"results: {os.path.join(args.output, '')}")
     return code
+
+
+@contextlib.contextmanager
+def writing(place: str, advice: str = "") -> Iterator[None]:
+    """
+    Raises:
+        UserError: a full disk, say. Images that cannot be read are skipped, and raise no error.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # such as `| head`
+        raise
+    except OSError as error:
+        raise UserError(f"Cannot write to {place} ({error.strerror or error}){advice}.") from error
 
 
 def tracking(
@@ -333,13 +356,15 @@ def predict(
 def reason(error: Exception) -> str:
     """What is wrong with an image, and which option helps."""
     advice = {
-        "image-deep": "it has more than 8 bits per pixel: say which values become 0 and 255 by "
-        "--intensity-range, such as 0 4095, or by --intensity-percentiles, such as 0.1 99.9",
-        "image-pixels": "it has more pixels than --max-pixels allows: give a larger number if its "
-        "source is trusted",
+        "image-deep": "say which values become 0 and 255 by --intensity-range, such as 0 4095, or "
+        "by --intensity-percentiles, such as 0.1 99.9",
+        "image-pixels": "give a larger number as --max-pixels if its source is trusted",
     }
     kind = getattr(error.__cause__, "kind", "")
-    return advice.get(kind) or " ".join(str(error).split()) or type(error).__name__
+    if kind in advice:
+        what, _, _ = str(error.__cause__).partition(": ")  # what follows is about configs
+        return f"{what}: {advice[kind]}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def settings_of(
@@ -349,8 +374,6 @@ def settings_of(
     score_threshold: float | str,
 ) -> dict[str, Any]:
     """What decides about the predictions, which has to be the same when a run is resumed."""
-    import dataclasses
-
     model: dict[str, Any]
     if (args.model or "").endswith(".onnx"):
         model = {"model": fingerprint(args.model)}
@@ -361,12 +384,14 @@ def settings_of(
         model = {"config": fingerprint(found.config_file), "overrides": args.opts}
         if found.weights is not None:
             model["weights"] = fingerprint(found.weights)
+    images = dataclasses.asdict(predictor.image_settings)
+    del images["max_pixels"]  # which images are read, but not how
     return {
         **model,
         "rank_by": predictor.rank_by,
         "score_threshold": score_threshold,
         **dataclasses.asdict(wanted),
-        "images": dataclasses.asdict(predictor.image_settings),
+        "images": images,
         "amp": args.amp,
         "tta": args.tta,
         "stride": args.stride,
@@ -425,7 +450,8 @@ class Progress:
         if not self._is_shown and now - self._last >= LOG_PERIOD:
             self._last = now
             rate = self._count / (now - self._start)
-            left = self._bar.format_interval((self._total - self._count) / rate)
+            # Videos may have more frames than they announce
+            left = self._bar.format_interval(max(0, self._total - self._count) / rate)
             tell(f"{self._count:,} of {self._total:,} images, {rate:.2f} images/s, {left} left")
 
     def tell(self, message: str) -> None:

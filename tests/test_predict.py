@@ -1,6 +1,7 @@
 """`msrcnn-d2 predict`: from files to results, with bad files, interruptions and pipes."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -19,10 +20,12 @@ from PIL import Image
 import draw
 import msrcnn_d2_runtime
 from msrcnn_d2.prediction.loading import load_predictor
+from msrcnn_d2_cli import parsing
 from msrcnn_d2_cli import predict as command
 from msrcnn_d2_runtime import outputs, ranking
 from msrcnn_d2_runtime.image_reading import ImageSettings
 from msrcnn_d2_runtime.outputs import coco_dataset
+from msrcnn_d2_runtime.outputs.journal import Journal
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
 from msrcnn_d2_runtime.tiling import TiledPredictor
 from tests.helpers.command import exit_code
@@ -96,8 +99,6 @@ def classes(folder="predictions") -> dict[str, list[str]]:
 def test_choices_are_those_of_the_library():
     assert command.KINDS == tuple(outputs.KINDS)
     assert command.SEGMENTATIONS == coco_dataset.SEGMENTATIONS
-    from msrcnn_d2_cli import parsing
-
     assert set(parsing.RANK_BY) == set(ranking.SCORE_FIELDS)
 
 
@@ -216,6 +217,44 @@ def files_of(folder) -> dict[str, bytes]:
     }
 
 
+def test_images_that_were_too_large_are_read_when_the_run_continues(world, monkeypatch, capsys):
+    def predictor_from(args, threshold, **_):
+        predictor = Colours(threshold)
+        predictor.image_settings = parsing.settings_from(args)
+        return predictor
+
+    monkeypatch.setattr(command, "predictor_from", predictor_from)
+    assert run("in", "--max-pixels", 24, "--output", "parts") == 1
+    said = capsys.readouterr().err
+    assert "--max-pixels" in said and "5 x 5 pixels" in said
+    assert list(journal("parts")) == ["a/1.png", "b c/1.png"]
+    assert run("in", "--max-pixels", 25, "--output", "parts", "--resume") == 0
+    assert run("in", "--output", "whole") == 0
+    assert files_of("parts") == files_of("whole")
+
+
+def test_a_full_disk(world, monkeypatch, capsys):
+    calls = itertools.count(1)
+    write_line = Journal.append
+
+    def fail(self, record):
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_line(self, record)
+
+    monkeypatch.setattr(Journal, "append", fail)
+    assert run("in") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and os.strerror(errno.ENOSPC) in said and "--resume" in said
+    assert run("in", "--resume") == 0
+    assert len(journal()) == 3
+
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=full))
+        assert run("in", "--output", "-") == 2
+    assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
+
+
 def test_results_inside_the_folder_of_the_images(world):
     """They are no inputs of the next run."""
     for _ in range(2):
@@ -239,9 +278,13 @@ def test_results_inside_the_folder_of_the_images(world):
         (["in", "--top-k", "0"], "at least 1"),
         (["in", "--tile", "0"], "at least 1"),
         (["in", "--tile", "9", "--overlap", "1"], "below 1"),
+        (["in", "--classes", 'red,"a, b"'], "'a, b'"),
+        (["in", "--classes", ""], "commas"),
+        (["-x.png"], "./-x.png"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(world, args, said, capsys):
+    Path("-x.png").touch()
     assert run(*args) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
@@ -252,6 +295,12 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(world, args, said, capsys):
 def test_without_a_model(world, capsys):
     assert exit_code("predict", "in") == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_values_are_checked_before_the_model_is_loaded(world, monkeypatch, capsys):
+    monkeypatch.undo()
+    assert exit_code("predict", world, "--model", "no.onnx", "--intensity-range", 5, 3) == 2
+    assert "lower one first" in capsys.readouterr().err
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(world, monkeypatch, capsys):
