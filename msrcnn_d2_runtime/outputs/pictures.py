@@ -46,7 +46,9 @@ def write_picture(
         path: from :func:`picture_name`, whose end decides about the format.
         class_names, labels, legend: as in :func:`~msrcnn_d2_runtime.drawing.draw_predictions`.
     """
-    from ..drawing import draw_predictions  # needs OpenCV, unlike the other outputs
+    import cv2  # unlike the other outputs
+
+    from ..drawing import draw_predictions
 
     drawn = draw_predictions(
         image.image, image.predictions, class_names, labels=labels, legend=legend
@@ -57,5 +59,9 @@ def write_picture(
             # Coloured outlines keep their edges
             Image.fromarray(drawn).save(f, format="JPEG", quality=92, subsampling=0)
         else:
-            # Three times as fast as the default, and 15 % larger
-            Image.fromarray(drawn).save(f, format="PNG", compress_level=1)
+            options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+            # Pillow, and OpenCV before 4.12, try five filters on each row: twice the time for
+            # files of about the same size
+            if hasattr(cv2, "IMWRITE_PNG_FILTER"):
+                options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+            f.write(cv2.imencode(".png", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR), options)[1])
