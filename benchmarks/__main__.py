@@ -20,7 +20,14 @@ from benchmarks.report import Part, machine
 
 PARTS = ("inference", "training", "targets", "evaluation", "throughput", "memory")
 # Only when named: the others take a quarter of an hour on 2 cores already
-ON_REQUEST = ("growth", "scaling", "data_check", "memory_simulated")
+ON_REQUEST = (
+    "growth",
+    "scaling",
+    "data_check",
+    "memory_simulated",
+    "predict",
+    "predict_memory",
+)
 
 
 def main() -> None:

@@ -147,12 +147,13 @@ def peak_memory(function: Callable[[], Any]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
-    before = _resident_kb("VmRSS")
+    before = resident_kb("VmRSS")
     function()
-    return (_resident_kb("VmHWM") - before) / 2**10
+    return (resident_kb("VmHWM") - before) / 2**10
 
 
-def _resident_kb(which: str) -> int:
+def resident_kb(which: str) -> int:
+    """Memory of this process in kB: "VmRSS" as it is now, "VmHWM" at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (x for x in lines if x.startswith(which))
     return int(line.split()[1])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,44 +30,67 @@ CASES = {
 }
 
 
+class Work(NamedTuple):
+    """
+    Attributes:
+        title: model and images, in words.
+        config, weights: files of the model.
+        annotations, images: a file and a folder.
+        opts: overrides of the config.
+    """
+
+    title: str
+    config: Path
+    weights: Path
+    annotations: Path
+    images: Path
+    opts: list[str] = []
+
+
 def run(options) -> list[Part]:
     with tempfile.TemporaryDirectory() as folder:
-        describe = r50_on_photos if DEVICE == "cuda" else shapes
-        title, arguments = describe(Path(folder))
+        work = (r50_on_photos if DEVICE == "cuda" else shapes)(Path(folder), NUM_IMAGES)
+        arguments = [
+            *["--config-file", str(work.config)],
+            *["--dataset", "bench", str(work.annotations), str(work.images)],
+            "dataloader.test.dataset.names=bench",
+            f"train.init_checkpoint={work.weights}",
+            *work.opts,
+        ]
         seconds: dict[str, list[float]] = {name: [] for name in CASES}
         for k in range(options.rounds):
             for name, (batch_size, workers) in CASES.items():
                 output = Path(folder) / f"{k}-{batch_size}-{workers}"
                 seconds[name].append(seconds_per_image(arguments, batch_size, workers, output))
     timings = {name: Timing(s) for name, s in seconds.items()}
-    return [_part(title, timings)]
+    return [_part(work.title, timings)]
 
 
-def shapes(folder: Path) -> tuple[str, list[str]]:
+def shapes(folder: Path, num_images: int) -> Work:
     """The model of `make demo`, which is trained, on images drawn for it."""
     draw = [sys.executable, SHAPES / "draw.py", folder / "data"]
     subprocess.run(
-        [*draw, "--num-train", "8", "--num-val", str(NUM_IMAGES)],
+        [*draw, "--num-train", "8", "--num-val", str(num_images)],
         check=True,
         capture_output=True,
     )
-    arguments = ["--config-file", str(SHAPES / "ms_rcnn_shapes.py")]
-    arguments += ["--dataset", "shapes_val", f"{folder}/data/val.json", f"{folder}/data/val"]
-    weights = SHAPES / "ms_rcnn_shapes.safetensors"
-    return (
+    return Work(
         "the small model of projects/shapes, 128 x 128 pixels",
-        [*arguments, f"train.init_checkpoint={weights}"],
+        config=SHAPES / "ms_rcnn_shapes.py",
+        weights=SHAPES / "ms_rcnn_shapes.safetensors",
+        annotations=folder / "data" / "val.json",
+        images=folder / "data" / "val",
     )
 
 
-def r50_on_photos(folder: Path) -> tuple[str, list[str]]:
+def r50_on_photos(folder: Path, num_images: int) -> Work:
     """R-50-FPN with random weights on copies of the photograph, at the size of COCO's recipe."""
     _, model = build_models()
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     height, width = IMAGE_SIZE
     images = [
         {"id": k, "file_name": f"{k}.jpg", "height": height, "width": width}
-        for k in range(1, NUM_IMAGES + 1)
+        for k in range(1, num_images + 1)
     ]
     (folder / "images").mkdir()
     for image in images:
@@ -76,16 +100,13 @@ def r50_on_photos(folder: Path) -> tuple[str, list[str]]:
     categories = [{"id": k, "name": f"class {k}"} for k in range(1, 81)]
     annotations = {"images": images, "annotations": [], "categories": categories}
     (folder / "photos.json").write_text(json.dumps(annotations))
-    config = ROOT / "configs" / "COCO-InstanceSegmentation" / "ms_rcnn_R_50_FPN_1x.py"
-    return (
+    return Work(
         "R-50-FPN, 800 x 1067 pixels, 100 detections",
-        [
-            *["--config-file", str(config)],
-            *["--dataset", "bench_photos", f"{folder}/photos.json", f"{folder}/images"],
-            "dataloader.test.dataset.names=bench_photos",
-            f"train.init_checkpoint={folder}/model.pth",
-            f"model.roi_heads.box_predictor.test_score_thresh={_threshold(model)}",
-        ],
+        config=ROOT / "configs" / "COCO-InstanceSegmentation" / "ms_rcnn_R_50_FPN_1x.py",
+        weights=folder / "model.pth",
+        annotations=folder / "photos.json",
+        images=folder / "images",
+        opts=[f"model.roi_heads.box_predictor.test_score_thresh={_threshold(model)}"],
     )
 
 
