@@ -1,5 +1,6 @@
 """Read the frames of a video, and write a video that browsers play."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -135,7 +136,8 @@ class VideoWriter:
         """Remove what has been written, also if :meth:`close` was interrupted."""
         if self._encoder is not None:
             self._encoder = None  # not closed: it cannot complete a file twice
-            os.remove(self._incomplete)
+            with contextlib.suppress(FileNotFoundError):  # PyAV makes it with its first packet
+                os.remove(self._incomplete)
 
 
 class _H264:
