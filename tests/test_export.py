@@ -23,7 +23,7 @@ from msrcnn_d2.utils.errors import UserError
 from tests.helpers.toy import CHANNELS, tiny_mask_rcnn
 from tests.test_mask_calibrator import OF_CALIBRATOR, randomised
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
@@ -213,6 +213,15 @@ def test_it_says_what_was_compared(case):
     assert case.exported.num_bytes == case.path.stat().st_size
 
 
+def test_onnx_runtime_warns_only_of_inputs_with_defaults(case, capfd):
+    if not isinstance(case.session, OnnxFile):
+        pytest.skip("a TorchScript file")
+    onnxruntime.InferenceSession(case.path, providers=["CPUExecutionProvider"])
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "W:onnxruntime" in line]
+    assert len(warnings) == 2
+    assert "output_size" in warnings[0] and "score_threshold" in warnings[1]
+
+
 def test_metadata(case):
     has_calibrator = "quality_scores" in case.session.names
     values = case.metadata
@@ -312,7 +321,8 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "target, words", [("model.pb", "end with .onnx"), ("nowhere/m.onnx", "does not exist")]
+    ("target", "words"),
+    [(".", "is a folder"), ("model.pb", "end with .onnx"), ("nowhere/m.onnx", "does not exist")],
 )
 def test_targets_that_cannot_be_written(plain, tmp_path, target, words):
     with pytest.raises(UserError, match=words):

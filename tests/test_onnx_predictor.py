@@ -76,6 +76,17 @@ def test_a_list_gives_a_list(file):
     assert OnnxPredictor(file)([]) == []
 
 
+def test_predict_all_of_a_folder(file, tmp_path):
+    for name, height in (("b", 20), ("a", 10)):
+        Image.fromarray(IMAGE[:height]).save(tmp_path / f"{name}.png")
+    predict = OnnxPredictor(file, score_threshold=0.3)
+    first, second = predict.predict_all(tmp_path, batch_size=2)
+    assert (first.name, first.predictions.image_size) == ("a.png", (10, 30))
+    assert (second.name, second.predictions.image_size) == ("b.png", (20, 30))
+    for image in (first, second):
+        np.testing.assert_array_equal(image.predictions.mask_scores, OUTPUTS["mask_scores"][:2])
+
+
 def what_the_model_gets(folder, image, **changes):
     """The image and the output size that arrive in the file."""
     outputs = {"scores": "image", "mask_scores": "output_size"}

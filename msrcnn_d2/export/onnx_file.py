@@ -101,6 +101,7 @@ def onnx_model(graph: InferenceGraph, example: tuple[torch.Tensor, ...], metadat
         )
     model = onnx.load_from_string(buffer.getvalue())
     round_down_by_remainder(model.graph)
+    remove_unused(model.graph)
     defaults = {
         "output_size": np.zeros(2, np.int64),
         "score_threshold": np.array(float(metadata["score_threshold"]), np.float32),
@@ -148,6 +149,34 @@ def round_down_by_remainder(graph: Any) -> None:
             graph.node.insert(position, onnx.helper.make_node("Mod", [x, n], [remainder]))
             rest = onnx.helper.make_node("Sub", [x, remainder], [result])
             graph.node.insert(position + 1, rest)
+
+
+def remove_unused(graph: Any) -> None:
+    """
+    Remove nodes whose outputs nothing uses: ONNX Runtime would warn of them at each start.
+
+    Args:
+        graph: an `onnx.GraphProto`.
+    """
+    while True:
+        used = {x.name for x in graph.output} | names_read(graph)
+        unused = [node for node in graph.node if used.isdisjoint(node.output)]
+        if not unused:
+            return
+        for node in unused:
+            graph.node.remove(node)
+
+
+def names_read(graph: Any) -> set[str]:
+    """The inputs of all nodes, also of those in branches and loops."""
+    names = set()
+    for node in graph.node:
+        names.update(node.input)
+        for attribute in node.attribute:
+            # Branches can end with a value from outside
+            names.update(x.name for x in attribute.g.output)
+            names |= names_read(attribute.g)
+    return names
 
 
 class _NonMaxSuppression(torch.autograd.Function):
