@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from detectron2.utils.logger import setup_logger
+
     from msrcnn_d2.export import export_onnx, export_torchscript
     from msrcnn_d2.export.exporting import checked_target
     from msrcnn_d2.prediction.loading import load_predictor
@@ -85,11 +87,15 @@ def run(args: argparse.Namespace) -> None:
             "--dataset is for --int8 only: `msrcnn-d2 evaluate` takes any exported file."
         )
     to_torchscript = args.format == "torchscript"
+    # What can be wrong is found before a download, and before an export that takes minutes
+    checked_target(args.output, ".ts" if to_torchscript else ".onnx")
+    images = calibration_images(args.int8) if args.int8 else None
     if args.dataset:
         from msrcnn_d2.engine import register_dataset
+        from msrcnn_d2.engine.preflight import check_registered
 
         register_dataset(*args.dataset)
-    checked_target(args.output, ".ts" if to_torchscript else ".onnx")  # before a download
+        check_registered(args.dataset[0])
     predict = load_predictor(
         args.model,
         config_file=args.config_file,
@@ -102,31 +108,42 @@ def run(args: argparse.Namespace) -> None:
     if to_torchscript:
         show(export_torchscript(predict, args.output, masks=args.masks))
         return
-    images = None
-    if args.int8:
-        from msrcnn_d2_runtime.inputs import find_inputs
+    if args.dataset:
+        from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 
-        sources = find_inputs(args.int8).sources
-        step = max(1, len(sources) / MAX_IMAGES)  # from all of a sorted folder
-        images = [sources[int(k * step)].location for k in range(min(len(sources), MAX_IMAGES))]
+        MaskScoringCOCOEvaluator(args.dataset[0], class_names=predict.class_names)
+    for logger in ("detectron2", "msrcnn_d2"):  # for the progress
+        setup_logger(name=logger)
     show(export_onnx(predict, args.output, masks=args.masks, calibration_images=images))
     if args.dataset:
-        show_ap(predict, args.output, args.dataset)
+        show_ap(predict, args.output, args.dataset[0])
 
 
-def show_ap(predict: "MaskScoringPredictor", path: str, dataset: list[str]) -> None:
+def calibration_images(inputs: list[str]) -> list[str]:
+    """Up to 100 of the images, from all of a sorted folder."""
+    from msrcnn_d2_runtime.inputs import find_inputs
+
+    sources = find_inputs(inputs).sources
+    step = max(1, len(sources) / MAX_IMAGES)
+    return [sources[int(k * step)].location for k in range(min(len(sources), MAX_IMAGES))]
+
+
+def show_ap(predict: "MaskScoringPredictor", path: str, name: str) -> None:
     """
     Args:
         path: of the int8 file.
-        dataset: name, annotations and folder of images.
+        name: of the dataset.
     """
+    from detectron2.data import DatasetCatalog
+
     from msrcnn_d2.engine import evaluate_predictor
     from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
 
-    name = dataset[0]
-    before = evaluate_predictor(predict, name)
-    after = evaluate_predictor(OnnxPredictor(path, rank_by=predict.rank_by), name)
-    print(f"AP on {name}, before and after int8:")
+    exported = OnnxPredictor(path, rank_by=predict.rank_by)
+    limit = max(exported.metadata["max_detections"], 100)  # as for `msrcnn-d2 evaluate`
+    before, after = (evaluate_predictor(x, name, None, limit) for x in (predict, exported))
+    count = len(DatasetCatalog.get(name))
+    print(f"AP on the {count:,} images of {name}, before and after int8:")
     for task, metrics in before.items():
         if "AP" in metrics:
             print(f"  {task}: {metrics['AP']:.2f}, {after[task]['AP']:.2f}")

@@ -1,6 +1,7 @@
 """Evaluation of predictors, such as exported models."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,3 +165,26 @@ def test_the_results_are_those_of_evaluating_the_model(shapes):
         found = evaluate_predictor(predictor, "drawn_shapes")
         for task in EXPECTED:
             assert found[task] == pytest.approx(expected[task], abs=0.1, nan_ok=True)
+
+
+def test_the_export_to_int8_prints_ap_before_and_after(shapes, tmp_path, capsys):
+    path = tmp_path / "int8.onnx"
+    dataset = ["shapes_of_export", shapes.folder / "val.json", shapes.folder / "val"]
+    options = ["--int8", shapes.images[0], "--dataset", *dataset]
+    assert exit_code("export", "demo", path, *options) == 0
+    lines = re.findall(r"^  (\w+): ([\d.]+), ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    printed = {task: [float(before), float(after)] for task, before, after in lines}
+    models = shapes.exported, OnnxPredictor(path)
+    results = [evaluate_predictor(x, "drawn_shapes") for x in models]
+    for task in EXPECTED:
+        assert printed[task] == pytest.approx([x[task]["AP"] for x in results], abs=0.1)
+
+
+def test_mistakes_in_the_dataset_are_found_before_an_export(shapes, dataset, tmp_path, capsys):
+    path = tmp_path / "int8.onnx"
+    missing = ["missing", tmp_path / "missing.json", tmp_path]
+    for data, words in ((dataset, "no name in common"), (missing, "missing.json")):
+        options = ["--int8", shapes.images[0], "--dataset", *data]
+        assert exit_code("export", "demo", path, *options) == 2
+        assert words in capsys.readouterr().err
+    assert not path.exists()

@@ -129,13 +129,17 @@ def checked_target(path: str | os.PathLike, suffix: str) -> str:
         UserError: the file cannot be written, as far as one can tell before it is.
     """
     target = Path(path)
+    if target.is_dir():
+        raise UserError(f"'{target}' is a folder: name a file for the output, with {suffix}.")
     if target.suffix != suffix:
         raise UserError(f"'{target}' has to end with {suffix}.")
     if not target.parent.is_dir():
         raise UserError(f"The folder of '{target}' does not exist.")
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        reason = "is a folder" if target.is_dir() else "is in a folder that cannot be written to"
-        raise UserError(f"'{target}' {reason}: give another name for the output.")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(
+            f"'{target}' is in a folder that cannot be written to: give another name for the "
+            "output."
+        )
     return str(target)
 
 

@@ -15,9 +15,12 @@ from .onnx_file import Session, import_onnx
 
 __all__ = ["quantized"]
 
+logger = logging.getLogger(__name__)
+
 # The last layer of each head: small, and in them rounding costs most
 KEPT = ("/objectness_logits", "/anchor_deltas", "/box_predictor", "/predictor", "/mask_calibrator")
 WARNINGS, ERRORS = 2, 3  # severities of ONNX Runtime; the first is its default
+LOG_PERIOD = 10  # images
 OPERATORS = ("Conv", "ConvTranspose", "Gemm")
 
 
@@ -79,12 +82,15 @@ class _Reader:
 
     def __init__(self, model: Any, images: Sequence[ImageLike], settings: ImageSettings):
         self.session = Session(model.SerializeToString())
-        self.images = iter(images)
+        self.images = enumerate(images)
+        self.num_images = len(images)
         self.settings = settings
         self.first: np.ndarray | None = None
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        for image in self.images:
+        for k, image in self.images:
+            if k % LOG_PERIOD == 0:
+                logger.info("Measuring ranges for int8 on image %d of %d", k + 1, self.num_images)
             pixels = np.ascontiguousarray(read_bgr_image(image, self.settings)[:, :, ::-1])
             if len(self.session(pixels)["boxes"]):
                 self.first = pixels if self.first is None else self.first
