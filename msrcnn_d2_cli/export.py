@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 
         MaskScoringCOCOEvaluator(args.dataset[0], class_names=predict.class_names)
-    for logger in ("detectron2", "msrcnn_d2"):  # for the progress
+    for logger in ("msrcnn_d2.export", "detectron2.evaluation.evaluator"):  # they show the progress
         setup_logger(name=logger)
     show(export_onnx(predict, args.output, masks=args.masks, calibration_images=images))
     if args.dataset:
