@@ -2,7 +2,7 @@
 #   make demo     draw a small data set, train on it, show what mask scoring brings (CPU, minutes)
 #   make test     check style and types, run all tests
 #   make test-integrations
-#                the tests with supervision, sahi, MLflow, PyAV, ..., which it installs (280 MB)
+#                the tests with supervision, sahi, MLflow, PyAV, ..., which it installs (320 MB)
 #   make test-web test the page of `msrcnn-d2 demo`, with Gradio and, if it is installed, in Chromium
 #   make docs     build the documentation: output/docs/index.html
 #   make nightly  what takes too long for make test: 15,000 random cases, other ones each time, and a
