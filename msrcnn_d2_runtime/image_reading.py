@@ -168,14 +168,20 @@ without_pixel_limit = _limits.lifted
 
 
 @contextmanager
-def open_image(file: str | IO[bytes], settings: ImageSettings) -> Iterator[Image.Image]:
+def open_image(
+    file: str | IO[bytes], settings: ImageSettings, formats: list[str] | None = None
+) -> Iterator[Image.Image]:
     """
     Open an image with the pixel limit of the settings instead of Pillow's.
 
+    Args:
+        formats: Pillow's names of those that it may have; any by default.
+
     Raises:
         NeedsSetting: the image has more pixels.
+        OSError, SyntaxError, ValueError: it is damaged, or in no such format.
     """
-    with without_pixel_limit(), Image.open(file) as image:
+    with without_pixel_limit(), Image.open(file, formats=formats) as image:
         width, height = image.size
         if width * height > settings.pixel_limit:
             raise NeedsSetting(
@@ -183,7 +189,10 @@ def open_image(file: str | IO[bytes], settings: ImageSettings) -> Iterator[Image
                 f"it has {width} x {height} pixels, and {settings.pixel_limit:,} are the limit: "
                 f"set {_both_keys('max_pixels')} to {width * height} if its source is trusted",
             )
-        yield image
+        try:
+            yield image
+        except RuntimeError as error:  # what Pillow raises for a damaged AVIF file
+            raise OSError(str(error)) from error
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -26,6 +26,9 @@ __all__ = ["Analyser", "Analysis", "View", "fitted", "ordered", "read_image", "s
 DISPLAY_SIDE = 1280
 # Unless --max-pixels says otherwise. Reading takes about 10 bytes of memory per pixel
 MAX_PIXELS = 64_000_000
+# Those of photographs and microscopes. Pillow knows more, some of which run other programs: for an
+# EPS file Ghostscript, which is a programming language
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,10 @@ def read_image(data: bytes, settings: ImageSettings) -> np.ndarray:
     Raises:
         UserError: it is no image, or one that cannot be read with these settings.
     """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
     try:
-        with open_image(io.BytesIO(data), settings) as image:
+        with open_image(io.BytesIO(data), settings, formats) as image:
             return np.asarray(to_rgb(image, settings))
     except UnidentifiedImageError:
         raise UserError(
@@ -123,7 +128,7 @@ def read_image(data: bytes, settings: ImageSettings) -> np.ndarray:
         ) from None
     except NeedsSetting as error:
         if error.kind == "image-pixels":
-            with without_pixel_limit(), Image.open(io.BytesIO(data)) as image:
+            with without_pixel_limit(), Image.open(io.BytesIO(data), formats=formats) as image:
                 width, height = image.size
             limit = f"{settings.pixel_limit / 1e6:.3g} million"
             advice = (

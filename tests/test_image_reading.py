@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper
@@ -168,6 +168,16 @@ def test_colors_of_16_bits(tmp_path):
         read_bgr_image(path, RANGE)
     with pytest.raises(NeedsSetting, match="16 bits per channel"):
         map_images(path, RANGE)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow that reads AVIF")
+def test_a_damaged_avif_file_is_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "a.avif"
+    Image.new("RGB", (40, 40)).save(path)
+    header, pixels = path.read_bytes().split(b"mdat")
+    path.write_bytes(header + b"mdat" + bytes(len(pixels)))
+    with pytest.raises(UserError, match="a.avif"):
+        read_bgr_image(path)
 
 
 def test_another_size_is_told_with_the_name_of_the_file(tmp_path):

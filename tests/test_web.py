@@ -35,6 +35,7 @@ def exif(orientation):
 
 
 LEFT_RED = Image.fromarray(np.array([[[204, 0, 0], [0, 0, 204]]] * 3, np.uint8))  # 3 x 2 pixels
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
 DEEP = Image.fromarray(np.array([[0, 4095], [1000, 65535]], np.uint16))
 
 
@@ -63,20 +64,23 @@ def test_the_model_sees_the_image_and_so_do_users(data, pixels):
     [
         (b"", "not an image"),
         (b"<html>", "not an image"),
-        (image_file()[:-200], "damaged"),
+        (image_file(NOISE)[:-2000], "damaged"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
         (image_file(DEEP, "TIFF"), "--intensity-percentiles"),
         (image_file((101, 100)), "100 x 101"),
     ],
-    ids=["empty", "no image", "cut off", "16 bits", "too large"],
+    ids=["empty", "no image", "cut off", "for Ghostscript", "16 bits", "too large"],
 )
 def test_a_bad_file_is_refused_in_a_sentence(data, words):
     predictor = FakePredictor()
-    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)
-    if words == "damaged":
-        data = image_file(Image.fromarray(noise))[:-2000]
     with pytest.raises(UserError, match=words) as caught:
         Analyser(predictor, max_pixels=10_000).analyse("a.png", data)
     assert not predictor.seen and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PPM", "TIFF", "WEBP"])
+def test_photographs_of_many_formats_are_read(kind):
+    assert analyse(image_file((12, 8), kind)).size == (12, 8)
 
 
 def test_the_settings_of_the_model_limit_the_size():
