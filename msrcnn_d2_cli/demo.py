@@ -21,8 +21,6 @@ EXAMPLES = """
     {prog} --model model.onnx --host 0.0.0.0 --port 8000
 """
 
-DEMO = "demo"  # that of msrcnn_d2.prediction.loading, which takes too long to import for --help
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_predictor_arguments(parser)
@@ -83,30 +81,33 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from msrcnn_d2_web.server import address_of, build_app, listen, serve, share
 
-    if not (args.model or args.config_file or args.weights):
-        args.model = DEMO
-    # Before the model, which takes longer
-    listener = listen(args.host, args.port)
     examples = [Path(x) for x in args.examples]
-    is_demo = args.model == DEMO and not (args.config_file or args.weights)
     for path in examples:
         if not path.is_file():
             raise UserError(f"Example '{path}' does not exist: give the paths of images.")
-    if is_demo and not examples:
-        folder = resources.files("msrcnn_d2_web").joinpath("examples")
-        examples = sorted(Path(str(x)) for x in folder.iterdir() if x.name.endswith(".jpg"))
-    name = os.path.basename(args.model or args.weights or args.config_file)
+    # Before the model, which takes longer
+    listener = listen(args.host, args.port)
+    public_address = share(listener) if args.share else None
+    if args.model in (None, "demo") and not (args.config_file or args.weights):
+        from msrcnn_d2.prediction.loading import demo_model
+
+        args.model = demo_model()  # not by its name, which a folder here may have too
+        title = "Mask Scoring R-CNN on drawn shapes"
+        folder = Path(str(resources.files("msrcnn_d2_web").joinpath("examples")))
+        examples = examples or sorted(folder.glob("*.jpg"))
+    else:
+        title = os.path.basename(args.model or args.weights or args.config_file)
     is_local = args.host in ("127.0.0.1", "localhost", "::1") and not args.share
     app = build_app(
         predictor_from(args),
-        title="Mask Scoring R-CNN on drawn shapes" if is_demo else name,
+        title=title,
         examples=examples,
         max_upload_mb=args.max_upload_mb,
         where_it_goes="it stays on this computer" if is_local else "it is kept in memory only",
     )
     print(f"The page is at {address_of(listener)} (Ctrl-C ends it)", flush=True)
-    if args.share:
-        print(f"and for everyone at {share(listener)}", flush=True)
+    if public_address:
+        print(f"and for everyone at {public_address}", flush=True)
     try:
         serve(app, listener)
     except KeyboardInterrupt:  # how it is meant to end

@@ -203,23 +203,19 @@ def settings_from(args: argparse.Namespace) -> "ImageSettings":
     )
 
 
-def add_predictor_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
     """
     Options for a trained model that predicts, which :func:`predictor_from` takes, and those of
     :func:`add_image_arguments`.
-
-    Args:
-        default: the model without any of them.
     """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default=default,
         metavar="MODEL",
         help="a checkpoint with its config beside it (config.yaml, or a .py or .yaml file of its "
         "own name); the output folder of a training; a model with published weights, such as "
         "ms_rcnn_R_50_FPN_1x; an exported .onnx file; or 'demo', the small model of drawn shapes "
-        f"that comes with msrcnn-d2{f' (default: {default})' if default else ''}",
+        "that comes with msrcnn-d2",
     )
     group.add_argument("--config-file", metavar="FILE", help="path or name of the config")
     group.add_argument(

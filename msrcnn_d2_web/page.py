@@ -78,6 +78,8 @@ class Page:
         """
         self.analyser, self.store = analyser, store
         self.class_names = analyser.predictor.class_names
+        # First, since their errors name the file
+        thumbnails = [_thumbnail(path, analyser.settings) for path in examples]
         self._examples = list(examples)
         self._example_keys: dict[int, str] = {}
         # Which scores the model has, it says only when it has predicted something
@@ -85,7 +87,7 @@ class Page:
         probe = first.predictions if first else _predictions_of_nothing(analyser)
         self.scores = [score for score in SCORES.values() if probe.has(score.field)]
         self.rankings = [score for score in self.scores if score.ranks]
-        self.blocks = self._build(title, max_upload_mb, where_it_goes)
+        self.blocks = self._build(title, thumbnails, max_upload_mb, where_it_goes)
 
     # ---- what users do
 
@@ -123,7 +125,7 @@ class Page:
     def open_upload(self, event: gr.EventData, narrow: bool, *settings: Any) -> list[Any]:
         return self._open(narrow, event._data.get("key"), settings)
 
-    def pick(
+    def select(
         self,
         event: gr.EventData,
         narrow: bool,
@@ -131,25 +133,15 @@ class Page:
         selected: int | None,
         *settings: Any,
     ) -> list[Any]:
-        """Highlight the object of a row, or no object if it is highlighted already."""
-        picked = event._data.get("object")
-        selected = picked if isinstance(picked, int) and picked != selected else None
-        return [selected, *self.show(narrow, key, selected, *settings)]
-
-    def point(
-        self,
-        event: gr.EventData,
-        narrow: bool,
-        key: str | None,
-        selected: int | None,
-        *settings: Any,
-    ) -> list[Any]:
-        """Highlight the object at a place of the picture, or none if there is no other one."""
-        analysis = self.store.get(key)
-        if analysis is not None:
+        """
+        Highlight the object of a row, or the one at a place of the picture; no object if there is
+        none, or if it is highlighted already.
+        """
+        picked, analysis = event._data.get("object"), self.store.get(key)
+        if picked is None and analysis is not None:
             x, y = (float(event._data.get(axis, -1)) for axis in "xy")
-            found = object_at(analysis, self.view(settings), x, y)
-            selected = None if found == selected else found
+            picked = object_at(analysis, self.view(settings), x, y)
+        selected = picked if isinstance(picked, int) and picked != selected else None
         return [selected, *self.show(narrow, key, selected, *settings)]
 
     def view(self, settings: Sequence[Any], selected: int | None = None) -> View:
@@ -162,13 +154,20 @@ class Page:
 
     # ---- what they see
 
-    def _build(self, title: str, max_upload_mb: int, where_it_goes: str) -> gr.Blocks:
+    def _build(
+        self, title: str, thumbnails: list[str], max_upload_mb: int, where_it_goes: str
+    ) -> gr.Blocks:
         script = resources.files(__package__).joinpath
         with gr.Blocks(title=f"{title} · msrcnn_d2", analytics_enabled=False) as blocks:
             narrow, key, selected = gr.State(), gr.State(), gr.State()
             width = gr.Number(visible=False)  # of the screen
             gr.HTML(
-                _render("header", title=title, class_names=self.class_names),
+                _render(
+                    "header",
+                    title=title,
+                    class_names=self.class_names,
+                    has_mask_scores="mask_scores" in [score.field for score in self.scores],
+                ),
                 apply_default_css=False,
             )
             with gr.Row(equal_height=False):
@@ -178,9 +177,7 @@ class Page:
                             "upload",
                             max_mb=max_upload_mb,
                             where_it_goes=where_it_goes,
-                            examples=[
-                                _thumbnail(path, self.analyser.settings) for path in self._examples
-                            ],
+                            examples=thumbnails,
                         ),
                         js_on_load=script("upload.js").read_text(encoding="utf-8"),
                         apply_default_css=False,
@@ -210,6 +207,9 @@ class Page:
                             )
                             for score in self.scores
                         ]
+                        for slider in sliders:
+                            # Users can also type. Gradio would write a file if this were a subclass
+                            slider.preprocess = lambda typed: min(max(typed or 0.0, 0.0), 1.0)
                     objects = gr.HTML(
                         js_on_load=script("objects.js").read_text(encoding="utf-8"),
                         apply_default_css=False,
@@ -232,8 +232,8 @@ class Page:
             )
             upload.uploaded(self.open_upload, [narrow, *settings], opened, **common)
             upload.example(self.choose_example, [narrow, *settings], opened, **common)
-            objects.picked(self.pick, changed, [selected, *seen], **common)
-            picture.pointed(self.point, changed, [selected, *seen], **common)
+            objects.picked(self.select, changed, [selected, *seen], **common)
+            picture.pointed(self.select, changed, [selected, *seen], **common)
             triggers = [ranking.change, *(slider.change for slider in sliders)]
             gr.on(triggers, self.show, changed, seen, trigger_mode="always_last", **common)
         return blocks

@@ -1,5 +1,6 @@
 """The server: the page, uploads and downloads."""
 
+import errno
 import logging
 import os
 import secrets
@@ -77,7 +78,7 @@ def build_app(
     async def upload(request: Request) -> Response:
         nonlocal waiting
         # Pages of other hosts cannot send this header
-        name = urllib.parse.unquote(request.headers.get("x-file-name", ""))[:200]
+        name = urllib.parse.unquote(request.headers.get("x-file-name", ""))[:255]
         if not name:
             return _message(400, "The request has no file name.")
         if waiting >= MAX_WAITING:
@@ -154,9 +155,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
-    except socket.gaierror:
-        raise UserError(f"There is no host '{host}': give an address of this machine.") from None
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"'{host}' is not a name or an address of this machine.") from None
         raise UserError(
             f"The page cannot be served at {host}, port {port} ({error.strerror}): give another "
             "port, or 0 for any that is free."
@@ -187,7 +188,8 @@ def share(listener: socket.socket) -> str:
         return networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
     except Exception as error:  # a network can fail in many ways
         raise UserError(
-            f"Gradio's servers gave no public address ({error}): is there access to the internet? "
+            "Gradio's servers gave no public address "
+            f"({str(error).rstrip('.')}): is there access to the internet? "
             "Without --share, the page is for this computer."
         ) from error
 

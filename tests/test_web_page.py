@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msrcnn_d2_cli import main
 from msrcnn_d2_runtime.errors import UserError
 from tests.helpers.web import FakePredictor, image_file
 
-pytest.importorskip("gradio", exc_type=ImportError)
+gradio = pytest.importorskip("gradio", exc_type=ImportError)
 httpx = pytest.importorskip("httpx")
 
 from msrcnn_d2_web.analysis import Analyser  # noqa: E402
@@ -69,6 +70,15 @@ def test_a_model_without_mask_scores_has_one_ranking_and_one_slider():
     assert [x.field for x in page.scores] == [x.field for x in page.rankings] == ["scores"]
     _, table = page.show(False, opened(page), None, "scores", 0.5)
     assert [row[-1] for row in rows(table)] == [0.9, 0.8, 0.7]
+    # Nor is there a word about scores that it lacks
+    assert "predicted IoU" not in str(page.blocks.get_config_file())
+
+
+def test_a_threshold_that_is_out_of_range_or_missing():
+    blocks = page_of().blocks.blocks.values()
+    sliders = [x for x in blocks if isinstance(x, gradio.Slider)]
+    values = [[x.preprocess(value) for value in (None, -1, 0.3, 5)] for x in sliders]
+    assert values == [[0, 0, 0.3, 1]] * 3
 
 
 @pytest.mark.parametrize("number", [0, 100, 300])
@@ -139,6 +149,10 @@ def test_downloads_have_the_names_of_their_images_and_what_is_shown(client):
     answer = client.get(f"/images/{key}/predictions?ranking=scores&scores=0.75")
     assert "M%C3%BCll%20.x_predictions.json" in answer.headers["content-disposition"]
     assert [x["score"] for x in answer.json()["annotations"]] == pytest.approx([0.9, 0.8])
+    long = "x" * 251 + ".png"  # what a file system takes
+    other = upload(client, image_file((30, 40)), long).json()["key"]
+    answer = client.get(f"/images/{other}/predictions?ranking=scores")
+    assert answer.json()["images"][0]["file_name"] == long
     picture = client.get(f"/images/{key}/picture?ranking=mask_scores")
     assert picture.headers["content-type"] == "image/png" and picture.content[1:4] == b"PNG"
     assert client.get(f"/images/{key}/picture?ranking=__class__").status_code == 400
@@ -182,14 +196,35 @@ def test_an_address_that_cannot_be_used_is_refused_in_a_sentence():
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}"):
             listen("127.0.0.1", port)
-    with pytest.raises(UserError, match="no host 'no.such.host.invalid'"):
-        listen("no.such.host.invalid", 0)
+    for host in ("no.such.host.invalid", "192.0.2.1"):
+        with pytest.raises(UserError, match=host) as caught:
+            listen(host, 0)
+        assert "port" not in str(caught.value)  # no other port would help
+
+
+def test_an_example_that_is_no_image_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="bad.jpg"):
+        build_app(FakePredictor(), title="Test", examples=[path])
 
 
 # ---- the command
 
 
+def test_without_the_public_address_that_was_asked_for_nothing_is_served(monkeypatch, capsys):
+    def refuse(listener):
+        raise UserError("No address.")
+
+    monkeypatch.setattr("msrcnn_d2_web.server.share", refuse)
+    with pytest.raises(SystemExit):
+        main(["demo", "--port", "0", "--share"])
+    assert not capsys.readouterr().out
+
+
 def test_the_command_serves_the_demo_until_ctrl_c(tmp_path):
+    folder = tmp_path / "demo"  # not the model that is meant
+    folder.mkdir()
     command = [sys.executable, "-W", "ignore", "-m", "msrcnn_d2_cli", "demo", "--port", "0"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -205,7 +240,7 @@ def test_the_command_serves_the_demo_until_ctrl_c(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 0 and "Traceback" not in errors, errors
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # ---- in the browser
@@ -223,7 +258,7 @@ def browser():
         browser.close()
 
 
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("width", [1280, 768, 360])
 def test_in_a_browser(browser, address, tmp_path, width):
     page = browser.new_page(viewport={"width": width, "height": 740})
     asked = []
@@ -243,6 +278,8 @@ def test_in_a_browser(browser, address, tmp_path, width):
         return [float(x) for x in page.locator("td.score:nth-last-child(3)").all_inner_texts()]
 
     assert last_scores(3) == [0.7, 0.9, 0.8]
+    cut = "name => name.textContent === 'cat' && name.scrollWidth > name.clientWidth"
+    assert not page.evaluate(f"[...document.querySelectorAll('td.name')].some({cut})")
     page.get_by_label("class score", exact=True).check()
     page.wait_for_selector(".objects th.ranking:nth-last-child(3)")
     assert last_scores(3) == [0.9, 0.8, 0.7]
@@ -256,6 +293,10 @@ def test_in_a_browser(browser, address, tmp_path, width):
         page.get_by_role("link", name="JSON").click()
     assert download.value.suggested_filename == "ä b_predictions.json"
     assert len(json.loads(Path(download.value.path()).read_text())["annotations"]) == 2
+    page.get_by_role("spinbutton").first.fill("")
+    last_scores(4)
+    container = page.locator(".gradio-container").first
+    assert container.evaluate("x => x.clientWidth") == min(width, 1240)
     image.write_bytes(b"no image")
     page.set_input_files("input[type=file]", image)
     page.wait_for_selector(".status.error")
