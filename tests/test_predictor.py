@@ -116,6 +116,13 @@ def test_ranking_and_threshold(yacs_config, rank_by, field):
     assert len(some["instances"]) < len(everything)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "cdua"])
+def test_a_device_that_is_not_there(yacs_config, device):
+    with pytest.raises(UserError, match=device) as error:
+        MaskScoringPredictor(yacs_config, device=device)
+    assert "\n" not in str(error.value)
+
+
 def test_a_batch_has_the_instances_of_each_image(lazy_config):
     predict = MaskScoringPredictor(lazy_config, rank_by="score")
     images = [random_image(), random_image(seed=1)]

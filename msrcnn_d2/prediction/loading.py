@@ -4,9 +4,8 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from msrcnn_d2_runtime.predictor import Predictor
 from msrcnn_d2_runtime.text import listed
 
 from .. import model_zoo
@@ -14,6 +13,9 @@ from ..engine import find_config_file, load_config
 from ..published_models import PUBLISHED
 from ..utils.errors import UserError
 from .predictor import MaskScoringPredictor
+
+if TYPE_CHECKING:
+    from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
 
 __all__ = ["DEMO", "FoundModel", "demo_model", "find_model", "load_predictor"]
 
@@ -38,7 +40,7 @@ def load_predictor(
     class_names: Sequence[str] | None = None,
     amp: bool = False,
     tta: bool = False,
-) -> Predictor:
+) -> "MaskScoringPredictor | OnnxPredictor":
     """
     Load a model by its file or its name.
 

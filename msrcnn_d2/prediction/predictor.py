@@ -98,9 +98,9 @@ class MaskScoringPredictor:
                 LazyConfig they are 0.5 to 1.5 of the usual one, which is 18 times the work.
 
         Raises:
-            UserError: the weights do not fit the whole model, the model lacks the score or the
-                calibrator that is asked for, its detections did not reach the precision, or the
-                number of names is not the number of its classes.
+            UserError: PyTorch cannot use the device, the weights do not fit the whole model, the
+                model lacks the score or the calibrator that is asked for, its detections did not
+                reach the precision, or the number of names is not the number of its classes.
         """
         check_ranking(rank_by, score_threshold)
         if not isinstance(cfg, (CfgNode, DictConfig)):
@@ -108,6 +108,8 @@ class MaskScoringPredictor:
                 "cfg is a config, such as from model_zoo.get_config or LazyConfig.load, not a "
                 f"{type(cfg).__name__}."
             )
+        if device is not None:
+            _check_device(device)
         self.image_settings = image_settings(cfg)
         parts = _from_yacs(cfg, device) if isinstance(cfg, CfgNode) else _from_lazy(cfg, device)
         self.model = parts.model.eval()
@@ -300,6 +302,16 @@ def _from_lazy(cfg: DictConfig, device: str | None) -> _Parts:
         augmentations=T.AugmentationList(instantiate(augmentations)),
         weights=setting("train.init_checkpoint", ""),
     )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter if PyTorch is built for CPUs
+        raise UserError(
+            f"PyTorch cannot use the device '{device}' ({str(error).splitlines()[0]}): choose "
+            "another one, such as cpu."
+        ) from error
 
 
 def _available(device: str) -> str:
