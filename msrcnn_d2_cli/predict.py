@@ -300,6 +300,8 @@ def predict(
     num_done = sum(source.name in done or frames_done[source.name] for source in sources)
     if num_done:
         tell(f"{plural(num_done, 'image')} done before.")
+    if num_others := len(done) - num_done:  # with other inputs, an image may have another name
+        tell(f"The results also have {plural(num_others, 'image')} that these inputs lack.")
     num_left = sum(source.num_images for source in sources) - num_done
     progress = Progress(num_left)
 

@@ -217,6 +217,16 @@ def files_of(folder) -> dict[str, bytes]:
     }
 
 
+def test_a_run_that_continues_with_other_inputs_says_so(world, capsys):
+    """Also if the same images have other names, since now there are others with the same ones."""
+    assert run("in/a") == run("in/a", "--resume") == 0
+    said = capsys.readouterr().err
+    assert "2 images done before" in said and "lack" not in said
+    assert run("in/a", "in/b c", "--resume") == 0
+    assert "2 images that these inputs lack" in capsys.readouterr().err
+    assert list(journal()) == ["1.png", "2.png", "a/1.png", "a/2.png", "b c/1.png"]
+
+
 def test_images_that_were_too_large_are_read_when_the_run_continues(world, monkeypatch, capsys):
     def predictor_from(args, threshold, **_):
         predictor = Colours(threshold)
