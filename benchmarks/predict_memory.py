@@ -86,8 +86,8 @@ def _of_large_image(folder: Path) -> tuple[float, float]:
     cfg.model.roi_heads.num_classes = 1
     model = instantiate(cfg.model)
     set_batch_norm(model)
-    # Random weights find small boxes
-    model.roi_heads.box_predictor.bbox_pred.bias[2:] = 5 * np.log(16)
+    # Random weights find small boxes; these are 60 times as wide and high, up to the image
+    model.roi_heads.box_predictor.bbox_pred.bias[2:] = 5 * np.log(60)
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     del model
     Image.fromarray(photo()[:, :, ::-1]).resize(LARGE).save(folder / "large.jpg")

@@ -24,7 +24,7 @@ from msrcnn_d2_runtime.errors import UserError
 from msrcnn_d2_runtime.mask_encoding import encode_bitmasks
 from msrcnn_d2_runtime.outputs import KINDS, JsonLines, OutputFolder
 from msrcnn_d2_runtime.outputs.polygons import polygons_of
-from msrcnn_d2_runtime.predictions import CroppedMasks, PredictedImage, Predictions
+from msrcnn_d2_runtime.predictions import CroppedMasks, PredictedImage, Predictions, RoiMasks
 
 CLASSES = ["bus", "Käfer 甲虫", 'a, "b"\tc']
 ALL = [*KINDS]
@@ -409,6 +409,27 @@ def test_pictures_are_drawn_on(whole, tmp_path):
     image = image_of("1.png")
     drawn = draw_predictions(image.image, image.predictions, CLASSES, labels="full", legend=True)
     assert np.array_equal(np.asarray(Image.open(folder / "pictures/1.png")), drawn)
+
+
+@pytest.mark.parametrize("side, times", [(10, 1), (9000, 2)])
+def test_small_masks_are_pasted_once(tmp_path, side, times):
+    class Counted(RoiMasks):
+        count = 0
+
+        def crop(self, k):
+            self.count += 1
+            return super().crop(k)
+
+    image = image_of("1.png")
+    predictions = image.predictions[:3]
+    boxes = np.float32([[2, 3, 2 + side, 3 + side]] * 3)
+    masks = Counted(np.ones((3, 28, 28), np.float32), boxes, predictions.image_size)
+    image.predictions = predictions.replaced(pred_boxes=boxes, masks=masks)
+    with opened(tmp_path / "output", ["pictures"]) as output:
+        output.write(image)
+    assert masks.count == 3 * times
+    drawn = draw_predictions(image.image, image.predictions, CLASSES)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "output/pictures/1.png")), drawn)
 
 
 def test_pictures_do_not_overwrite_each_other(tmp_path):

@@ -1,5 +1,6 @@
 """The folder that a run writes its predictions to."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..files import INCOMPLETE, write_whole
-from ..predictions import PredictedImage, Predictions
+from ..predictions import CroppedMasks, PredictedImage, Predictions
 from ..text import listed, shown
 from ..video import VideoSource
 from .coco_dataset import SEGMENTATIONS, write_coco_dataset
@@ -38,6 +39,7 @@ KINDS = {
     "a run resumes from it",
 }
 RUN = "run.json"
+MAX_PASTED = 2**26  # bytes of an image's masks that are kept while its files are written
 
 
 class OutputFolder:
@@ -148,6 +150,8 @@ class OutputFolder:
         assert path.parts and not path.is_absolute() and ".." not in path.parts, image.name
         assert image.name not in self.done, f"'{image.name}' is written already"
         self._ids.check(image.name)
+        if "pictures" in self.kinds:
+            image = _pasted_once(image)
         record = record_of(image, self.class_names, self._ids.category_ids)
         picture = picture_name(image.name, self._pictures)
         if "pictures" in self.kinds and self._videos.video_of(image.name):
@@ -219,6 +223,17 @@ class OutputFolder:
 
     def _path(self, *parts: str) -> str:
         return os.path.join(self.folder, *parts)
+
+
+def _pasted_once(image: PredictedImage) -> PredictedImage:
+    """The image with pasted masks, which lines and pictures both need, if they fit into memory."""
+    predictions = image.predictions
+    sides = predictions.pred_boxes[:, 2:] - predictions.pred_boxes[:, :2]
+    if sides.prod(axis=1).sum() > MAX_PASTED:
+        return image
+    crops = [predictions.masks.crop(k) for k in range(len(predictions))]
+    masks = CroppedMasks(crops, predictions.image_size)
+    return dataclasses.replace(image, predictions=predictions.replaced(masks=masks))
 
 
 def _earlier_run(folder: str, resume: bool) -> dict[str, Any] | None:
