@@ -167,8 +167,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address_of(listener: socket.socket) -> str:
     """Where a browser on this machine finds the page."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host, port = _local(listener)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -182,10 +181,8 @@ def share(listener: socket.socket) -> str:
     """
     from gradio import networking
 
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
-        return networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+        return networking.setup_tunnel(*_local(listener), secrets.token_urlsafe(32), None, None)
     except Exception as error:  # a network can fail in many ways
         raise UserError(
             "Gradio's servers gave no public address "
@@ -201,9 +198,22 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
 
 def server_of(app: FastAPI) -> uvicorn.Server:
     """A server that is not started yet."""
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=STOPPING, lifespan="on")
     )
+
+
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Every open page has a request that never ends; to cancel it is no error
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+def _local(listener: socket.socket) -> tuple[str, int]:
+    """Host and port of the page for this machine."""
+    host, port = listener.getsockname()[:2]
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
 def _file(page: Page, analysis: Analysis, view: View, what: str, lock: threading.Lock) -> Response:
