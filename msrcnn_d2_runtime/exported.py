@@ -15,7 +15,7 @@ from .text import shown
 
 __all__ = ["FORMAT_VERSION", "ExportedPredictor", "resized_size"]
 
-FORMAT_VERSION = 1  # the newest that can be read; `msrcnn_d2.export` describes it
+FORMAT_VERSION = 1  # of files that are written now; `msrcnn_d2.export` describes it
 
 
 class ExportedPredictor:

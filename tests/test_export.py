@@ -331,6 +331,12 @@ def test_targets_that_cannot_be_written(plain, tmp_path, target, words):
         export_torchscript(plain, tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("export, name", [(export_onnx, "m.onnx"), (export_torchscript, "m.ts")])
+def test_masks_of_an_unknown_kind(plain, tmp_path, export, name):
+    with pytest.raises(ValueError, match="unpasted, pasted"):
+        export(plain, tmp_path / name, masks="Pasted")
+
+
 def test_augmentations_that_a_file_cannot_have(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(plain, "augmentations", T.AugmentationList([T.Resize((64, 64))]))
     with pytest.raises(UserError, match="ResizeShortestEdge"):

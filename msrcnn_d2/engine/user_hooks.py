@@ -167,8 +167,7 @@ def _build(key: str, entry: Entry, base: type) -> Any:
 
 
 def _wrong_kind(key: str, entry: Entry, base: type) -> str:
-    module = ".".join(base.__module__.split(".")[:2])
-    module = "detectron2.utils.events" if base is EventWriter else module
+    module = "detectron2.utils.events" if base is EventWriter else "detectron2.engine"
     return (
         f"{both_keys(key)}: {_name_of(entry)} makes no {base.__name__}: derive it from "
         f"{module}.{base.__name__}."

@@ -21,9 +21,7 @@ from .onnx_file import Session, import_onnx, onnx_model, onnx_operators
 from .quantization import quantized
 from .torchscript_file import TORCHSCRIPT_OPERATORS, run_torchscript, torchscript_model
 
-__all__ = ["MASKS", "Exported", "export_onnx", "export_torchscript"]
-
-MASKS = ("unpasted", "pasted")
+__all__ = ["Exported", "export_onnx", "export_torchscript"]
 
 
 @dataclass
@@ -70,6 +68,7 @@ def export_onnx(
         UserError: the model cannot be exported or the file cannot be written, a package is missing,
             the file does not find what the model finds, or nothing is found in the calibration
             images.
+        ValueError: `masks` is something else.
     """
     start = time.perf_counter()
     path = checked_target(path, ".onnx")
@@ -104,6 +103,7 @@ def export_torchscript(
     Raises:
         UserError: the model cannot be exported or the file cannot be written, or the file does not
             find what the model finds.
+        ValueError: `masks` is something else.
     """
     start = time.perf_counter()
     path = checked_target(path, ".ts")

@@ -10,6 +10,7 @@ from PIL import Image
 
 import detectron2.data.transforms as T
 
+from msrcnn_d2_runtime.exported import FORMAT_VERSION
 from msrcnn_d2_runtime.ranking import SCORE_FIELDS
 
 from ..prediction.predictor import MaskScoringPredictor
@@ -18,7 +19,7 @@ from .resizing import ResizeRule
 
 __all__ = ["box_predictor_of", "metadata_of", "resize_rule_of"]
 
-FORMAT_VERSION = 1
+MASKS = ("unpasted", "pasted")
 
 
 def metadata_of(predict: MaskScoringPredictor, masks: str, precision: str) -> dict[str, str]:
@@ -26,7 +27,12 @@ def metadata_of(predict: MaskScoringPredictor, masks: str, precision: str) -> di
     Args:
         masks: "unpasted" or "pasted".
         precision: "float32" or "int8".
+
+    Raises:
+        ValueError: `masks` is something else.
     """
+    if masks not in MASKS:
+        raise ValueError(f"masks is one of {', '.join(MASKS)}, not '{masks}'.")
     model: Any = predict.model
     rule = resize_rule_of(predict)
     in_rgb = slice(None) if predict.input_format == "RGB" else slice(None, None, -1)
