@@ -15,16 +15,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from msrcnn_d2_runtime.class_colors import class_color
-from msrcnn_d2_runtime.image_reading import ImageSettings, read_bgr_image
-from msrcnn_d2_runtime.predictions import Predictions
-from msrcnn_d2_runtime.scores import SCORES, Score
+from msrcnn_d2_runtime.errors import UserError
+from msrcnn_d2_runtime.image_reading import ImageSettings
+from msrcnn_d2_runtime.ranking import SCORE_FIELDS
+from msrcnn_d2_runtime.scores import SCORES
 from msrcnn_d2_runtime.text import plural
 
-from .analysis import Analyser, Analysis, View, shown
+from .analysis import Analyser, Analysis, View, read_image, shown
 from .pictures import display_picture, object_at
 from .store import AnalysisStore
 
-__all__ = ["Page", "view_query"]
+__all__ = ["Page"]
 
 MIN_CLASS_SCORE = 0.5  # where the slider is at first, so that the first picture is not crowded
 MAX_ROWS = 200
@@ -83,8 +84,11 @@ class Page:
         self._examples = list(examples)
         self._example_keys: dict[int, str] = {}
         # Which scores the model has, it says only when it has predicted something
-        first = self._example(0)
-        probe = first.predictions if first else _predictions_of_nothing(analyser)
+        first = self.store.get(self._example_key(0)) if self._examples else None
+        if first:
+            probe = first.predictions
+        else:
+            (probe,) = analyser.predictor.predictions([np.full((256, 256, 3), 127, np.uint8)])
         self.scores = [score for score in SCORES.values() if probe.has(score.field)]
         self.rankings = [score for score in self.scores if score.ranks]
         self.blocks = self._build(title, thumbnails, max_upload_mb, where_it_goes)
@@ -193,7 +197,7 @@ class Page:
                     with gr.Group():
                         ranking = gr.Radio(
                             [(score.title, score.field) for score in self.rankings],
-                            value=self._default_ranking(),
+                            value=SCORE_FIELDS[self.analyser.predictor.rank_by],
                             label="Rank by",
                             elem_classes="ranking",
                         )
@@ -201,7 +205,7 @@ class Page:
                             gr.Slider(
                                 0,
                                 1,
-                                _default_minimum(score),
+                                MIN_CLASS_SCORE if score.field == "scores" else 0,
                                 step=0.01,
                                 label=f"{score.title[0].upper()}{score.title[1:]} at least",
                             )
@@ -250,7 +254,7 @@ class Page:
             height=height,
             width=width,
             address=f"images/{key}",
-            query=view_query(view),
+            query=urllib.parse.urlencode({"ranking": view.ranking, **view.minima}),
         )
 
     def _table(self, analysis: Analysis, view: View) -> str:
@@ -290,14 +294,6 @@ class Page:
             nothing=NOTHING_SHOWN if len(predictions) else NOTHING_FOUND,
         )
 
-    def _default_ranking(self) -> str:
-        return {score.key: score.field for score in self.rankings}[self.analyser.predictor.rank_by]
-
-    # ---- examples
-
-    def _example(self, number: int) -> Analysis | None:
-        return self.store.get(self._example_key(number)) if self._examples else None
-
     def _example_key(self, number: int) -> str:
         """The key of an example, which is predicted when it is needed."""
         key = self._example_keys.get(number)
@@ -309,22 +305,11 @@ class Page:
         return key
 
 
-def view_query(view: View) -> str:
-    """The view in the address of a download."""
-    return urllib.parse.urlencode({"ranking": view.ranking, **view.minima})
-
-
-def _default_minimum(score: Score) -> float:
-    return MIN_CLASS_SCORE if score.field == "scores" else 0
-
-
-def _predictions_of_nothing(analyser: Analyser) -> Predictions:
-    (predictions,) = analyser.predictor.predictions([np.full((256, 256, 3), 127, np.uint8)])
-    return predictions
-
-
 def _thumbnail(path: Path, settings: ImageSettings) -> str:
-    image = Image.fromarray(np.ascontiguousarray(read_bgr_image(path, settings)[:, :, ::-1]))
+    try:
+        image = Image.fromarray(read_image(path.read_bytes(), settings))
+    except (UserError, OSError) as error:
+        raise UserError(f"Example '{path}' cannot be used: {error}") from None
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)

@@ -203,10 +203,11 @@ def test_an_address_that_cannot_be_used_is_refused_in_a_sentence():
 
 
 def test_an_example_that_is_no_image_is_refused_by_its_name(tmp_path):
-    path = tmp_path / "bad.jpg"
-    path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="bad.jpg"):
-        build_app(FakePredictor(), title="Test", examples=[path])
+    good, bad = tmp_path / "good.png", tmp_path / "bad.tga"
+    good.write_bytes(image_file())
+    bad.write_bytes(image_file(kind="TGA"))  # uploads of this format are refused, too
+    with pytest.raises(UserError, match="bad.tga"):
+        build_app(FakePredictor(), title="Test", examples=[good, bad])
 
 
 # ---- the command
