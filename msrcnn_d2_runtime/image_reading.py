@@ -19,6 +19,7 @@ __all__ = [
     "NeedsSetting",
     "open_image",
     "orientation_of",
+    "picture_formats",
     "read_bgr_image",
     "refuse_unless_readable",
     "scaled_to_8_bits",
@@ -44,6 +45,9 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
+# Those of photographs and microscopes. Pillow knows more, some of which run other programs: for an
+# EPS file Ghostscript, which is a programming language
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 FULL_RANGE = (0.0, 65535.0)  # of 16 bits, where the upper 8 bits are the scaled value
 
 
@@ -175,7 +179,8 @@ def open_image(
     Open an image with the pixel limit of the settings instead of Pillow's.
 
     Args:
-        formats: Pillow's names of those that it may have; any by default.
+        formats: Pillow's names of those that it may have, such as :func:`picture_formats` for
+            files of strangers; any by default.
 
     Raises:
         NeedsSetting: the image has more pixels.
@@ -193,6 +198,12 @@ def open_image(
             yield image
         except RuntimeError as error:  # what Pillow raises for a damaged AVIF file
             raise OSError(str(error)) from error
+
+
+def picture_formats() -> list[str]:
+    """The formats of photographs and microscopes that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
 
 
 def is_deep(image: Image.Image) -> bool:

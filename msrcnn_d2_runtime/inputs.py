@@ -19,7 +19,14 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from .errors import UserError
-from .image_reading import ImageLike, ImageSettings, open_image, read_bgr_image, to_rgb
+from .image_reading import (
+    ImageLike,
+    ImageSettings,
+    open_image,
+    picture_formats,
+    read_bgr_image,
+    to_rgb,
+)
 from .sources import Reader, Source, printable
 from .text import listed, plural
 from .video import VIDEO_SUFFIXES, VideoSource
@@ -69,7 +76,7 @@ class ImageSource(Source):
             return read_bgr_image(self.location, settings)
         data = download(self.location)
         try:
-            with open_image(io.BytesIO(data), settings) as image:
+            with open_image(io.BytesIO(data), settings, picture_formats()) as image:
                 return np.asarray(to_rgb(image, settings))[:, :, ::-1]
         except UnidentifiedImageError:
             raise UserError(f"'{self.location}' is not an image that can be read.") from None

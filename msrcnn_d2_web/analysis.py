@@ -13,6 +13,7 @@ from msrcnn_d2_runtime.image_reading import (
     ImageSettings,
     NeedsSetting,
     open_image,
+    picture_formats,
     to_rgb,
     without_pixel_limit,
 )
@@ -26,9 +27,6 @@ __all__ = ["Analyser", "Analysis", "View", "fitted", "ordered", "read_image", "s
 DISPLAY_SIDE = 1280
 # Unless --max-pixels says otherwise. Reading takes about 10 bytes of memory per pixel
 MAX_PIXELS = 64_000_000
-# Those of photographs and microscopes. Pillow knows more, some of which run other programs: for an
-# EPS file Ghostscript, which is a programming language
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ def read_image(data: bytes, settings: ImageSettings) -> np.ndarray:
     Raises:
         UserError: it is no image, or one that cannot be read with these settings.
     """
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
+    formats = picture_formats()
     try:
         with open_image(io.BytesIO(data), settings, formats) as image:
             return np.asarray(to_rgb(image, settings))

@@ -181,6 +181,8 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(answers.get(self.path, 200))
         if self.path == "/text.png":
             body = b"<html>"
+        if self.path == "/eps.png":  # of which Pillow makes a picture by Ghostscript
+            body = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
         place = {"/away": "/i.png", "/file": "file:///etc/passwd", "/again": "/again"}
         if self.path in place:
             self.send_header("Location", place[self.path])
@@ -214,6 +216,7 @@ def test_an_image_of_the_web(server, path):
     [
         ("/missing.png", "404"),
         ("/text.png", "not an image"),
+        ("/eps.png", "not an image"),
         ("/short.png", "ended"),
         ("/file", "file"),
         ("/again", "loop"),
