@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -22,7 +23,7 @@ import msrcnn_d2_runtime
 from msrcnn_d2.prediction.loading import load_predictor
 from msrcnn_d2_cli import parsing
 from msrcnn_d2_cli import predict as command
-from msrcnn_d2_runtime import outputs, ranking
+from msrcnn_d2_runtime import drawing, outputs, ranking
 from msrcnn_d2_runtime.image_reading import ImageSettings
 from msrcnn_d2_runtime.outputs import coco_dataset
 from msrcnn_d2_runtime.outputs.journal import Journal
@@ -99,6 +100,7 @@ def classes(folder="predictions") -> dict[str, list[str]]:
 def test_choices_are_those_of_the_library():
     assert command.KINDS == tuple(outputs.KINDS)
     assert command.SEGMENTATIONS == coco_dataset.SEGMENTATIONS
+    assert get_args(drawing.LabelStyle) == command.LABELS
     assert set(parsing.RANK_BY) == set(ranking.SCORE_FIELDS)
 
 
