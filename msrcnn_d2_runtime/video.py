@@ -191,13 +191,14 @@ def _say_that_browsers_play_none() -> None:
 def _opencv() -> Any:
     """OpenCV, which says nothing about codecs on standard error: errors of ours do."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
         import cv2
     except ModuleNotFoundError as error:
         if error.name != "cv2":
             raise
         raise UserError("Videos need OpenCV: run `pip install opencv-python-headless`.") from None
+    if "OPENCV_LOG_LEVEL" not in os.environ:  # it is read by the first import, maybe for pictures
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2
 
 

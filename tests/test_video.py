@@ -140,7 +140,7 @@ def test_a_url_of_a_video_is_to_be_downloaded():
 
 
 @pytest.mark.parametrize("odd", [0, 1])
-def test_the_fallback_to_opencv_is_said(tmp_path, monkeypatch, caplog, odd):
+def test_the_fallback_to_opencv_is_said(tmp_path, monkeypatch, caplog, capfd, odd):
     monkeypatch.setitem(sys.modules, "av", None)
     video_module._say_that_browsers_play_none.cache_clear()
     writer = VideoWriter(str(tmp_path / "a" / "x.mp4"), FPS)
@@ -156,6 +156,7 @@ def test_the_fallback_to_opencv_is_said(tmp_path, monkeypatch, caplog, odd):
     writer.abandon()
     assert not list(tmp_path.glob("y*"))
     assert len(caplog.records) == 1 and "pip install av" in caplog.text  # for both videos
+    assert "ERROR" not in capfd.readouterr().err  # OpenCV would say which codecs it lacks
 
 
 def test_of_an_interrupted_end_nothing_is_left(tmp_path, monkeypatch):
