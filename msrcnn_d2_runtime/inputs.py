@@ -90,7 +90,9 @@ class ImageInMemory(Source):
 
     name: str
     image: ImageLike
-    location: str = "memory"
+
+    def __post_init__(self) -> None:
+        self.location = f"image {self.name} in memory"  # to tell it from others in messages
 
     def images(self, settings: ImageSettings) -> Iterator[tuple[str, Reader]]:
         yield self.name, lambda: read_bgr_image(self.image, settings)

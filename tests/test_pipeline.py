@@ -93,6 +93,13 @@ def test_images_in_memory(folder):
     assert found[0].predictions.scores[0] == pytest.approx(0.2)
     assert found[1].predictions.scores[0] == pytest.approx(10 / 255)
     assert [*predict_all(Brightness(), [])] == []
+    failed = []
+    wrong = np.zeros((2, 3, 3))
+    found = predict_all(
+        Brightness(), [first, wrong, first], on_error=lambda place, _: failed.append(place)
+    )
+    assert [x.name for x in found] == ["000000", "000002"]
+    assert len(failed) == 1 and "000001" in failed[0]
     with pytest.raises(TypeError, match="not both"):
         predict_all(Brightness(), images[::-1])
     with pytest.raises(TypeError, match="in a list"):
