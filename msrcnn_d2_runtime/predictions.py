@@ -208,8 +208,11 @@ class Predictions:
     def __getitem__(self, index: Any) -> "Predictions":
         """
         Args:
-            index: a slice, or an array of bools or of indices.
+            index: a slice, an array of bools or of indices, or the index of a single one.
         """
+        if isinstance(index, (int, np.integer)):
+            single = range(len(self))[index]
+            index = slice(single, single + 1)
         return Predictions(
             pred_boxes=self.pred_boxes[index],
             pred_classes=self.pred_classes[index],

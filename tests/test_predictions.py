@@ -92,6 +92,10 @@ def test_fields(predictions):
     assert kept.scores.tolist() == predictions.scores[[0, 2]].tolist()
     assert np.array_equal(kept.pred_masks, predictions.pred_masks[[0, 2]])
     assert kept.ranking == "mask_scores"
+    for k in (1, -1, np.int64(2)):
+        assert predictions[k].scores.tolist() == [predictions.scores[k]]
+        assert np.array_equal(predictions[k].pred_masks[0], predictions.pred_masks[k])
+    assert [one.pred_classes.tolist() for one in predictions] == [[1], [0], [1], [2]]
     copied = pickle.loads(pickle.dumps(predictions))  # between processes
     assert np.array_equal(copied.mask_scores, predictions.mask_scores)
 
