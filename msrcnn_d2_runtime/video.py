@@ -78,8 +78,8 @@ class VideoSource(Source):
                     is_read, frame = video.retrieve()
                     if not is_read:
                         break
-                    # A copy: the next frame may come into the same memory
-                    yield self.frame_name(number), frame.copy().view
+                    # Not a copy: the next frame comes into another array
+                    yield self.frame_name(number), frame.view
                 number += 1
         finally:
             video.release()
