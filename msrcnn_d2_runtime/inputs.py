@@ -46,6 +46,7 @@ IMAGE_SUFFIXES = frozenset(
     ".webp".split()
 )
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+RESULTS = {"run.json", "predictions.jsonl"}  # what is in each folder that OutputFolder has written
 STANDARD_INPUT = "-"
 MAX_NAME_BYTES = 200  # files have up to 255, and results add suffixes such as ".png.incomplete"
 TIMEOUT = 30.0  # seconds without any data
@@ -144,7 +145,7 @@ def find_inputs(
         their images and videos. The name of one is its path in the folder that was given, or below
         the part of a pattern before the first wildcard; that of a file is its own. If two inputs
         then have equal names, all names begin with folders that tell the inputs apart. Hidden files
-        and folders are left out.
+        and folders are left out, and in folders also the results of earlier runs.
 
     Raises:
         UserError: an input does not exist, cannot be read, or has no image.
@@ -224,7 +225,7 @@ def _in_folder(folder: str, root: str, excluded: str | None) -> tuple[list[_Foun
     seen = set()  # links to folders are followed, but not in circles
     for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen or real == excluded:
+        if real in seen or real == excluded or (place != folder and RESULTS <= {*files}):
             folders.clear()
             continue
         seen.add(real)

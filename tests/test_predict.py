@@ -268,10 +268,12 @@ def test_a_full_disk(world, monkeypatch, capsys):
 
 
 def test_results_inside_the_folder_of_the_images(world):
-    """They are no inputs of the next run."""
-    for _ in range(2):
-        assert run("in", "--output", "in/found", "--resume") == 0
-        assert list(journal("in/found")) == ["a/1.png", "a/2.png", "b c/1.png"]
+    """They are no inputs of the next run, whether it continues or writes to another folder."""
+    for output in ("in/found", "in/found", "in/again"):
+        assert run("in", "--output", output, "--resume") == 0
+        assert list(journal(output)) == ["a/1.png", "a/2.png", "b c/1.png"]
+    assert run("in/found", "--output", "of the results") == 0
+    assert len(journal("of the results")) == 3
 
 
 @pytest.mark.parametrize(
