@@ -39,16 +39,20 @@ input.addEventListener("change", () => {
   if (input.files.length) send(input.files[0]);
   input.value = ""; // so that the same file can be chosen again
 });
+// A file is taken wherever it is dropped: elsewhere the browser would leave the page to show it
+const isMeant = (e) => e.dataTransfer.types.includes("Files") || drop.contains(e.target);
 for (const name of ["dragenter", "dragover"]) {
-  drop.addEventListener(name, (e) => {
+  document.addEventListener(name, (e) => {
+    if (!isMeant(e)) return;
     e.preventDefault();
     drop.classList.add("over");
   });
 }
 for (const name of ["dragleave", "drop"]) {
-  drop.addEventListener(name, () => drop.classList.remove("over"));
+  document.addEventListener(name, () => drop.classList.remove("over"));
 }
-drop.addEventListener("drop", (e) => {
+document.addEventListener("drop", (e) => {
+  if (!isMeant(e)) return;
   e.preventDefault();
   if (e.dataTransfer.files.length) send(e.dataTransfer.files[0]);
   else say("This is not a file: save the image first, then drop its file.", true);

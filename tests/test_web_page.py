@@ -261,6 +261,16 @@ def browser():
         browser.close()
 
 
+# Drops the picture that is shown as a file onto itself
+DROP = """async () => {
+  const picture = document.querySelector(".picture img");
+  const data = new DataTransfer();
+  data.items.add(new File([await (await fetch(picture.src)).blob()], "dropped.jpg"));
+  const options = { dataTransfer: data, bubbles: true, cancelable: true };
+  picture.dispatchEvent(new DragEvent("drop", options));
+}"""
+
+
 @pytest.mark.parametrize("width", [1280, 768, 360])
 def test_in_a_browser(browser, address, tmp_path, width):
     page = browser.new_page(viewport={"width": width, "height": 740})
@@ -300,6 +310,8 @@ def test_in_a_browser(browser, address, tmp_path, width):
     last_scores(4)
     container = page.locator(".gradio-container").first
     assert container.evaluate("x => x.clientWidth") == min(width, 1240)
+    page.evaluate(DROP)
+    page.wait_for_function("document.querySelector('.file')?.textContent === 'dropped.jpg'")
     image.write_bytes(b"no image")
     page.set_input_files("input[type=file]", image)
     page.wait_for_selector(".status.error")
