@@ -7,7 +7,6 @@ for this computer only, unless --host or --share say otherwise. Ctrl-C ends it.
 """
 
 import argparse
-import os
 
 from .parsing import UsageError, add_predictor_arguments, at_least, predictor_from
 
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(str(resources.files("msrcnn_d2_web").joinpath("examples")))
         examples = examples or sorted(folder.glob("*.jpg"))
     else:
-        title = os.path.basename(args.model or args.weights or args.config_file)
+        title = Path(args.model or args.weights or args.config_file).absolute().name
     is_local = args.host in ("127.0.0.1", "localhost", "::1") and not args.share
     app = build_app(
         predictor_from(args),

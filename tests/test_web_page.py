@@ -223,6 +223,19 @@ def test_without_the_public_address_that_was_asked_for_nothing_is_served(monkeyp
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "model, title", [("output/", "output"), ("output/model_final.pth", "model_final.pth")]
+)
+def test_the_page_is_called_as_its_model(model, title, monkeypatch):
+    titles = []
+    monkeypatch.setattr("msrcnn_d2_cli.demo.predictor_from", lambda _: FakePredictor())
+    server = "msrcnn_d2_web.server"
+    monkeypatch.setattr(f"{server}.build_app", lambda _, title, **__: titles.append(title))
+    monkeypatch.setattr(f"{server}.serve", lambda *_: None)
+    assert main(["demo", "--model", model, "--port", "0"]) == 0
+    assert titles == [title]
+
+
 def test_the_command_serves_the_demo_until_ctrl_c(tmp_path):
     folder = tmp_path / "demo"  # not the model that is meant
     folder.mkdir()
