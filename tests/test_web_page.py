@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -103,18 +104,24 @@ def test_an_image_that_is_gone_is_not_an_error():
 # ---- the server
 
 
-@pytest.fixture(scope="module")
-def address():
-    """That of a server in this process."""
+@contextmanager
+def served(predictor):
+    """The address of a server in this process."""
     listener = listen("127.0.0.1", 0)
     examples = sorted((ROOT / "msrcnn_d2_web" / "examples").glob("*.jpg"))
-    app = build_app(FakePredictor(), title="Test", examples=examples, max_upload_mb=1)
+    app = build_app(predictor, title="Test", examples=examples, max_upload_mb=1)
     server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield address_of(listener)
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served(FakePredictor()) as address:
+        yield address
 
 
 @pytest.fixture
@@ -274,6 +281,10 @@ def browser():
         browser.close()
 
 
+# Whether the name of a class is not wholly visible
+CUT = """[...document.querySelectorAll("td.name")].some(
+  (name) => name.textContent === "cat" && name.scrollWidth > name.clientWidth
+)"""
 # Drops the picture that is shown as a file onto itself
 DROP = """async () => {
   const picture = document.querySelector(".picture img");
@@ -304,8 +315,7 @@ def test_in_a_browser(browser, address, tmp_path, width):
         return [float(x) for x in page.locator("td.score:nth-last-child(3)").all_inner_texts()]
 
     assert last_scores(3) == [0.7, 0.9, 0.8]
-    cut = "name => name.textContent === 'cat' && name.scrollWidth > name.clientWidth"
-    assert not page.evaluate(f"[...document.querySelectorAll('td.name')].some({cut})")
+    assert not page.evaluate(CUT)
     page.get_by_label("class score", exact=True).check()
     page.wait_for_selector(".objects th.ranking:nth-last-child(3)")
     assert last_scores(3) == [0.9, 0.8, 0.7]
@@ -331,3 +341,14 @@ def test_in_a_browser(browser, address, tmp_path, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert all(url.startswith((address, "data:", "blob:")) for url in asked) and not errors
     page.close()
+
+
+def test_names_of_classes_are_legible_beside_five_scores(browser):
+    with served(FakePredictor(calibrated=True)) as address:
+        for width in (1280, 768, 360):
+            page = browser.new_page(viewport={"width": width, "height": 740})
+            page.goto(address)
+            page.wait_for_selector(".objects tbody tr")
+            assert page.locator(".objects thead th").count() == 8
+            assert not page.evaluate(CUT)
+            page.close()

@@ -21,14 +21,16 @@ class FakePredictor:
     class_names: tuple[str, ...] = ("cat", "<b>dog</b>")
     rank_by = "mask_score"
 
-    def __init__(self, num_objects=4, settings=None, cropped=False, plain=False):
+    def __init__(self, num_objects=4, settings=None, cropped=False, plain=False, calibrated=False):
         """
         Args:
             cropped: whether masks are cropped bitmaps, such as those of tiled images.
             plain: whether this is a Mask R-CNN without mask scores.
+            calibrated: whether it has the scores of a calibrator, too. It ranks by mask scores.
         """
         self.image_settings = settings or ImageSettings()
         self.num_objects, self.cropped, self.plain = num_objects, cropped, plain
+        self.calibrated = calibrated
         self.rank_by = "score" if plain else "mask_score"
         self.seen: list[np.ndarray] = []
 
@@ -54,6 +56,8 @@ class FakePredictor:
         scores = {"scores": pairs[:, 0]}
         if not self.plain:
             scores |= {"pred_mask_ious": pairs[:, 1], "mask_scores": pairs.prod(axis=1)}
+        if self.calibrated:
+            scores |= {"quality_scores": pairs[:, 1], "expected_mask_ious": pairs[:, 1]}
         ranking = "scores" if self.plain else "mask_scores"
         predictions = Predictions(
             pred_boxes=boxes, pred_classes=k % 2, masks=masks, scores=scores, ranking=ranking
