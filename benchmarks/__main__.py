@@ -27,6 +27,7 @@ ON_REQUEST = (
     "memory_simulated",
     "predict",
     "predict_memory",
+    "deploy",
 )
 
 

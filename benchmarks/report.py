@@ -20,6 +20,8 @@ PACKAGES = (
     "pycocotools",
     "faster-coco-eval",
     "opencv-python-headless",
+    "onnxruntime",
+    "openvino",
 )
 
 
