@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -216,6 +217,15 @@ def test_an_annotated_video_also_after_an_interruption(predict, monkeypatch, mom
     found = frames_of("part/pictures/clip.mp4")
     assert len(found) == 4 and all(map(np.array_equal, found, expected))
     assert predict(*part[:3], "--resume", "--stride", 4) == 2  # another run
+
+
+def test_videos_do_not_overwrite_each_other(predict):
+    names = ["clip.avi", "clip.avi.mp4", "clip.avi.mp4.mp4"]
+    for name in names:
+        shutil.copy("clip.mp4", name)
+    assert predict(*names) == 0
+    found = sorted(Path("predictions/pictures").iterdir())
+    assert [len(frames_of(path)) for path in found] == [FRAMES] * 3
 
 
 def tracked(folder) -> list[list[int]]:

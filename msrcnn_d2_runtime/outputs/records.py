@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..mask_encoding import decode_crop
 from ..predictions import TRACK_IDS, CroppedMasks, PredictedImage, Predictions
 from ..ranking import SCORE_FIELDS
 from ..scores import MASK_IOU_PROBS, SCORES
@@ -76,8 +77,6 @@ def predictions_of(record: dict[str, Any], category_ids: Sequence[int]) -> Predi
     Returns:
         the predictions; their boxes and probabilities are rounded.
     """
-    import pycocotools.mask as mask_util
-
     entries = record["predictions"]
     keys = {score.field: score.key for score in SCORES.values()}
     keys |= {MASK_IOU_PROBS: MASK_IOU_PROBS, TRACK_IDS: TRACK_ID}
@@ -89,8 +88,7 @@ def predictions_of(record: dict[str, Any], category_ids: Sequence[int]) -> Predi
     }
     boxes = np.array([x["bbox"] for x in entries], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    bitmaps = (mask_util.decode(x["segmentation"]) for x in entries)
-    crops = [CroppedMasks.of(bitmap[None]).crops[0] for bitmap in bitmaps]
+    crops = [decode_crop(x["segmentation"]) for x in entries]
     index = {category: k for k, category in enumerate(category_ids)}
     return Predictions(
         pred_boxes=boxes,

@@ -102,5 +102,8 @@ class AnnotatedVideos:
         )
 
     def _path(self, name: str) -> str:
-        suffix = "" if name.lower().endswith(".mp4") else ".mp4"
-        return os.path.join(self._folder, name + suffix)
+        if not name.lower().endswith(".mp4"):
+            name += ".mp4"
+            while name in self._videos:  # such as "clip.avi.mp4" beside "clip.avi"
+                name += ".mp4"
+        return os.path.join(self._folder, name)
