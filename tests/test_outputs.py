@@ -547,6 +547,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     opened(folder, ["csv"], resume=True).close()
 
 
+def test_a_run_that_ended_before_its_first_image_leaves_its_folder_to_others(tmp_path):
+    """As after a mistake that shows only when the model is running."""
+    folder = tmp_path / "output"
+    with pytest.raises(UserError), opened(folder):
+        raise UserError("the model predicts no IoU")
+    assert contents(run(folder, settings={}, kinds=["csv"])) == contents(
+        run(tmp_path / "new", settings={}, kinds=["csv"])
+    )
+
+
 def test_other_folders_and_files_are_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").touch()

@@ -39,6 +39,7 @@ KINDS = {
     "a run resumes from it",
 }
 RUN = "run.json"
+JOURNAL = "predictions.jsonl"
 MAX_PASTED = 2**26  # bytes of an image's masks that are kept while its files are written
 
 
@@ -72,7 +73,8 @@ class OutputFolder:
     ):
         """
         Args:
-            folder: which is made. It must not exist, or be empty.
+            folder: which is made. It must not exist, or be empty, or be left by a run that ended
+                before its first image was done.
             kinds: keys of `KINDS`, what to write.
             class_names: index of a class -> its name.
             settings: what else decides about the predictions, such as the model and the
@@ -113,7 +115,7 @@ class OutputFolder:
         if earlier is not None:
             _refuse_unless_same(folder, earlier, run)
 
-        self._journal = Journal(self._path("predictions.jsonl"))
+        self._journal = Journal(self._path(JOURNAL))
         try:
             self.done = set(self._journal.names)
             self._videos = AnnotatedVideos(
@@ -251,15 +253,14 @@ def _earlier_run(folder: str, resume: bool) -> dict[str, Any] | None:
         raise UserError(
             f"'{folder}' cannot be a folder for predictions: {error.strerror}."
         ) from None
+    journal = os.path.join(folder, JOURNAL)
+    if {*found} <= {RUN, JOURNAL} and not (JOURNAL in found and os.path.getsize(journal)):
+        return None  # it is empty, or of a run that ended before its first image was done
     if RUN not in found:
-        # A run that was killed at once has an empty journal
-        if found != ["predictions.jsonl"] or os.path.getsize(os.path.join(folder, found[0])):
-            if found:
-                raise UserError(
-                    f"'{folder}' is not empty and has no predictions of an earlier run: give a new "
-                    "or an empty folder."
-                )
-        return None
+        raise UserError(
+            f"'{folder}' is not empty and has no predictions of an earlier run: give a new or an "
+            "empty folder."
+        )
     if not resume:
         raise UserError(
             f"'{folder}' has the predictions of another run: give a new folder, or continue that "
