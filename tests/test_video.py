@@ -228,6 +228,18 @@ def test_videos_do_not_overwrite_each_other(predict):
     assert [len(frames_of(path)) for path in found] == [FRAMES] * 3
 
 
+def test_a_video_that_cannot_be_completed_keeps_no_other_file_from_being_written(
+    predict, monkeypatch
+):
+    def fail(self):
+        raise UserError("no")
+
+    monkeypatch.setattr(VideoWriter, "close", fail)
+    assert predict("clip.mp4", "--save", "pictures,csv,coco") == 2
+    assert Path("predictions/predictions.csv").is_file()
+    assert Path("predictions/coco_instances_results.json").is_file()
+
+
 def tracked(folder) -> list[list[int]]:
     lines = Path(folder, "predictions.jsonl").read_text().splitlines()
     return [[x["track_id"] for x in json.loads(line)["predictions"]] for line in lines]

@@ -180,9 +180,7 @@ class OutputFolder:
         return predictions_of(self._journal.record(name), self._ids.category_ids)
 
     def finish(self) -> None:
-        """Complete videos, and write the files about all images that are done."""
-        if "pictures" in self.kinds:
-            self._videos.finish(self.done, self.predictions)
+        """Write the files about all images that are done, and complete videos."""
         records, kinds = self._journal.records, self.kinds
         image_ids = self._ids.image_ids(self._journal.names)
         if "coco" in kinds:
@@ -205,6 +203,8 @@ class OutputFolder:
             os.makedirs(self._path("label_maps"), exist_ok=True)  # there may be no images
             with write_whole(self._path("label_maps", "legend.csv")) as f:
                 write_csv(f, records)
+        if "pictures" in kinds:  # last: it may draw thousands of frames, and needs the video
+            self._videos.finish(self.done, self.predictions)
 
     def close(self) -> None:
         """Let go of the folder, so that another process can resume the run."""
