@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         if error.name != "gradio":
             raise
         raise UserError(
-            'The page needs Gradio, which is not installed: run `pip install "msrcnn-d2[web]"`.'
+            "The page needs Gradio, which is not installed: run `pip install "
+            '"msrcnn-d2[web]"`, or `pip install ".[web]"` in the repository.'
         ) from None
     from msrcnn_d2_web.server import address_of, build_app, listen, serve, share
 
