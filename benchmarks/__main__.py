@@ -28,6 +28,7 @@ ON_REQUEST = (
     "predict",
     "predict_memory",
     "deploy",
+    "tiles",
 )
 
 

@@ -1,11 +1,13 @@
 """The benchmarks' arithmetic; what they measure is measured by `make bench`."""
 
+import sys
+
 import pytest
 import torch
 
 from detectron2.config import instantiate
 
-from benchmarks import evaluation, measuring, memory, memory_simulated
+from benchmarks import evaluation, measuring, memory, memory_simulated, tiles
 from benchmarks.memory_simulated import GB, ShapesOnly, peak_of_training
 from benchmarks.models import model_input, random_boxes
 from benchmarks.report import Part, Target
@@ -146,3 +148,13 @@ def test_both_engines_are_timed_on_the_same_work():
     assert len(results) == 300 and len(dataset["images"]) == 3
     timings = evaluation.time_evaluation(dataset, results, evaluation.ALL_TASKS, rounds=1)
     assert [len(t.seconds) for t in timings] == [1, 1]  # it asserts that the numbers agree
+
+
+def test_without_sahi_tiles_are_measured_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sahi", None)
+    monkeypatch.setattr(tiles, "SIZE", 256)
+    monkeypatch.setattr(tiles, "SETTINGS", [(128, 0.2, 2)])
+    (part,) = tiles.run(None)
+    assert {row[0] for row in part.rows} == {tiles.OURS} and not part.targets
+    assert part.rows[0][-1] > 0
+    assert any("pip install" in note for note in part.notes)

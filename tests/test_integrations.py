@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 
 import draw
 import msrcnn_d2
+from benchmarks import tiles
 from msrcnn_d2_runtime.errors import UserError
 from msrcnn_d2_runtime.integrations import to_sahi, to_supervision
 from msrcnn_d2_runtime.predictions import CroppedMasks, Predictions
@@ -216,6 +217,34 @@ def test_sahi_leaves_out_scores_below_its_threshold():
     image = np.full((50, 75, 3), (0, 0, 255), dtype=np.uint8)
     assert len(slices_of(image, 0.25)) == 1
     assert not slices_of(image, 0.26)
+
+
+def test_the_benchmark_compares_tiles_with_all_variants_of_sahi(monkeypatch):
+    pytest.importorskip("sahi")
+    monkeypatch.setattr(tiles, "SIZE", 160)
+    monkeypatch.setattr(tiles, "SETTINGS", [(128, 0.2, 1)])
+    (part,) = tiles.run(None)
+    assert len(part.rows) == len(tiles.CONFIDENCES) * (1 + len(tiles.VARIANTS))
+    assert all(row[2] >= 0 for row in part.rows)
+    # Ours and the default of sahi are timed
+    assert [row[0] for row in part.rows if row[-1]] == [
+        tiles.OURS,
+        tiles.THEIRS.format(*tiles.VARIANTS[0]),
+    ]
+    by_confidence = [row[-2] for row in part.rows if row[0] == tiles.OURS]
+    assert by_confidence == sorted(by_confidence, reverse=True) and by_confidence[-1] > 0
+    assert len(part.targets) == len(tiles.CONFIDENCES)
+
+
+def test_the_benchmark_scores_masks_as_sahi_draws_them():
+    annotation = pytest.importorskip("sahi.annotation")
+    ring = [[4, 2, 40, 3, 39.5, 33, 5, 30], [10, 10, 20, 10, 20, 20.2]]
+    at_corner = [[55, 40, 62, 40, 60, 50, 55, 50]]
+    for polygons in (ring, at_corner):
+        mask = annotation.Mask(polygons, full_shape=[50, 60])
+        assert mask.bool_mask.any()
+        (drawn,) = CroppedMasks([tiles.crop_of(mask)], (50, 60)).pasted()
+        assert np.array_equal(drawn, mask.bool_mask)
 
 
 # ---- the examples of docs/integrations.md
