@@ -26,7 +26,7 @@ DRAW = Path(__file__).parents[1] / "projects" / "shapes" / "draw_large.py"
 # Images that the rule of merge_tiles was not chosen with
 SIZE, SEED = 2048, 1
 # Size of a tile in pixels, overlap, number of images
-SETTINGS = ((512, 0.2, 7), (256, 0.2, 3))
+SETTINGS = ((512, 0.2, 12), (256, 0.2, 12))
 CONFIDENCES = (0.0, 0.3)  # detections with lower scores are left out before merging; sahi's is 0.3
 # How sahi merges: its default first; below a confidence of 0.1 it takes the last
 VARIANTS = (
