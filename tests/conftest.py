@@ -61,10 +61,15 @@ def leave_no_traces():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "msrcnn_d2"):
-        for handler in logging.getLogger(name).handlers[:]:
-            logging.getLogger(name).removeHandler(handler)
-            handler.close()
+    for name in [*logging.root.manager.loggerDict]:
+        package, _, module = name.partition(".")
+        if package in ("detectron2", "fvcore", "msrcnn_d2"):
+            logger = logging.getLogger(name)
+            if module:  # `msrcnn-d2 export` shows some of the modules only
+                logger.propagate = True
+            for handler in logger.handlers[:]:
+                logger.removeHandler(handler)
+                handler.close()
 
 
 @pytest.fixture

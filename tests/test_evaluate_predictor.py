@@ -26,6 +26,8 @@ from msrcnn_d2_runtime.onnx_predictor import OnnxPredictor
 from tests.helpers.command import exit_code
 from tests.helpers.onnx_files import OUTPUTS, metadata, write_onnx
 
+pytestmark = pytest.mark.usefixtures("leave_no_traces")
+
 SIZE = (20, 30)
 
 
