@@ -42,7 +42,8 @@ else
 	test -x $(UV) || $(BIN)/python -m pip install uv
 endif
 	$(INSTALL) torch torchvision
-	$(BIN)/python -c "import detectron2" 2>/dev/null || $(INSTALL) ./packaging/detectron2
+	$(BIN)/python -c "import detectron2._C as c; assert 'pure' not in c.get_compiler_version()" \
+	  2>/dev/null || $(INSTALL) ./packaging/detectron2
 	$(INSTALL) --editable ".[test]"
 	touch $@
 

@@ -91,6 +91,12 @@ MENDS = (
         "except ImportError:\n"
         "    COCOeval_opt = COCOeval\n",
     ),
+    # torchvision has deformable convolution; Detectron2 needs its own, and on CPUs has no training.
+    Mend(
+        "detectron2/layers/deform_conv.py",
+        "deform_conv = _DeformConv.apply\nmodulated_deform_conv = _ModulatedDeformConv.apply\n",
+        "from .torchvision_deform_conv import deform_conv, modulated_deform_conv  # noqa: E402\n",
+    ),
     # _C names the operator that is missing; torch.ops would only say that it has none.
     Mend(
         "detectron2/layers/nms.py",

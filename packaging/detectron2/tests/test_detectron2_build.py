@@ -127,11 +127,11 @@ def test_mends_must_fit(text: str, tmp_path: Path) -> None:
 
 def test_wheel_holds_the_mended_packages(small_archive: Archive, tmp_path: Path) -> None:
     name = backend.build_wheel(str(tmp_path))
-    assert name == "detectron2-0.6+pure1-py3-none-any.whl"
+    assert name == "detectron2-0.6+pure2-py3-none-any.whl"
     with zipfile.ZipFile(tmp_path / name) as wheel:
         names = set(wheel.namelist())
         assert wheel.read("detectron2/__init__.py").decode() == NOTICE + "x = int\n"
-    info = "detectron2-0.6+pure1.dist-info/"
+    info = "detectron2-0.6+pure2.dist-info/"
     assert {path for path in names if not path.startswith(info)} == {
         "detectron2/_C.py",
         "detectron2/__init__.py",

@@ -35,7 +35,13 @@ from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from detectron2.data.transforms import ExtentTransform  # noqa: E402
 from detectron2.engine import SimpleTrainer, hooks  # noqa: E402
 from detectron2.evaluation import COCOEvaluator, SemSegEvaluator, coco_evaluation  # noqa: E402
-from detectron2.layers import ROIAlign, batched_nms, nms_rotated  # noqa: E402
+from detectron2.layers import (  # noqa: E402
+    DeformConv,
+    ModulatedDeformConv,
+    ROIAlign,
+    batched_nms,
+    nms_rotated,
+)
 from detectron2.layers.mask_ops import paste_mask_in_image_old  # noqa: E402
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator  # noqa: E402
 from detectron2.structures import Boxes, Instances, PolygonMasks  # noqa: E402
@@ -161,6 +167,99 @@ def test_roi_align_and_nms() -> None:
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
     pooled = ROIAlign((2, 2), 1.0, 1)(image, torch.tensor([[0.0, 0, 0, 4, 4]]))
     assert pooled.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def sample(channel: np.ndarray, y: float, x: float) -> float:
+    """The value of a channel (H, W) between its pixels; around them there are zeros."""
+    rows, columns = (np.arange(n) for n in channel.shape)
+    return np.maximum(0, 1 - abs(y - rows)) @ channel @ np.maximum(0, 1 - abs(x - columns))
+
+
+def slow_deform_conv(layer: nn.Module, image, offset, mask) -> np.ndarray:
+    """What a layer gives for one image (C, H, W): a sum over taps, one channel after the other."""
+    weight = layer.weight.detach().numpy()
+    channels_out, channels_of_group, kernel_height, kernel_width = weight.shape
+    step, pad, spread = (x[0] for x in (layer.stride, layer.padding, layer.dilation))
+    taps = kernel_height * kernel_width
+    out = np.zeros((channels_out, *offset.shape[1:]))
+    for k in range(channels_out):
+        group = k // (channels_out // layer.groups)
+        for channel in range(channels_of_group):
+            c = group * channels_of_group + channel
+            first = c // (len(image) // layer.deformable_groups) * taps
+            for tap in range(taps):
+                i, j = divmod(tap, kernel_width)
+                for y, x in np.ndindex(*offset.shape[1:]):
+                    dy, dx = offset[2 * (first + tap) : 2 * (first + tap) + 2, y, x]
+                    at = y * step - pad + i * spread + dy, x * step - pad + j * spread + dx
+                    value = sample(image[c], *at) * mask[first + tap, y, x]
+                    out[k, y, x] += weight[k, channel, i, j] * value
+    return out
+
+
+def layer_and_inputs(modulated: bool, **options) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A layer, and the arguments of its call for two images of 4 x 6 x 5."""
+    torch.manual_seed(0)
+    layer_type = ModulatedDeformConv if modulated else DeformConv
+    layer = layer_type(4, 6, (3, 3), padding=1, **options).double()
+    layer.stride, layer.padding, layer.dilation = (
+        (x, x) if isinstance(x, int) else x for x in (layer.stride, layer.padding, layer.dilation)
+    )
+    step = layer.stride[0]
+    size = (
+        (6 - 2 * layer.dilation[0] + 1) // step + 1,
+        (5 - 2 * layer.dilation[0] + 1) // step + 1,
+    )
+    num_masks = 9 * layer.deformable_groups
+    image = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    offset = 2 * torch.randn(2, 2 * num_masks, *size, dtype=torch.float64)
+    mask = torch.rand(2, num_masks, *size, dtype=torch.float64)
+    return layer, (image, offset, mask) if modulated else (image, offset)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"deformable_groups": 2, "groups": 2}],
+    ids=str,
+)
+def test_deformable_convolution(modulated: bool, options: dict) -> None:
+    layer, inputs = layer_and_inputs(modulated, **options)
+    found = layer(*inputs).detach()
+    for k in range(2):
+        image, offset = (x[k].numpy() for x in inputs[:2])
+        mask = inputs[2][k].numpy() if modulated else np.ones((len(offset) // 2, *offset.shape[1:]))
+        assert np.allclose(found[k], slow_deform_conv(layer, image, offset, mask), atol=1e-12)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_gradients_of_deformable_convolution(modulated: bool) -> None:
+    layer, inputs = layer_and_inputs(modulated, deformable_groups=2, groups=2, stride=2)
+    layer.requires_grad_(False)
+
+    def output(weight: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, inputs)
+
+    weight = layer.weight.detach().clone()
+    assert torch.autograd.gradcheck(output, [x.requires_grad_() for x in (weight, *inputs)])
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_convolution_in_mixed_precision(modulated: bool) -> None:
+    layer, inputs = layer_and_inputs(modulated)
+    expected = layer(*inputs)
+    inputs = [x.bfloat16() for x in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer.float()(*inputs)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), expected, atol=0.1)
+    found.sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_deformable_convolution_of_no_images() -> None:
+    layer, (image, offset) = layer_and_inputs(False)
+    assert layer(image[:0], offset[:0]).shape == (0, 6, 6, 5)
 
 
 def test_masks() -> None:

@@ -18,8 +18,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     raise MissingOperatorError(
         f"{__name__}.{name} is a compiled operator, which this pure-Python build of Detectron2 "
-        "lacks; to use rotated boxes, deformable convolution or the C++ COCO evaluation, "
-        "install Detectron2 from its sources instead.",
+        "lacks; to use rotated boxes or the C++ COCO evaluation, install Detectron2 from its "
+        "sources instead.",
         name=__name__,
     )
 
