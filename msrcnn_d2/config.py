@@ -14,8 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.evaluation import COCOEvaluator
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
 from detectron2.solver import WarmupParamScheduler
 from detectron2.utils.registry import locate
 
@@ -25,7 +31,9 @@ from .modeling import (
     CascadeMaskScoringROIHeads,
     MaskCalibrator,
     MaskIoUHead,
+    MaskScoring,
     MaskScoringROIHeads,
+    Res5MaskScoringROIHeads,
     RetrofitRCNN,
 )
 
@@ -42,6 +50,7 @@ __all__ = [
 TWINS = {
     StandardROIHeads: MaskScoringROIHeads,
     CascadeROIHeads: CascadeMaskScoringROIHeads,
+    Res5ROIHeads: Res5MaskScoringROIHeads,
 }
 
 # Images of a retrofit, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
@@ -69,8 +78,8 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     """
     Add the keys of Mask Scoring R-CNN and of `msrcnn-d2 train` to a yacs config, in place.
 
-    The keys of the head take effect if `MODEL.ROI_HEADS.NAME` is "MaskScoringROIHeads" or
-    "CascadeMaskScoringROIHeads". Their defaults are the paper's.
+    The keys of the head take effect if `MODEL.ROI_HEADS.NAME` is "MaskScoringROIHeads",
+    "CascadeMaskScoringROIHeads" or "Res5MaskScoringROIHeads". Their defaults are the paper's.
     """
     if "ROI_MASK_IOU_HEAD" not in cfg.MODEL:
         # Configs that version 0.1 saved have it. yacs warns that it is ignored
@@ -141,7 +150,8 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
 
     Args:
         cfg: a LazyConfig with a `model` whose `roi_heads` are Detectron2's StandardROIHeads or
-            CascadeROIHeads with a mask branch: FPN, Cascade, LSJ, ViTDet, ... It is not modified.
+            CascadeROIHeads or Res5ROIHeads with a mask branch: FPN, Cascade, C4, LSJ, ViTDet, ...
+            It is not modified.
         head_args: arguments of :class:`MaskIoUHead` that differ from the defaults.
 
     Returns:
@@ -173,11 +183,30 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
             "add_mask_scoring expects a mask branch, but `model.roi_heads` has no mask_head."
         )
     roi_heads._target_ = TWINS[found]
+    input_shape: Any = "${..mask_head.input_shape}"
+    if found is Res5ROIHeads:  # Detectron2 gives the mask head the shape before the res5 block
+        input_shape = L(shape_after)(
+            shape="${...mask_head.input_shape}", stride_per_block="${...res5.stride_per_block}"
+        )
     roi_heads.mask_iou_head = L(MaskIoUHead)(
-        input_shape="${..mask_head.input_shape}", num_classes="${..num_classes}", **head_args
+        input_shape=input_shape, num_classes="${..num_classes}", **head_args
     )
     _use_our_evaluators(cfg)
     return cfg
+
+
+def shape_after(shape: ShapeSpec, stride_per_block: list[int]) -> ShapeSpec:
+    """
+    Args:
+        shape: channels that blocks have put out, and height and width before them.
+        stride_per_block: stride of each of these blocks.
+
+    Returns:
+        channels, height and width after them.
+    """
+    stride = math.prod(stride_per_block)
+    height, width = (-(-side // stride) for side in (shape.height, shape.width))
+    return ShapeSpec(channels=shape.channels, height=height, width=width)
 
 
 def _use_our_evaluators(cfg: DictConfig) -> None:
@@ -196,8 +225,9 @@ def add_mask_calibrator(cfg: Config) -> Config:
     :func:`msrcnn_d2.calibration.calibrate` writes weights for it, together with such a config.
 
     Args:
-        cfg: a LazyConfig whose `model.roi_heads` are Detectron2's StandardROIHeads or
-            CascadeROIHeads or our twins of them; or a yacs config. It is not modified.
+        cfg: a LazyConfig whose `model.roi_heads` are Detectron2's StandardROIHeads,
+            CascadeROIHeads or Res5ROIHeads, or our twins of them; or a yacs config. It is not
+            modified.
 
     Returns:
         the new config, of the same kind. A calibrator that `cfg` has already stays as it is.
@@ -221,7 +251,7 @@ def add_mask_calibrator(cfg: Config) -> Config:
     if found not in TWINS and not _scores_masks(found):
         raise ValueError(
             f"A calibrator needs ROI heads of {[c.__name__ for c in TWINS]}, or ones that are "
-            f"derived from MaskScoringROIHeads, not {getattr(found, '__name__', found)}."
+            f"derived from MaskScoring, not {getattr(found, '__name__', found)}."
         )
     if not has_masks:
         raise ValueError("A calibrator needs a mask branch, but the model has none.")
@@ -381,7 +411,7 @@ def _check_architecture(found: Callable) -> None:
 
 
 def _scores_masks(roi_heads: Callable) -> bool:
-    return isinstance(roi_heads, type) and issubclass(roi_heads, MaskScoringROIHeads)
+    return isinstance(roi_heads, type) and issubclass(roi_heads, MaskScoring)
 
 
 def target_of(node: DictConfig) -> Callable:

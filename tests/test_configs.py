@@ -202,7 +202,7 @@ def test_add_mask_scoring_to_a_saved_config(tmp_path):
     "name, message",
     [
         ("common/models/retinanet.py", "model.roi_heads"),
-        ("common/models/mask_rcnn_c4.py", "not Res5ROIHeads"),
+        ("common/models/keypoint_rcnn_fpn.py", "mask branch"),
         ("common/train.py", "model.roi_heads"),
     ],
 )

@@ -16,6 +16,7 @@ from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import PanopticFPN, build_model
+from detectron2.modeling.roi_heads import RROIHeads
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.structures import Boxes, Instances
@@ -43,6 +44,7 @@ from tests.helpers.toy import (
 HEAD = "roi_heads.mask_iou_head."
 SMALL = dict(conv_dim=8, num_conv=2, fc_dim=16)
 FOLDER = "COCO-InstanceSegmentation"
+PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"
 KINDS = ["lazy", "lazy cascade", "yacs", "yacs cascade"]
 
 
@@ -457,6 +459,12 @@ def panoptic():
     return cfg
 
 
+def rotated():
+    cfg = tiny_mask_rcnn()
+    cfg.model.roi_heads._target_ = RROIHeads
+    return cfg
+
+
 def yacs(**keys):
     cfg = tiny_yacs_config()
     for name, value in keys.items():
@@ -468,10 +476,10 @@ def yacs(**keys):
     "cfg, message",
     [
         (lambda: detectron2_zoo.get_config("common/models/retinanet.py"), "model.roi_heads"),
-        (lambda: detectron2_zoo.get_config("common/models/mask_rcnn_c4.py"), "not Res5ROIHeads"),
+        (rotated, "not RROIHeads"),
         (panoptic, "expects a GeneralizedRCNN, not a PanopticFPN"),
         (lambda: yacs(META_ARCHITECTURE="PanopticFPN"), "not a PanopticFPN"),
-        (lambda: yacs(ROI_HEADS__NAME="Res5ROIHeads"), "not Res5ROIHeads"),
+        (lambda: yacs(ROI_HEADS__NAME="RROIHeads"), "not RROIHeads"),
         (lambda: yacs(MASK_ON=False), "MODEL.MASK_ON is False"),
     ],
 )
@@ -567,8 +575,8 @@ def test_overrides_come_after_the_retrofit(name, overrides, head):
             "no trained Mask R-CNN to retrofit: give train.init",
         ),
         (f"{FOLDER}/mask_rcnn_R_50_FPN_1x.yaml", "MODEL.WEIGHTS FILE"),
-        (f"{FOLDER}/mask_rcnn_R_50_C4_1x.py", "cannot be retrofitted: .* not Res5ROIHeads"),
-        (f"{FOLDER}/mask_rcnn_R_50_C4_1x.yaml", "cannot be retrofitted: .* not Res5ROIHeads"),
+        (f"{PANOPTIC}.py", "cannot be retrofitted: .* PanopticFPN"),
+        (f"{PANOPTIC}.yaml", "cannot be retrofitted: .* PanopticFPN"),
     ],
 )
 def test_what_cannot_be_retrofitted_is_one_sentence(name, message):

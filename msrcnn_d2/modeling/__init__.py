@@ -17,7 +17,12 @@ from .mask_iou_head import (
 from .mask_iou_target import mask_iou_targets
 from .postprocessing import UnpastedMasks
 from .retrofit import LEARN_FROM, RetrofitRCNN
-from .roi_heads import CascadeMaskScoringROIHeads, MaskScoringROIHeads
+from .roi_heads import (
+    CascadeMaskScoringROIHeads,
+    MaskScoring,
+    MaskScoringROIHeads,
+    Res5MaskScoringROIHeads,
+)
 from .test_time_augmentation import MaskScoringRCNNWithTTA, ScaledTTAMapper
 
 __all__ = [
@@ -30,10 +35,12 @@ __all__ = [
     "Detections",
     "MaskCalibrator",
     "MaskIoUHead",
+    "MaskScoring",
     "MaskScoringRCNNWithTTA",
-    "ScaledTTAMapper",
     "MaskScoringROIHeads",
+    "Res5MaskScoringROIHeads",
     "RetrofitRCNN",
+    "ScaledTTAMapper",
     "UnpastedMasks",
     "build_mask_calibrator",
     "build_mask_iou_head",

@@ -10,6 +10,8 @@ from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
+    Res5ROIHeads,
+    ROIHeads,
     StandardROIHeads,
     select_foreground_proposals,
 )
@@ -21,7 +23,13 @@ from .mask_calibrator import build_mask_calibrator
 from .mask_iou_head import build_mask_iou_head
 from .mask_iou_target import crop_gt_masks
 
-__all__ = ["CascadeMaskScoringROIHeads", "DetectedBoxes", "MaskScoringROIHeads"]
+__all__ = [
+    "CascadeMaskScoringROIHeads",
+    "DetectedBoxes",
+    "MaskScoring",
+    "MaskScoringROIHeads",
+    "Res5MaskScoringROIHeads",
+]
 
 
 class DetectedBoxes(Boxes):
@@ -40,10 +48,10 @@ class DetectedBoxes(Boxes):
         return super().nonempty(threshold).nonzero()[:, 0]
 
 
-@ROI_HEADS_REGISTRY.register()
-class MaskScoringROIHeads(StandardROIHeads):
+class MaskScoring(ROIHeads):
     """
-    :class:`StandardROIHeads` whose mask branch also scores its masks.
+    ROI heads whose mask branch also scores its masks, on top of those of Detectron2: derive from
+    this class first, and then from Detectron2's.
 
     A MaskIoU head predicts each mask's IoU with its object. It adds the loss "loss_mask_iou" in
     training, and the fields "pred_mask_ious" and "mask_scores" in inference. A calibrator adds
@@ -64,26 +72,28 @@ class MaskScoringROIHeads(StandardROIHeads):
             mask_iou_head: predicts the IoU of masks, such as :class:`MaskIoUHead`.
             mask_calibrator: computes calibrated scores, such as :class:`MaskCalibrator`. It is
                 fitted after training, so it takes no part in it. At least one of the two is needed.
-            kwargs: the arguments of :class:`StandardROIHeads`, with a mask pooler and a mask
-                head that has `layers()`, as all heads of Detectron2 have.
+            kwargs: the arguments of Detectron2's ROI heads, with a mask head that has `layers()`,
+                as all heads of Detectron2 have.
         """
         super().__init__(**kwargs)
+        without_scores = next(
+            x.__name__ for x in type(self).__mro__ if not issubclass(x, MaskScoring)
+        )
         if not self.mask_on:
             raise ValueError(
                 f"{type(self).__name__} scores masks, but its mask branch is off. Set "
                 "MODEL.MASK_ON to True (LazyConfig: give mask_in_features, mask_pooler and "
-                f"mask_head), or use {StandardROIHeads.__name__}."
+                f"mask_head, in C4 models only mask_head), or use {without_scores}."
             )
-        if self.mask_pooler is None or not hasattr(self.mask_head, "layers"):
+        if not hasattr(self.mask_head, "layers"):
             raise ValueError(
-                f"{type(self).__name__} needs a mask pooler and a mask head with `layers()`, such "
-                f"as MaskRCNNConvUpsampleHead; the mask head is {type(self.mask_head).__name__} "
-                f"and the mask pooler {self.mask_pooler}."
+                f"{type(self).__name__} needs a mask head with `layers()`, such as "
+                f"MaskRCNNConvUpsampleHead; the mask head is {type(self.mask_head).__name__}."
             )
         if mask_iou_head is None and mask_calibrator is None:
             raise ValueError(
                 f"{type(self).__name__} scores masks with a mask_iou_head, a mask_calibrator or "
-                f"both, but has neither: give one of them, or use {StandardROIHeads.__name__}."
+                f"both, but has neither: give one of them, or use {without_scores}."
             )
         self.mask_iou_head = mask_iou_head
         self.mask_calibrator = mask_calibrator
@@ -92,13 +102,26 @@ class MaskScoringROIHeads(StandardROIHeads):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ret = super().from_config(cfg, input_shape)
         ret["mask_calibrator"] = build_mask_calibrator(cfg)
-        if not cfg.MODEL.ROI_MASK_IOU_HEAD.NAME:
-            return ret
-        resolution = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-        channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-        shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
-        ret["mask_iou_head"] = build_mask_iou_head(cfg, shape)
+        if cfg.MODEL.ROI_MASK_IOU_HEAD.NAME:
+            shape = cls._mask_feature_shape(cfg, input_shape)
+            ret["mask_iou_head"] = build_mask_iou_head(cfg, shape)
         return ret
+
+    @classmethod
+    def _mask_feature_shape(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
+        """Channels, height and width of what :meth:`_mask_features` returns."""
+        raise NotImplementedError
+
+    def _mask_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """
+        Args:
+            features: feature maps by their name.
+            boxes: of each image.
+
+        Returns:
+            float Tensor of shape (N, C, H, W), the mask head's features of all boxes.
+        """
+        raise NotImplementedError
 
     def forward(
         self, images: Any, features: Any, proposals: Any, targets: Any = None
@@ -178,9 +201,18 @@ class MaskScoringROIHeads(StandardROIHeads):
         if self.training:
             instances, _ = select_foreground_proposals(instances, self.num_classes)
         boxes = [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-        classes = cat([x.gt_classes if self.training else x.pred_classes for x in instances])
-        mask_features, mask_logits = self._run_mask_head(features, boxes, classes)
+        return self._predict_masks(self._mask_features(features, boxes), instances)
 
+    def _predict_masks(self, mask_features: torch.Tensor, instances: list[Instances]) -> Any:
+        """
+        Args:
+            mask_features: from :meth:`_mask_features`.
+            instances: the foreground proposals, or the predictions.
+
+        Returns:
+            in training the losses of masks and scores, in inference the instances with both.
+        """
+        mask_logits = self._mask_logits(mask_features, instances)
         if self.training:
             instances = crop_gt_masks(instances, mask_logits.shape[-1])
             mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
@@ -196,22 +228,23 @@ class MaskScoringROIHeads(StandardROIHeads):
             instances = self.mask_calibrator(instances)
         return instances
 
-    def _run_mask_head(
-        self, features: dict[str, torch.Tensor], boxes: list[Boxes], classes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mask_logits(self, mask_features: torch.Tensor, instances: list[Instances]) -> torch.Tensor:
         """
         Returns:
-            the region features (N, C, H, W), and float32 logits (N, 1, S, S) of the masks of
-            `classes` (N,). To Detectron2's loss and inference, they look class-agnostic.
+            float32 Tensor of shape (N, 1, S, S), the logits of each instance's mask of its class,
+            "gt_classes" or else "pred_classes". To Detectron2's loss and inference, they look
+            class-agnostic.
         """
-        mask_features = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
         mask_logits = self.mask_head.layers(mask_features)
         if mask_logits.shape[1] > 1:
+            classes = cat(
+                [x.gt_classes if x.has("gt_classes") else x.pred_classes for x in instances]
+            )
             rows = torch.arange(classes.shape[0], device=classes.device)
             mask_logits = mask_logits[rows, classes][:, None]
         # Masks are pasted and compared at full precision, even if autocast computed them. Only
         # those of one class are converted, because conversion makes a copy
-        return mask_features, mask_logits.float()
+        return mask_logits.float()
 
     def mask_iou_losses(
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
@@ -233,10 +266,35 @@ class MaskScoringROIHeads(StandardROIHeads):
         instances, _ = select_foreground_proposals(proposals, self.num_classes)
         with torch.no_grad():
             boxes = [x.proposal_boxes for x in instances]
-            classes = cat([x.gt_classes for x in instances])
-            mask_features, mask_logits = self._run_mask_head(features, boxes, classes)
+            mask_features = self._mask_features(features, boxes)
+            mask_logits = self._mask_logits(mask_features, instances)
         instances = crop_gt_masks(instances, mask_logits.shape[-1])
         return self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances)
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskScoringROIHeads(MaskScoring, StandardROIHeads):
+    """:class:`StandardROIHeads` whose masks are scored, see :class:`MaskScoring`."""
+
+    @configurable
+    def __init__(self, **kwargs: Any):
+        """
+        Args:
+            kwargs: the arguments of :class:`MaskScoring` and :class:`StandardROIHeads`, with a
+                mask pooler.
+        """
+        super().__init__(**kwargs)
+        if self.mask_pooler is None:
+            raise ValueError(f"{type(self).__name__} needs a mask_pooler.")
+
+    @classmethod
+    def _mask_feature_shape(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
+        resolution = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+        channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+        return ShapeSpec(channels=channels, height=resolution, width=resolution)
+
+    def _mask_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        return self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -253,3 +311,48 @@ class CascadeMaskScoringROIHeads(MaskScoringROIHeads, CascadeROIHeads):
         # cannot be saved
         box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
         return self.box_predictor[stage](self.box_head[stage](box_features))
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5MaskScoringROIHeads(MaskScoring, Res5ROIHeads):
+    """
+    :class:`Res5ROIHeads`, of C4 models, whose masks are scored, see :class:`MaskScoring`. The
+    MaskIoU head shares the features of the res5 block with the other heads.
+    """
+
+    @classmethod
+    def _mask_feature_shape(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
+        channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8
+        resolution = -(-cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION // 2)  # the block has stride 2
+        return ShapeSpec(channels=channels, height=resolution, width=resolution)
+
+    def forward(
+        self, images: Any, features: Any, proposals: Any, targets: Any = None
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
+        """Args and returns as in :class:`MaskScoring`."""
+        if not self.training:
+            return super().forward(images, features, proposals)
+        proposals = self.label_and_sample_proposals(proposals, targets)
+        box_features = self._mask_features(features, [x.proposal_boxes for x in proposals])
+        predictions = self.box_predictor(box_features.mean(dim=[2, 3]))
+        losses = self.box_predictor.losses(predictions, proposals)
+        proposals, selected = select_foreground_proposals(proposals, self.num_classes)
+        # The features of a region are computed once, for its box and its mask
+        return [], losses | self._predict_masks(box_features[cat(selected)], proposals)
+
+    def forward_with_given_boxes(
+        self, features: dict[str, torch.Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """Args and returns as in the base class."""
+        return self._forward_mask(features, instances)
+
+    def _forward_box(
+        self, features: dict[str, torch.Tensor], proposals: list[Instances]
+    ) -> list[Instances]:
+        """Boxes and classes in inference, as :class:`StandardROIHeads` finds them."""
+        box_features = self._mask_features(features, [x.proposal_boxes for x in proposals])
+        predictions = self.box_predictor(box_features.mean(dim=[2, 3]))
+        return self.box_predictor.inference(predictions, proposals)[0]
+
+    def _mask_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        return self._shared_roi_transform([features[f] for f in self.in_features], boxes)

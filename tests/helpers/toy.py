@@ -128,6 +128,37 @@ def tiny_mask_rcnn(cascade: bool = False):
     return cfg
 
 
+def tiny_c4_mask_rcnn():
+    """The LazyConfig of a C4 model that has Detectron2's structure, but few channels."""
+    cfg = model_zoo.get_config("common/models/mask_rcnn_c4.py")
+    model = cfg.model
+    model.pixel_std = [60.0, 60.0, 60.0]
+    model.backbone.stem = L(BasicStem)(in_channels=3, out_channels=CHANNELS)
+    model.backbone.stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock,
+            num_blocks=1,
+            in_channels=channels,
+            out_channels=2 * channels,
+            stride=1 if channels == CHANNELS else 2,
+        )
+        for channels in (CHANNELS, 2 * CHANNELS, 4 * CHANNELS)
+    ]
+    model.proposal_generator.head.in_channels = 8 * CHANNELS
+    model.proposal_generator.anchor_generator.sizes = [[8, 16, 32, 64, 128]]
+    model.proposal_generator.post_nms_topk = (50, 20)
+
+    heads = model.roi_heads
+    heads.num_classes = NUM_CLASSES
+    heads.batch_size_per_image = 16
+    heads.res5.in_channels = 8 * CHANNELS
+    heads.res5.bottleneck_channels = CHANNELS
+    heads.res5.out_channels = 2 * CHANNELS
+    heads.box_predictor.test_score_thresh = 0.0
+    heads.mask_head.conv_dims = [CHANNELS]
+    return cfg
+
+
 def tiny_mask_scoring_rcnn(cascade: bool = False):
     """The LazyConfig of the mask-scoring twin of :func:`tiny_mask_rcnn`."""
     return add_mask_scoring(tiny_mask_rcnn(cascade), conv_dim=CHANNELS, num_conv=2, fc_dim=16)
@@ -143,12 +174,26 @@ def tiny_yacs_config(cascade: bool = False) -> CfgNode:
         else ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x")
     )
     cfg.merge_from_file(model_zoo.get_config_file(f"{name}.yaml"))
-    prefix = "Cascade" if cascade else ""
+    cfg.MODEL.ROI_HEADS.NAME = f"{'Cascade' if cascade else ''}MaskScoringROIHeads"
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16], [32], [64], [128]]
+    return _with_few_channels(cfg)
+
+
+def tiny_c4_yacs_config() -> CfgNode:
+    """A yacs config of a mask-scoring model without FPN that has few channels."""
+    cfg = get_cfg()
+    add_msrcnn_config(cfg)
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    cfg.MODEL.ROI_HEADS.NAME = "Res5MaskScoringROIHeads"
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8, 16, 32, 64, 128]]
+    return _with_few_channels(cfg)
+
+
+def _with_few_channels(cfg):
     cfg.merge_from_list(
         # fmt: off
         [
-            "MODEL.ROI_HEADS.NAME",
-            f"{prefix}MaskScoringROIHeads",
             "MODEL.DEVICE",
             "cpu",
             "MODEL.WEIGHTS",
@@ -163,8 +208,6 @@ def tiny_yacs_config(cascade: bool = False) -> CfgNode:
             CHANNELS,
             "MODEL.FPN.OUT_CHANNELS",
             CHANNELS,
-            "MODEL.ANCHOR_GENERATOR.SIZES",
-            [[8], [16], [32], [64], [128]],
             "MODEL.RPN.POST_NMS_TOPK_TRAIN",
             50,
             "MODEL.RPN.POST_NMS_TOPK_TEST",
