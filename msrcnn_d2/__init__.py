@@ -42,7 +42,12 @@ with warnings.catch_warnings():
     # A warning about fvcore and Detectron2 that users can do nothing about
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from . import modeling  # registers the heads
-    from .modeling import CascadeMaskScoringROIHeads, MaskIoUHead, MaskScoringROIHeads
+    from .modeling import (
+        CascadeMaskScoringROIHeads,
+        MaskIoUHead,
+        MaskScoringROIHeads,
+        Res5MaskScoringROIHeads,
+    )
 
 if TYPE_CHECKING:
     from msrcnn_d2_runtime.drawing import draw_predictions
@@ -67,6 +72,7 @@ __all__ = [
     "MaskScoringPredictor",
     "MaskScoringROIHeads",
     "MaskScoringVisualizer",
+    "Res5MaskScoringROIHeads",
     "add_mask_calibrator",
     "add_mask_scoring",
     "add_msrcnn_config",
