@@ -9,17 +9,22 @@ from detectron2.config import instantiate
 from detectron2.export import TracingAdapter
 
 from msrcnn_d2 import add_mask_calibrator, add_mask_scoring
-from tests.helpers.toy import CHANNELS, tiny_mask_rcnn
+from tests.helpers.toy import CHANNELS, tiny_c4_mask_rcnn, tiny_mask_rcnn
 from tests.test_mask_calibrator import randomised
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
+CONFIGS = {
+    "standard": tiny_mask_rcnn,
+    "cascade": lambda: tiny_mask_rcnn(cascade=True),
+    "C4": tiny_c4_mask_rcnn,
+}
 SIZES = [(64, 96), (80, 64), (33, 47), (128, 200)]
 
 
-def toy_model(cascade, scoring, calibrator):
+def toy_model(kind, scoring, calibrator):
     """A model that finds nothing in a grey image."""
-    cfg = tiny_mask_rcnn(cascade)
+    cfg = CONFIGS[kind]()
     if scoring:
         cfg = add_mask_scoring(cfg, conv_dim=CHANNELS, num_conv=2, fc_dim=16)
     if calibrator:
@@ -30,7 +35,7 @@ def toy_model(cascade, scoring, calibrator):
         randomised(model.roi_heads.mask_calibrator)
     found = detections(model, grey_image())
     predictors = model.roi_heads.box_predictor
-    for predictor in predictors if cascade else [predictors]:
+    for predictor in predictors if kind == "cascade" else [predictors]:
         predictor.test_score_thresh = found.scores.max().item()
     return model
 
@@ -53,10 +58,10 @@ def inference(model, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cascade", [False, True])
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(("scoring", "calibrator"), [(True, False), (False, True), (True, True)])
-def test_a_traced_model_finds_what_the_model_finds(cascade, scoring, calibrator):
-    model = toy_model(cascade, scoring, calibrator)
+def test_a_traced_model_finds_what_the_model_finds(kind, scoring, calibrator):
+    model = toy_model(kind, scoring, calibrator)
     adapter = TracingAdapter(model, [{"image": noise(SIZES[0])}], inference)
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False), file)
@@ -70,10 +75,10 @@ def test_a_traced_model_finds_what_the_model_finds(cascade, scoring, calibrator)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cascade", [False, True])
-def test_onnx_by_detectron2s_way(cascade):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_onnx_by_detectron2s_way(kind):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = toy_model(cascade, scoring=True, calibrator=True)
+    model = toy_model(kind, scoring=True, calibrator=True)
     adapter = TracingAdapter(model, [{"image": noise(SIZES[0])}], inference).eval()
     file = io.BytesIO()
     torch.onnx.export(
