@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
@@ -34,6 +34,7 @@ from .modeling import (
     MaskScoring,
     MaskScoringROIHeads,
     Res5MaskScoringROIHeads,
+    RetrofitPanopticFPN,
     RetrofitRCNN,
 )
 
@@ -51,6 +52,11 @@ TWINS = {
     StandardROIHeads: MaskScoringROIHeads,
     CascadeROIHeads: CascadeMaskScoringROIHeads,
     Res5ROIHeads: Res5MaskScoringROIHeads,
+}
+# Detectron2's models, and those in which only the MaskIoU head learns
+RETROFITS = {
+    GeneralizedRCNN: RetrofitRCNN,
+    PanopticFPN: RetrofitPanopticFPN,
 }
 
 # Images of a retrofit, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
@@ -337,9 +343,9 @@ def _retrofit_lazy(cfg: DictConfig, head_args: dict[str, Any]) -> DictConfig:
         cfg.model.roi_heads.mask_iou_head.update(head_args)
     else:
         cfg = add_mask_scoring(cfg, **head_args)
-    if architecture is RetrofitRCNN:
+    if architecture not in RETROFITS:  # it is a retrofit already
         return cfg
-    cfg.model._target_ = RetrofitRCNN
+    cfg.model._target_ = RETROFITS[architecture]
     if "train" not in cfg:
         return cfg
 
@@ -369,9 +375,9 @@ def _retrofit_yacs(cfg: CfgNode, head_args: dict[str, Any]) -> CfgNode:
         cfg.MODEL.ROI_MASK_IOU_HEAD[key.upper()] = value
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     _check_architecture(architecture)
-    if architecture is RetrofitRCNN:
+    if architecture not in RETROFITS:  # it is a retrofit already
         return cfg
-    cfg.MODEL.META_ARCHITECTURE = RetrofitRCNN.__name__
+    cfg.MODEL.META_ARCHITECTURE = RETROFITS[architecture].__name__
     name = cfg.MODEL.ROI_HEADS.NAME
     roi_heads = ROI_HEADS_REGISTRY.get(name)
     if not _scores_masks(roi_heads):
@@ -403,9 +409,9 @@ def _retrofit_length(max_iter: int, batch: int | None) -> int:
 
 
 def _check_architecture(found: Callable) -> None:
-    if found not in (GeneralizedRCNN, RetrofitRCNN):
+    if found not in (*RETROFITS, *RETROFITS.values()):
         raise ValueError(
-            f"retrofit expects a {GeneralizedRCNN.__name__}, not a "
+            f"retrofit expects a model of {[c.__name__ for c in RETROFITS]}, not a "
             f"{getattr(found, '__name__', found)}."
         )
 

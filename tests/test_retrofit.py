@@ -15,7 +15,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.modeling import PanopticFPN, build_model
+from detectron2.modeling import RetinaNet, build_model
 from detectron2.modeling.roi_heads import RROIHeads
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.solver.build import get_default_optimizer_params
@@ -44,7 +44,7 @@ from tests.helpers.toy import (
 HEAD = "roi_heads.mask_iou_head."
 SMALL = dict(conv_dim=8, num_conv=2, fc_dim=16)
 FOLDER = "COCO-InstanceSegmentation"
-PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x"
 KINDS = ["lazy", "lazy cascade", "yacs", "yacs cascade"]
 
 
@@ -453,9 +453,9 @@ def test_retrofit_of_a_yacs_config_that_knows_no_mask_scoring():
     assert after.MODEL.ROI_MASK_IOU_HEAD.CONV_DIM == 32
 
 
-def panoptic():
+def dense():
     cfg = tiny_mask_rcnn()
-    cfg.model._target_ = PanopticFPN
+    cfg.model._target_ = RetinaNet
     return cfg
 
 
@@ -477,8 +477,8 @@ def yacs(**keys):
     [
         (lambda: detectron2_zoo.get_config("common/models/retinanet.py"), "model.roi_heads"),
         (rotated, "not RROIHeads"),
-        (panoptic, "expects a GeneralizedRCNN, not a PanopticFPN"),
-        (lambda: yacs(META_ARCHITECTURE="PanopticFPN"), "not a PanopticFPN"),
+        (dense, "expects a .*GeneralizedRCNN.*, not a RetinaNet"),
+        (lambda: yacs(META_ARCHITECTURE="RetinaNet"), "not a RetinaNet"),
         (lambda: yacs(ROI_HEADS__NAME="RROIHeads"), "not RROIHeads"),
         (lambda: yacs(MASK_ON=False), "MODEL.MASK_ON is False"),
     ],
@@ -575,8 +575,8 @@ def test_overrides_come_after_the_retrofit(name, overrides, head):
             "no trained Mask R-CNN to retrofit: give train.init",
         ),
         (f"{FOLDER}/mask_rcnn_R_50_FPN_1x.yaml", "MODEL.WEIGHTS FILE"),
-        (f"{PANOPTIC}.py", "cannot be retrofitted: .* PanopticFPN"),
-        (f"{PANOPTIC}.yaml", "cannot be retrofitted: .* PanopticFPN"),
+        (f"{RETINANET}.py", "cannot be retrofitted: .*model.roi_heads"),
+        (f"{RETINANET}.yaml", "cannot be retrofitted: .* RetinaNet"),
     ],
 )
 def test_what_cannot_be_retrofitted_is_one_sentence(name, message):

@@ -26,6 +26,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data.datasets import load_coco_json
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from msrcnn_d2_runtime.image_reading import IMAGE_KEYS
 
@@ -595,6 +596,8 @@ def check_values(cfg: DictConfig | CfgNode) -> None:
 
 def _is_retrofit(cfg: DictConfig | CfgNode) -> bool:
     if isinstance(cfg, CfgNode):
-        return cfg.MODEL.META_ARCHITECTURE == RetrofitRCNN.__name__
-    model = cfg.get("model", {})
-    return "_target_" in model and target_of(model) is RetrofitRCNN
+        found = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    else:
+        model = cfg.get("model", {})
+        found = target_of(model) if "_target_" in model else None
+    return isinstance(found, type) and issubclass(found, RetrofitRCNN)

@@ -16,7 +16,7 @@ from .mask_iou_head import (
 )
 from .mask_iou_target import mask_iou_targets
 from .postprocessing import UnpastedMasks
-from .retrofit import LEARN_FROM, RetrofitRCNN
+from .retrofit import LEARN_FROM, RetrofitPanopticFPN, RetrofitRCNN
 from .roi_heads import (
     CascadeMaskScoringROIHeads,
     MaskScoring,
@@ -39,6 +39,7 @@ __all__ = [
     "MaskScoringRCNNWithTTA",
     "MaskScoringROIHeads",
     "Res5MaskScoringROIHeads",
+    "RetrofitPanopticFPN",
     "RetrofitRCNN",
     "ScaledTTAMapper",
     "UnpastedMasks",

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.structures import Instances
 
 from .roi_heads import MaskScoringROIHeads
 
-__all__ = ["LEARN_FROM", "RetrofitRCNN"]
+__all__ = ["LEARN_FROM", "RetrofitPanopticFPN", "RetrofitRCNN"]
 
 LEARN_FROM = ("proposals", "detections")
 
@@ -96,3 +96,11 @@ class RetrofitRCNN(GeneralizedRCNN):
             return features, self.roi_heads.label_and_sample_proposals(proposals, targets)
         detections = self.roi_heads._forward_box(features, proposals)
         return features, self.roi_heads.label_detections(detections, targets)
+
+
+@META_ARCH_REGISTRY.register()
+class RetrofitPanopticFPN(RetrofitRCNN, PanopticFPN):
+    """
+    :class:`PanopticFPN` that trains only its MaskIoU head, as :class:`RetrofitRCNN` does. Semantic
+    segmentation takes no part in training. Inference is that of :class:`PanopticFPN`.
+    """
