@@ -335,9 +335,9 @@ def without_masks(kind):
 def with_other_heads(kind):
     cfg = config_of(kind)
     if kind == "yacs":
-        cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+        cfg.MODEL.ROI_HEADS.NAME = "RROIHeads"
     else:
-        cfg.model.roi_heads._target_ = "detectron2.modeling.roi_heads.Res5ROIHeads"
+        cfg.model.roi_heads._target_ = "detectron2.modeling.roi_heads.RROIHeads"
     return cfg
 
 
