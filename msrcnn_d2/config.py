@@ -155,7 +155,7 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     evaluator is replaced by the one that ranks masks by mask score. Nothing else changes.
 
     Args:
-        cfg: a LazyConfig with a `model` whose `roi_heads` are Detectron2's StandardROIHeads or
+        cfg: a LazyConfig with a `model` whose `roi_heads` are Detectron2's StandardROIHeads,
             CascadeROIHeads or Res5ROIHeads with a mask branch: FPN, Cascade, C4, LSJ, ViTDet, ...
             It is not modified.
         head_args: arguments of :class:`MaskIoUHead` that differ from the defaults.

@@ -232,13 +232,13 @@ class MaskScoring(ROIHeads):
         """
         Returns:
             float32 Tensor of shape (N, 1, S, S), the logits of each instance's mask of its class,
-            "gt_classes" or else "pred_classes". To Detectron2's loss and inference, they look
+            "pred_classes" or else "gt_classes". To Detectron2's loss and inference, they look
             class-agnostic.
         """
         mask_logits = self.mask_head.layers(mask_features)
         if mask_logits.shape[1] > 1:
             classes = cat(
-                [x.gt_classes if x.has("gt_classes") else x.pred_classes for x in instances]
+                [x.pred_classes if x.has("pred_classes") else x.gt_classes for x in instances]
             )
             rows = torch.arange(classes.shape[0], device=classes.device)
             mask_logits = mask_logits[rows, classes][:, None]
