@@ -61,7 +61,11 @@ html_show_sourcelink = False
 # Types of other packages in signatures: without the network there is no list of where they are
 # described. Names in prose are not excused.
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|numpy|pycocotools|supervision|omegaconf|yacs|fvcore|matplotlib|PIL)\..*"),
+    (
+        "py:class",
+        r"(torch|numpy|pycocotools|omegaconf|yacs|fvcore|matplotlib|PIL)\..*",
+    ),
+    ("py:class", r"(supervision|sahi)\..*"),
     ("py:class", r"(collections|pathlib|argparse|types|os)\..*"),
     ("py:class", r"msrcnn_d2\.config\.Config"),  # a type variable
     ("py:class", r"dict\[int \| float \| str"),  # a type that Sphinx cuts in two

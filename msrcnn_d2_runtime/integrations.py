@@ -11,8 +11,8 @@ from .predictor import Predictor
 from .ranking import SCORE_FIELDS
 
 if TYPE_CHECKING:
+    import sahi.models.base
     import supervision
-    from sahi.models.base import DetectionModel
 
 __all__ = ["to_sahi", "to_supervision"]
 
@@ -117,7 +117,9 @@ def _masks_of(predictions: Any, compact: bool) -> Any:
     return CompactMask.from_coco_rle(masks.rles(), corners, masks.image_size)
 
 
-def to_sahi(predictor: Predictor, confidence_threshold: float = 0.3) -> "DetectionModel":
+def to_sahi(
+    predictor: Predictor, confidence_threshold: float = 0.3
+) -> "sahi.models.base.DetectionModel":
     """
     A predictor as detection model of `sahi <https://github.com/obss/sahi>`_, which predicts on
     slices of an image and merges what it finds there.

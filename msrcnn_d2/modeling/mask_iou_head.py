@@ -198,7 +198,7 @@ class MaskIoUHead(nn.Module):
             instances: one Instances per image. In training the foreground proposals, with
                 "proposal_boxes", "gt_classes" and "gt_masks" from :func:`crop_gt_masks`; or
                 detections with "has_object" besides, see
-                :meth:`MaskScoringROIHeads.label_detections`. All detections count in the loss, with
+                :meth:`MaskScoring.label_detections`. All detections count in the loss, with
                 the target 0 if they have no object. Of the proposals, those with an IoU above 0 do.
                 In inference the predictions, with "pred_classes".
 
