@@ -90,6 +90,20 @@ def toy_inputs(mask_format: str = "polygon") -> list[dict]:
     ]
 
 
+def _stages(count):
+    """Stages of a ResNet, with one block each; each doubles the channels."""
+    return [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock,
+            num_blocks=1,
+            in_channels=CHANNELS * 2**k,
+            out_channels=CHANNELS * 2 ** (k + 1),
+            stride=2 if k else 1,
+        )
+        for k in range(count)
+    ]
+
+
 def tiny_mask_rcnn(cascade: bool = False):
     """The LazyConfig of a Mask R-CNN that has Detectron2's structure, but few channels."""
     name = "cascade_rcnn" if cascade else "mask_rcnn_fpn"
@@ -97,16 +111,7 @@ def tiny_mask_rcnn(cascade: bool = False):
     model = cfg.model
     model.pixel_std = [60.0, 60.0, 60.0]
     model.backbone.bottom_up.stem = L(BasicStem)(in_channels=3, out_channels=CHANNELS)
-    model.backbone.bottom_up.stages = [
-        L(ResNet.make_stage)(
-            block_class=BasicBlock,
-            num_blocks=1,
-            in_channels=channels,
-            out_channels=2 * channels,
-            stride=1 if channels == CHANNELS else 2,
-        )
-        for channels in (CHANNELS, 2 * CHANNELS, 4 * CHANNELS, 8 * CHANNELS)
-    ]
+    model.backbone.bottom_up.stages = _stages(4)
     model.backbone.out_channels = CHANNELS
     model.proposal_generator.head.in_channels = CHANNELS
     model.proposal_generator.anchor_generator.sizes = [[8], [16], [32], [64], [128]]
@@ -134,16 +139,7 @@ def tiny_c4_mask_rcnn():
     model = cfg.model
     model.pixel_std = [60.0, 60.0, 60.0]
     model.backbone.stem = L(BasicStem)(in_channels=3, out_channels=CHANNELS)
-    model.backbone.stages = [
-        L(ResNet.make_stage)(
-            block_class=BasicBlock,
-            num_blocks=1,
-            in_channels=channels,
-            out_channels=2 * channels,
-            stride=1 if channels == CHANNELS else 2,
-        )
-        for channels in (CHANNELS, 2 * CHANNELS, 4 * CHANNELS)
-    ]
+    model.backbone.stages = _stages(3)
     model.proposal_generator.head.in_channels = 8 * CHANNELS
     model.proposal_generator.anchor_generator.sizes = [[8, 16, 32, 64, 128]]
     model.proposal_generator.post_nms_topk = (50, 20)
