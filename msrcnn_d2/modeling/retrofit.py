@@ -37,8 +37,8 @@ class RetrofitRCNN(GeneralizedRCNN):
         """
         Args:
             learn_from: "proposals" or "detections".
-            kwargs: the arguments of :class:`GeneralizedRCNN`; `roi_heads` are
-                :class:`MaskScoringROIHeads`, :class:`CascadeMaskScoringROIHeads` or derived ones.
+            kwargs: the arguments of :class:`GeneralizedRCNN`; `roi_heads` are those of
+                :class:`MaskScoringROIHeads`, its twins for Cascade and C4, or derived ones.
         """
         super().__init__(**kwargs)
         if learn_from not in LEARN_FROM:
@@ -48,7 +48,7 @@ class RetrofitRCNN(GeneralizedRCNN):
             raise ValueError(
                 f"{type(self).__name__} trains the mask_iou_head of its ROI heads, but "
                 f"{type(self.roi_heads).__name__} has none: use msrcnn_d2.retrofit(cfg), or set "
-                f"MODEL.ROI_HEADS.NAME to {MaskScoringROIHeads.__name__} or its Cascade twin."
+                f"MODEL.ROI_HEADS.NAME to {MaskScoringROIHeads.__name__} or a twin of it."
             )
         trained = set(self.roi_heads.mask_iou_head.parameters())
         for parameter in self.parameters():
