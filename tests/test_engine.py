@@ -30,14 +30,14 @@ from msrcnn_d2.engine import evaluate as evaluate_module
 from msrcnn_d2.engine import loaders as loaders_module
 from msrcnn_d2.engine import recipe as recipe_module
 from msrcnn_d2.engine.configs import register_dataset
-from msrcnn_d2.engine.evaluate import summary_table
+from msrcnn_d2.engine.evaluate import evaluators_in, summary_table
 from msrcnn_d2.engine.loaders import (
     ResumableBatches,
     StepSeeds,
     build_resumable_loader,
     build_test_loader,
 )
-from msrcnn_d2.engine.recipe import TestSet
+from msrcnn_d2.engine.recipe import EVALUATORS_OF, TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.published_models import Published
 from msrcnn_d2.utils.errors import UserError
@@ -331,9 +331,33 @@ def test_the_config_stays_as_the_user_gave_it(tmp_path, dataset):
     assert str(cfg) == before  # runs save it; in the next one the folder may be another
 
 
-def test_datasets_of_other_kinds_are_not_evaluated_as_coco():
-    with pytest.raises(UserError, match="lvis"):
-        build_recipe(load_config(YACS, ["DATASETS.TEST", "('lvis_v1_val',)"]))
+def test_evaluators_of_a_yaml_config_follow_from_the_type_of_the_dataset(monkeypatch, dataset):
+    dataset("of_my_type")
+    monkeypatch.setitem(vars(MetadataCatalog.get("of_my_type")), "evaluator_type", "my_type")
+    cfg = load_config(YACS, ["DATASETS.TEST", "('of_my_type',)"])
+    with pytest.raises(UserError, match="of_my_type.*my_type"):
+        build_recipe(cfg)
+
+    def first(cfg, name, output_dir):
+        return f"first of {name} into {output_dir}"
+
+    def second(cfg, name, output_dir):
+        return "second"
+
+    monkeypatch.setitem(EVALUATORS_OF, "my_type", (first, second))
+    (test_set,) = build_recipe(cfg).test_sets
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    expected = [f"first of of_my_type into {folder}", "second"]
+    assert evaluators_in(test_set.build_evaluator()) == expected
+    monkeypatch.setitem(EVALUATORS_OF, "my_type", (second,))
+    assert build_recipe(cfg).test_sets[0].build_evaluator() == "second"
+
+    def wrong(cfg, name, output_dir):
+        raise ValueError("unlucky")
+
+    monkeypatch.setitem(EVALUATORS_OF, "my_type", (second, wrong))
+    with pytest.raises(UserError, match="unlucky"):
+        build_recipe(cfg).test_sets[0].prepare()
 
 
 def test_what_cannot_be_done_is_refused():

@@ -22,7 +22,12 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, verify_results
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    verify_results,
+)
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -322,6 +327,10 @@ def _lazy_evaluators(nodes: list, predicts_keypoints: bool) -> Any:
             evaluators.append(instantiate(node))
             if isinstance(evaluators[-1], COCOEvaluator):
                 check_settings(evaluators[-1], predicts_keypoints)
+    return _together(evaluators)
+
+
+def _together(evaluators: list) -> Any:
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
@@ -400,12 +409,35 @@ def _yacs_train_loader(
     return build_train_loader(arguments, image_settings(cfg), seed, first_iter, on_bad_images)
 
 
-def _check_engine(name: str | None) -> str | None:
-    """The engine of an evaluator, or None for the default, checked before training."""
+def _check_engine(name: str | None) -> None:
+    """Check the engine of an evaluator, None for the default, before training."""
     try:
-        return name and choose_engine(name)
+        if name:
+            choose_engine(name)
     except ValueError as error:
         raise UserError(f"{error} (dataloader.evaluator.engine, yaml: TEST.COCO_ENGINE)") from error
+
+
+def _coco_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
+    # As many as the model gives, if these are more than COCO's 100
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    evaluator = MaskScoringCOCOEvaluator(
+        name,
+        output_dir=output_dir,
+        engine=cfg.TEST.COCO_ENGINE or None,
+        max_dets_per_image=cfg.TEST.MAX_DETS_PER_IMAGE or (limit if limit > 100 else None),
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
+    check_settings(evaluator, predicts_keypoints=cfg.MODEL.KEYPOINT_ON)
+    return evaluator
+
+
+# What builds the evaluators of a test set in a yaml config, by the "evaluator_type" in its
+# metadata, as in Detectron2's tools/train_net.py. Each is called with the config, the name of the
+# dataset and the folder for files, when the evaluation begins
+EVALUATORS_OF: dict[str, Sequence[Callable[[CfgNode, str, str], DatasetEvaluator]]] = {
+    "coco": (_coco_evaluator,),
+}
 
 
 def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
@@ -413,24 +445,17 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
     if len(cfg.DATASETS.TEST) > 1:
         output_dir = os.path.join(output_dir, name)
     kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
-    if kind != "coco":
-        raise UserError(f"Dataset '{name}' is of type '{kind}'; only COCO's can be evaluated.")
-    engine = _check_engine(cfg.TEST.COCO_ENGINE or None)
-    # As many as the model gives, if these are more than COCO's 100
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    limit = cfg.TEST.MAX_DETS_PER_IMAGE or (limit if limit > 100 else None)
+    if kind not in EVALUATORS_OF:
+        raise UserError(
+            f"Dataset '{name}' has the evaluator_type '{kind}', but a yaml config evaluates only "
+            f"{', '.join(EVALUATORS_OF)}: change DATASETS.TEST, or use a LazyConfig with an "
+            "evaluator of your own."
+        )
+    _check_engine(cfg.TEST.COCO_ENGINE or None)
 
-    def build_evaluator() -> MaskScoringCOCOEvaluator:
+    def build_evaluator() -> Any:
         with _one_sentence(EVALUATOR):
-            evaluator = MaskScoringCOCOEvaluator(
-                name,
-                output_dir=output_dir,
-                engine=engine,
-                max_dets_per_image=limit,
-                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            )
-            check_settings(evaluator, predicts_keypoints=cfg.MODEL.KEYPOINT_ON)
-        return evaluator
+            return _together([build(cfg, name, output_dir) for build in EVALUATORS_OF[kind]])
 
     def build_loader() -> Iterable:
         with _one_sentence(LOADER):
