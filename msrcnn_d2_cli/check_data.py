@@ -31,6 +31,8 @@ EXAMPLES = """
     {prog} annotations/train.json images/ --quick
   fix what can be fixed:
     {prog} train.json images/ --fix train_fixed.json
+  make objects of the brush masks of CVAT, which it writes as crowds:
+    {prog} train.json images/ --fix train_fixed.json --crowds-to-objects
 """
 
 
@@ -51,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--no-images", action="store_true", help="check the annotations only")
     parser.add_argument(
         "--fix", metavar="OUT.json", help="write a fixed copy of the annotations, and list changes"
+    )
+    parser.add_argument(
+        "--crowds-to-objects",
+        action="store_true",
+        help="with --fix: take each crowd for a single object, as CVAT and Datumaro write masks "
+        "with iscrowd 1; not for COCO's own files, which have real crowds",
     )
     parser.add_argument("--strict", action="store_true", help="count warnings as errors")
     shown = parser.add_mutually_exclusive_group()
@@ -75,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     if args.images is None and not args.no_images:
         raise UsageError("Give the folder of the images, or --no-images.")
+    if args.crowds_to_objects and not args.fix:
+        raise UsageError("--crowds-to-objects changes the copy: it needs --fix OUT.json.")
     if args.fix and args.json and os.path.realpath(args.fix) == os.path.realpath(args.json):
         raise UsageError("--fix and --json need two files.")
 
@@ -91,8 +101,9 @@ def run(args: argparse.Namespace) -> int:
         out = args.fix and stack.enter_context(output(args.fix, args.annotations))
         data = args.json and stack.enter_context(output(args.json, args.annotations))
         source = args.annotations, images
-        how = {"quick": args.quick, "num_workers": args.workers, "settings": settings}
-        fixed = fix_dataset(*source, out, **how) if out else None
+        how: dict = {"quick": args.quick, "num_workers": args.workers, "settings": settings}
+        crowds = args.crowds_to_objects
+        fixed = fix_dataset(*source, out, crowds_to_objects=crowds, **how) if out else None
         findings = fixed.found if fixed else check_dataset(*source, **how)
         if data:
             found = {"annotations": args.annotations, "images": images, **findings.as_data()}
@@ -162,6 +173,9 @@ def text_of(findings: "Findings", fixed: "Fixed | None", args: argparse.Namespac
         last += " (--all shows all.)"
     if not fixed and any(KINDS[f.kind].fix is not Fix.NOTHING for f in findings.all):
         last += f" To fix what can be fixed:\n  {command_to_fix(args)}"
+    left = fixed.left if fixed else findings
+    if any(f.kind == "crowd-mask" for f in left.all):
+        last += f"\nIf the crowds are single objects:\n  {command_to_fix(args)} --crowds-to-objects"
     return "\n\n".join(filter(None, [*parts, last]))
 
 

@@ -23,6 +23,8 @@ SQUARE = [8, 8, 40, 8, 40, 40, 8, 40]  # of annotation 1, of image 1
 # The first row of the image: one pixel in each column
 ROW = {"size": [HEIGHT, WIDTH], "counts": [0, *[1, HEIGHT - 1] * WIDTH]}
 
+OF_ROW = {"segmentation": ROW, "bbox": [0, 0, WIDTH, 1], "area": WIDTH}
+
 
 @pytest.fixture
 def dataset(tmp_path):
@@ -102,6 +104,12 @@ def json_null(key):
     return lambda contents: contents["annotations"][0].update({key: None})
 
 
+def with_root(contents):
+    """As Roboflow exports a dataset that is called "shapes"."""
+    groups = [{**entry, "supercategory": "shapes"} for entry in contents["categories"]]
+    contents["categories"] = [{"id": 0, "name": "shapes", "supercategory": "none"}, *groups]
+
+
 FIRST = 1, 1  # ids of the image and of the annotation that most cases change
 # name: change, kind, image id, annotation id
 ONE_THING_WRONG = {
@@ -160,6 +168,7 @@ ONE_THING_WRONG = {
     "no category id": (annotation(category_id=None), "category-reference", *FIRST),
     "unknown category": (annotation(category_id=0), "unknown-category", *FIRST),
     "category id is a dict": (annotation(category_id={}), "category-reference", *FIRST),
+    "Roboflow's root": (with_root, "category-root", None, None),
     "copy": (append_copy(), "annotation-copy", 1, 5),
     "no iscrowd": (annotation(iscrowd=None), "iscrowd-missing", *FIRST),
     "iscrowd is null": (json_null("iscrowd"), "iscrowd", *FIRST),
@@ -257,6 +266,19 @@ ONE_THING_WRONG = {
         annotation(segmentation={**ROW, "counts": "11"}),
         *("rle-counts", *FIRST),
     ),
+    # As CVAT writes a brush mask
+    "RLE crowd with attributes": (
+        annotation(**OF_ROW, iscrowd=1, attributes={"occluded": False}),
+        *("crowd-mask", *FIRST),
+    ),
+    # By 90 degrees about (24, 18): what was 32 x 20 pixels is 20 x 32
+    "rectangle that CVAT has turned": (
+        annotation(
+            segmentation=[[8, 8, 40, 8, 40, 28, 8, 28]],
+            **{"bbox": [8, 8, 32, 20], "area": 640, "attributes": {"rotation": 90.0}},
+        ),
+        *("box-rotated", *FIRST),
+    ),
     "RLE without pixels": (
         annotation(segmentation={**ROW, "counts": [64 * 96]}),
         *("rle-empty", *FIRST),
@@ -275,6 +297,7 @@ def test_one_thing_wrong_is_one_finding(case, dataset):
 
 def test_all_kinds_are_tested():
     of_files = {"image-missing", "image-unreadable", "image-truncated", "image-size"}
+    of_files |= {"image-renamed"}
     # These are in tests/test_image_reading.py
     of_files |= {"image-pixels", "image-deep", "image-deep-color", "image-16-bits"}
     of_files |= {"image-orientation", "image-orientation-unclear"}
@@ -314,6 +337,17 @@ NOTHING_WRONG = {
         segmentation=ROW, bbox=[0, 0, WIDTH, 1], area=3 * WIDTH, iscrowd=1
     ),
     "fields of one's own": annotation(color="red", keypoints=[]),
+    "CVAT's attributes": annotation(attributes={"occluded": False, "rotation": 0.0}),
+    # The mask, which is what counts, says how it lies
+    "polygon that CVAT has turned": annotation(
+        segmentation=[[24, 8, 40, 24, 24, 40, 8, 24]], area=512, attributes={"rotation": 45.0}
+    ),
+    "attributes of any kind": annotation(attributes=["x"]),
+    "rotation of any kind": annotation(attributes={"rotation": "x"}),
+    "few crowds of RLE, as COCO has": annotation(**OF_ROW, iscrowd=1),
+    "group of categories that has objects, too": lambda contents: [
+        x.update(supercategory="none" if x["id"] == 1 else "a") for x in contents["categories"]
+    ],
 }
 
 
@@ -471,7 +505,53 @@ def test_why_there_are_no_objects(dataset):
     assert "category" in message(of_all(category_id=77))
 
 
+def test_crowds_of_tools_that_write_all_rle_as_crowds(dataset):
+    """COCO's crowds are RLE, too, but few."""
+    contents = contents_of(dataset)
+    for k, entry in enumerate(contents["annotations"]):
+        entry.update({**OF_ROW, "iscrowd": 1} if k < 2 else {})
+    contents["annotations"].append({**contents["annotations"][0], "id": 5, "category_id": 2})
+    findings = check(dataset, contents)
+    assert [f.annotation_id for f in findings.all if f.kind == "crowd-mask"] == [1, 2, 5]
+    del contents["annotations"][4]
+    kinds = {f.kind for f in check(dataset, contents).all}
+    assert "crowd" in kinds and "crowd-mask" not in kinds  # half of them are too few to tell
+    for entry in contents["annotations"]:
+        entry.update(**OF_ROW, iscrowd=1)
+    (error,) = check(dataset, contents).of(Level.ERROR)
+    assert error.kind == "no-objects"
+    assert "CVAT" in error.message and "--crowds-to-objects" in error.message
+
+
+def test_boxes_without_masks_say_how_cvat_turned_them(dataset):
+    contents = contents_of(dataset)
+    contents["annotations"][0].update(segmentation=[], attributes={"rotation": 30.0})
+    (error,) = check(dataset, contents).of(Level.ERROR)
+    assert error.kind == "mask-missing" and "only a box (CVAT has turned it by 30" in error.message
+
+
 # Images
+
+
+@pytest.mark.parametrize(
+    "name", ["images/0a1b2c3d-1.png", "../media/0a1b2c3d-1.png", r"images\1.png", "/data/1.png"]
+)
+def test_names_of_label_studio_and_others(name, dataset):
+    contents = contents_of(dataset)
+    contents["images"][0]["file_name"] = name
+    findings = check(dataset, contents)
+    assert serious(findings) == [("image-renamed", 1, None)] and len(findings.bad_images) == 1
+    (error,) = findings.of(Level.ERROR)
+    assert error.file_name == name and "'1.png'" in error.message
+
+
+@pytest.mark.parametrize("other", ["1.png", "b/1.png", "images/11112222-1.png"])
+def test_a_file_is_not_that_of_two_names(other, dataset):
+    contents = contents_of(dataset)
+    for entry, name in zip(contents["images"], ["images/0a1b2c3d-1.png", other]):
+        entry["file_name"] = name
+    kinds = [(f.kind, f.image_id) for f in check(dataset, contents).bad_images]
+    assert kinds == [("image-missing", k) for k in ([1] if other == "1.png" else [1, 2])]
 
 
 def test_files_of_images(dataset):

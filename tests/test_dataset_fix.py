@@ -21,7 +21,7 @@ from msrcnn_d2.dataset_check.images import look_at_images
 from msrcnn_d2.dataset_check.issues import KINDS, Fix
 from tests.helpers.command import exit_code
 from tests.helpers.toy import IMAGE_SIZE, OBJECTS, write_coco_json, write_images
-from tests.test_dataset_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise
+from tests.test_dataset_check import INF, NAN, ONE_THING_WRONG, ROW, SQUARE, normalise, with_root
 
 HEIGHT, WIDTH = IMAGE_SIZE
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -46,10 +46,10 @@ def contents(folder):
     return json.loads((folder / "a.json").read_text())
 
 
-def fix(contents, folder):
+def fix(contents, folder, **options):
     names = [x["file_name"] for x in contents["images"] if is_named(x)]
     files = look_at_images(str(folder / "images"), names, num_workers=1, progress=False)
-    return fix_issues(Dataset(contents, files))
+    return fix_issues(Dataset(contents, files), **options)
 
 
 def is_named(image):
@@ -176,6 +176,60 @@ def test_fixed_annotations(case, contents, folder):
     assert entry.pop("own_field") == {"a": [1]}
     assert entry == {**before["annotations"][0], **expected}
     assert contents["annotations"][1:] == before["annotations"][1:]
+
+
+def test_masks_of_cvat_are_objects_if_the_user_says_so(contents, folder, tmp_path):
+    """The area of one is wrong besides, which does not matter in a crowd."""
+    for entry in contents["annotations"]:
+        entry.update(segmentation=ROW, bbox=[0, 0, WIDTH, 1], area=WIDTH, iscrowd=1)
+        entry["attributes"] = {"occluded": False}
+    contents["annotations"][1].update(category_id=3, area=500)
+    before = copy.deepcopy(contents)
+    fixed = fix(contents, folder)
+    assert contents == before and {f.kind for f in fixed.left.of(Level.ERROR)} == {"no-objects"}
+    fixed = fix(contents, folder, crowds_to_objects=True)
+    assert changes_of(fixed)[:4] == [("crowd-mask", Fix.SET_CROWD)] * 4
+    assert [x["iscrowd"] for x in contents["annotations"]] == [0] * len(contents["annotations"])
+    assert contents["annotations"][1]["area"] == WIDTH
+    assert_usable(contents, folder, tmp_path / "b.json")
+
+
+def test_real_crowds_stay(contents, folder):
+    contents["annotations"][0].update(segmentation=ROW, bbox=[0, 0, WIDTH, 1], iscrowd=1)
+    before = copy.deepcopy(contents)
+    assert fix(contents, folder).changes == [] and contents == before
+
+
+def test_a_rectangle_is_turned_as_in_cvat(contents, folder):
+    """By 90 degrees about its centre (24, 18); 32 x 20 pixels become 20 x 32."""
+    entry = changed(
+        contents,
+        folder,
+        **{"segmentation": [[8, 8, 40, 8, 40, 28, 8, 28]], "bbox": [8, 8, 32, 20], "area": 640},
+        attributes={"rotation": 90.0},
+    )
+    assert entry["segmentation"] == [[34, 2, 34, 34, 14, 34, 14, 2]]  # clockwise: up is now right
+    assert entry["bbox"] == [14, 2, 20, 32] and entry["area"] == 640
+    assert fix(contents, folder).changes == []  # it is not turned once more
+
+
+def test_the_root_of_roboflow_is_left_out(contents, folder):
+    with_root(contents)
+    before = copy.deepcopy(contents["annotations"])
+    fixed = fix(contents, folder)
+    assert [x["id"] for x in contents["categories"]] == [1, 2, 3]
+    assert contents["annotations"] == before
+    assert changes_of(fixed) == [("category-root", Fix.DROP)]
+
+
+def test_names_of_label_studio_become_those_of_the_files(contents, folder):
+    for entry in contents["images"]:
+        entry["file_name"] = f"images/0a1b2c3d-{entry['file_name']}"
+    contents["images"][1]["width"] += 1  # of no file: it is left out, as with its right name
+    fixed = fix(contents, folder)
+    assert [(x["id"], x["file_name"]) for x in contents["images"]] == [(1, "1.png")]
+    assert changes_of(fixed)[:2] == [("image-renamed", Fix.SET_FILE_NAME)] * 2
+    assert "'1.png'" in str(fixed.changes[0])
 
 
 @pytest.mark.parametrize(
@@ -324,6 +378,23 @@ def test_the_command_writes_a_fixed_copy(folder, tmp_path, monkeypatch, capsys, 
         *("polygon-points", "annotation-id-twice", "unknown-category")
     }
     assert_usable(written, folder, tmp_path / "d.json")
+
+
+def test_the_command_says_how_crowds_become_objects(
+    folder, tmp_path, monkeypatch, capsys, contents
+):
+    for entry in contents["annotations"][:1]:
+        entry.update(segmentation=ROW, bbox=[0, 0, WIDTH, 1], area=WIDTH, iscrowd=1, attributes={})
+    path, fixed = tmp_path / "a.json", tmp_path / "a_fixed.json"
+    path.write_text(json.dumps(contents))
+    code, text = run(monkeypatch, capsys, path, folder / "images")
+    command = f"msrcnn-d2 check-data {path} {folder / 'images'} --fix {fixed} --crowds-to-objects"
+    assert code == 0 and text.endswith(f"{command}\n")
+    code, text = run(monkeypatch, capsys, *command.split()[2:])
+    assert code == 0 and "crowd-mask (1): set iscrowd to 0\n" in text and command not in text
+    assert json.loads(fixed.read_text())["annotations"][0]["iscrowd"] == 0
+    code, text = run(monkeypatch, capsys, path, folder / "images", "--crowds-to-objects")
+    assert code == 2 and "needs --fix" in text
 
 
 def test_what_nothing_is_left_of_is_still_an_error(folder, tmp_path, monkeypatch, capsys, contents):

@@ -1,12 +1,21 @@
 """Check categories and annotations of a dataset, apart from their form, their masks and boxes."""
 
+import math
+
 import numpy as np
 
 from msrcnn_d2_runtime.text import plural, shown
 
 from ..coco_format import Entries, Report, said, to_floats
 
-__all__ = ["check_annotations", "check_categories", "why_no_objects"]
+__all__ = [
+    "check_annotations",
+    "check_categories",
+    "find_copies",
+    "rotation_of",
+    "turned_rectangle",
+    "why_no_objects",
+]
 
 
 def check_categories(entries: Entries, categories: list, report: Report) -> None:
@@ -36,16 +45,31 @@ def check_categories(entries: Entries, categories: list, report: Report) -> None
         message = f"the category ids are not 1 to {len(index)}: {first_gap} is not among them"
         report("", -1, "category-ids", message)
     used = set(entries.category_of.tolist())
+    groups = [x.get("supercategory") for x in categories if isinstance(x, dict)]
     for id_, k in index.items() if entries.annotations else ():
         if k not in used:
-            message = f"category {shown(id_)}, {said(categories[k], 'name')}"
-            report("categories", k, "category-unused", message)
+            message, category = f"category {shown(id_)}", categories[k]
+            is_root = category.get("supercategory") == "none" and category.get("name") in groups
+            kind = "category-root" if is_root else "category-unused"
+            report("categories", k, kind, f"{message}, {said(category, 'name')}")
 
 
 def check_annotations(entries: Entries, report: Report) -> None:
-    """Check crowds, keypoints and "ignore"."""
-    for place, annotation in zip(entries.places.tolist(), entries.annotations):
-        if annotation.get("iscrowd", 0) == 1:
+    """
+    Check crowds, keypoints and "ignore".
+
+    A crowd is a mask of a tool that writes every RLE as a crowd if it has CVAT's and Datumaro's
+    "attributes", or if most annotations are such crowds: 1 % of COCO's are.
+    """
+    crowds = [annotation.get("iscrowd", 0) == 1 for annotation in entries.annotations]
+    are_rle = [isinstance(x.get("segmentation"), dict) for x in entries.annotations]
+    most = 2 * sum(map(all, zip(crowds, are_rle))) > len(crowds)
+    for k, (place, annotation) in enumerate(zip(entries.places.tolist(), entries.annotations)):
+        if crowds[k] and are_rle[k] and "attributes" in annotation:
+            report("annotations", place, "crowd-mask", "it is RLE, and has attributes of CVAT")
+        elif crowds[k] and are_rle[k] and most:
+            report("annotations", place, "crowd-mask", "it is RLE, as most annotations are")
+        elif crowds[k]:
             report("annotations", place, "crowd", "it is a crowd")
         if annotation.get("ignore", 0) != 0:
             report("annotations", place, "ignore", f'"ignore" is {shown(annotation["ignore"])}')
@@ -72,7 +96,51 @@ def why_no_objects(entries: Entries, contents: dict) -> str:
         )
     if (entries.category_of < 0).all():
         return f"none of {annotations} is of a category in the file"
-    return f"none of {annotations} is an object that is not a crowd"
+    message = f"none of {annotations} is an object that is not a crowd"
+    if not entries.crowds.all():
+        return message
+    all_rle = all(isinstance(x.get("segmentation"), dict) for x in entries.annotations)
+    cause = ", as CVAT and Datumaro write it for every mask that is RLE" if all_rle else ""
+    return (
+        f"{message}: all have iscrowd 1{cause}; if each is a single object, `msrcnn-d2 check-data` "
+        "with --fix OUT.json --crowds-to-objects makes it one"
+    )
+
+
+def rotation_of(annotation: dict) -> float:
+    """By how many degrees CVAT has turned a rectangle, clockwise about its centre; mostly 0."""
+    attributes = annotation.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else 0
+    if not isinstance(rotation, (int, float)) or not abs(rotation) <= 360:
+        return 0
+    return rotation % 360
+
+
+def turned_rectangle(annotation: dict) -> list[float] | None:
+    """
+    The outline of a rectangle that CVAT has turned.
+
+    Args:
+        annotation: one with a box of four numbers.
+
+    Returns:
+        the polygon [x, y, x, y, ...] in pixels; None if the mask is not that of the unturned box,
+        or nothing was turned.
+    """
+    rotation, mask = rotation_of(annotation), annotation.get("segmentation")
+    left, top, width, height = annotation["bbox"]
+    corners = {(x, y) for x in (left, left + width) for y in (top, top + height)}
+    if not rotation or not isinstance(mask, list) or len(mask) != 1 or len(mask[0]) not in (8, 10):
+        return None
+    points = np.array(mask[0]).reshape(-1, 2)
+    if {min(corners, key=lambda c: math.dist(c, p)) for p in points.tolist()} != corners:
+        return None
+    distances = [min(math.dist(c, p) for c in corners) for p in points.tolist()]
+    if max(distances) > 0.5:
+        return None
+    angle, centre = math.radians(rotation), np.array([left + width / 2, top + height / 2])
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    return ((points - centre) @ turn + centre).round(2).ravel().tolist()
 
 
 def find_copies(entries: Entries, extents: np.ndarray, report: Report) -> None:

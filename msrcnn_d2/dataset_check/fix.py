@@ -20,6 +20,7 @@ from msrcnn_d2_runtime.image_reading import ImageSettings
 
 from ..coco_format import Id, compressed, is_id, is_of_pairs, sides_of
 from ..utils.errors import UserError
+from .annotations import turned_rectangle
 from .check import Dataset, find_issues, read_dataset
 from .issues import KINDS, Finding, Findings, Fix, Level, first_lines
 
@@ -87,12 +88,14 @@ def fix_dataset(
     num_workers: int | None = None,
     progress: bool = True,
     settings: ImageSettings | None = None,
+    crowds_to_objects: bool = False,
 ) -> Fixed:
     """
     Check a dataset and write a fixed copy of its annotations.
 
     Args:
         out: where to write the copy; for the other arguments see :func:`check_dataset`.
+        crowds_to_objects: whether each crowd is a single object; see :func:`fix_issues`.
 
     Raises:
         UserError: the dataset cannot be read, or none of its images is in the folder.
@@ -104,20 +107,30 @@ def fix_dataset(
             f"None of the {len(files):,} images, such as '{next(iter(files))}', is in the folder "
             f"'{images}': give the right folder, as all images would be left out."
         )
-    fixed = fix_issues(dataset)
+    fixed = fix_issues(dataset, crowds_to_objects)
     out.write(json.dumps(dataset.contents))  # several times as fast as `json.dump`
     return fixed
 
 
-def fix_issues(dataset: Dataset) -> Fixed:
+def fix_issues(dataset: Dataset, crowds_to_objects: bool = False) -> Fixed:
     """
     Fix a dataset in place.
 
     It works in rounds, because a fix may reveal another problem: without a polygon that was far
     away, the box may no longer match the mask.
+
+    Args:
+        crowds_to_objects: whether each crowd is a single object, and gets iscrowd 0. No file says
+            that: real crowds look the same.
     """
     found = find_issues(dataset)
     fixed = Fixed(found, left=found)
+    if crowds_to_objects:
+        for finding in found.all:
+            if finding.kind in ("crowd", "crowd-mask"):
+                dataset.contents["annotations"][finding.index]["iscrowd"] = 0
+                fixed.changes.append(Change(finding, Fix.SET_CROWD))
+        fixed.left = find_issues(dataset)
     for _ in range(MAX_ROUNDS):
         changes = _Round(dataset, fixed.left).run()
         if not changes:
@@ -153,11 +166,13 @@ class _Round:
         for finding in self.found[Fix.DROP]:
             self._drop(finding)
         self._set_sizes()
+        self._set_file_names()
         self._drop_images()
         self._drop_polygons()
         fixes: dict[Fix, Callable[[dict], object]] = {
             Fix.WRAP_POLYGON: lambda entry: entry.update(segmentation=[entry["segmentation"]]),
             Fix.FLATTEN_POLYGONS: _flatten_polygons,
+            Fix.TURN_MASK: _turn_mask,
             Fix.SET_CROWD: lambda entry: entry.update(iscrowd=0),
             Fix.REMOVE_KEYPOINTS: lambda entry: entry.pop("keypoints"),
         }
@@ -193,6 +208,15 @@ class _Round:
                 self.changes.append(Change(finding, Fix.SET_SIZE))
             else:
                 self._drop(finding)
+
+    def _set_file_names(self) -> None:
+        files = self.dataset.files or {}
+        for finding, image in self._kept(Fix.SET_FILE_NAME):
+            file = files[image["file_name"]]
+            if file.other_name and file.other:
+                image["file_name"] = file.other_name
+                files[file.other_name] = file.other
+                self.changes.append(Change(finding, Fix.SET_FILE_NAME, f"'{file.other_name}'"))
 
     def _drop_images(self) -> None:
         """Leave out images that differ but have the same id, and annotations without an image."""
@@ -242,7 +266,7 @@ class _Round:
                     self._drop(finding)
 
     def _set_boxes_and_areas(self) -> None:
-        mask_fixes = (Fix.DROP_POLYGON, Fix.WRAP_POLYGON, Fix.FLATTEN_POLYGONS)
+        mask_fixes = (Fix.DROP_POLYGON, Fix.WRAP_POLYGON, Fix.FLATTEN_POLYGONS, Fix.TURN_MASK)
         changing = {finding.index for fix in mask_fixes for finding in self.found[fix]}
         for fix in (Fix.SET_BOX, Fix.SET_AREA):
             for finding, entry in self._kept(fix):
@@ -256,9 +280,7 @@ class _Round:
                 elif is_rle:
                     entry["bbox"] = mask_util.toBbox(compressed(mask)).tolist()
                 else:
-                    points = np.array([*chain.from_iterable(mask)], dtype=float).reshape(-1, 2)
-                    low, high = points.min(axis=0), points.max(axis=0)
-                    entry["bbox"] = [*low.tolist(), *(high - low).tolist()]
+                    entry["bbox"] = _box_of(mask)
                 self.changes.append(Change(finding, fix))
 
     def _renumber(self) -> None:
@@ -273,6 +295,20 @@ class _Round:
 
 def _merged(polygons: list, size: tuple[int, int]) -> dict:
     return mask_util.merge(mask_util.frPyObjects(polygons, *size))
+
+
+def _turn_mask(entry: dict) -> None:
+    polygon = turned_rectangle(entry)
+    assert polygon is not None  # it was when it was found, and nothing else has changed the mask
+    entry["segmentation"] = [polygon]
+    entry["bbox"] = _box_of([polygon])
+    entry["attributes"] = {**entry["attributes"], "rotation": 0}  # it must not be turned again
+
+
+def _box_of(polygons: list) -> list[float]:
+    points = np.array([*chain.from_iterable(polygons)], dtype=float).reshape(-1, 2)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return [*low.tolist(), *(high - low).tolist()]
 
 
 def _flatten_polygons(entry: dict) -> None:

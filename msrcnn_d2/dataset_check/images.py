@@ -1,7 +1,9 @@
 """Check the images of a dataset: whether files are there and whole, and their size and depth."""
 
 import os
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ __all__ = ["ImageFile", "check_images", "look_at_images"]
 
 # The last bytes of a whole file, by Pillow's names of formats
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"}
+# What Label Studio puts before the name of an uploaded file
+UPLOAD_PREFIX = re.compile("[0-9a-f]{8}-")
 TURNED = (5, 6, 7, 8)  # the orientations in EXIF that exchange height and width
 
 Size = tuple[int, int]  # height and width in pixels
@@ -41,6 +45,8 @@ class ImageFile:
         orientation: from EXIF; 1 if there is none.
         is_turned: whether the image is turned as the orientation says, or read as it is stored.
         other_size: height and width if it were read the other way.
+        other_name: if there is no such file, the name of the one in the folder that is meant.
+        other: that file.
     """
 
     size: Size | None = None
@@ -49,6 +55,8 @@ class ImageFile:
     orientation: int = 1
     is_turned: bool = False
     other_size: Size | None = None
+    other_name: str | None = None
+    other: "ImageFile | None" = None
 
 
 def check_images(
@@ -161,23 +169,37 @@ def look_at_images(
     """
     names = list(dict.fromkeys(names))
     settings = settings or ImageSettings()
-    paths = [os.path.join(folder, name) for name in names]
     pool = ThreadPoolExecutor(num_workers or os.cpu_count())
     try:
         with warnings.catch_warnings(), without_pixel_limit():
             warnings.simplefilter("ignore")  # Pillow's, about large images and odd EXIF
-            files = pool.map(lambda path: _look_at(path, quick, settings), paths)
-            bar = tqdm(files, "images", len(paths), disable=None if progress else True)
-            return dict(zip(names, bar))
+            looked_at = pool.map(lambda name: _look_at(folder, name, quick, settings), names)
+            bar = tqdm(looked_at, "images", len(names), disable=None if progress else True)
+            files = dict(zip(names, bar))
     finally:
         pool.shutdown(cancel_futures=True)
+    # A file that may be that of several images is that of none
+    uses = Counter([*names, *(file.other_name for file in files.values() if file.other_name)])
+    for name, file in files.items():
+        if file.other_name and uses[file.other_name] > 1:
+            message = f"there is no such file, and '{file.other_name}' may be that of others, too"
+            files[name] = ImageFile(kind="image-missing", message=message)
+    return files
 
 
-def _look_at(path: str, quick: bool, settings: ImageSettings) -> ImageFile:
+def _look_at(folder: str, name: str, quick: bool, settings: ImageSettings) -> ImageFile:
     try:
-        with open(path, "rb") as f:
+        with open(os.path.join(folder, name), "rb") as f:
             return _read(f, quick, settings)
     except (FileNotFoundError, NotADirectoryError):
+        base = re.split(r"[/\\]", name)[-1]  # Windows' paths, too
+        for other in (base, UPLOAD_PREFIX.sub("", base, count=1)):
+            if other and other != name and os.path.isfile(os.path.join(folder, other)):
+                message = f"there is no such file, but there is '{other}'"
+                found = _look_at(folder, other, quick, settings)
+                return ImageFile(
+                    kind="image-renamed", message=message, other_name=other, other=found
+                )
         return ImageFile(kind="image-missing", message="there is no such file")
     except IsADirectoryError:
         return ImageFile(kind="image-unreadable", message="it is a folder")

@@ -35,9 +35,11 @@ class Fix(str, Enum):
     WRAP_POLYGON = "made the numbers a list of one polygon"
     FLATTEN_POLYGONS = "made the points one list of numbers"
     WRITE_UTF8 = "wrote UTF-8 without the mark"
+    SET_FILE_NAME = "took the name of the file that is there"
     SET_SIZE = "took height and width from the image file"
     SET_BOX = "computed the box from the mask"
     SET_AREA = "computed the area from the mask"
+    TURN_MASK = "turned the mask, and computed the box from it"
     SET_CROWD = "set iscrowd to 0"
     REMOVE_KEYPOINTS = "removed the keypoints"
     RENUMBER = "gave a new id"
@@ -94,6 +96,9 @@ _TABLE = (
     Kind("image-sides", ERROR, IMAGE, Fix.SET_SIZE, "the height or the width is not a valid number",
          "Detectron2 or the evaluation fails."),
     Kind("image-missing", ERROR, IMAGE, Fix.DROP, "the image file is missing", _UNUSABLE),
+    # Of Label Studio, which puts a folder and eight characters before names, and of full paths
+    Kind("image-renamed", ERROR, IMAGE, Fix.SET_FILE_NAME,
+         "the image file has another name in the folder", _UNUSABLE),
     Kind("image-unreadable", ERROR, IMAGE, Fix.DROP, "the image file cannot be read", _UNUSABLE),
     Kind("image-truncated", ERROR, IMAGE, Fix.DROP, "the image file is cut off", _UNUSABLE),
     Kind("image-size", ERROR, IMAGE, Fix.DROP,
@@ -188,6 +193,10 @@ _TABLE = (
          "Pillow reads the upper 8 bits: an image that uses only the lower ones is black."),
     Kind("category-name-twice", WARNING, CATEGORY, Fix.NOTHING, "the name is used twice",
          "There are two classes, and results by class show only one of them."),
+    # Roboflow's: a dataset "fish" has the category 0, "fish", of which all others are kinds
+    Kind("category-root", WARNING, CATEGORY, Fix.DROP,
+         "the category has no annotations, and is only the supercategory of others",
+         "The model has a class that it cannot learn."),
     Kind("unknown-image", WARNING, ANNOTATION, Fix.DROP,
          "the annotation refers to an image that does not exist", "Detectron2 ignores it."),
     # faster-coco-eval and Detectron2's fast evaluation take integers only, pycocotools keeps ids as
@@ -201,6 +210,14 @@ _TABLE = (
          "The object is learnt twice, and the evaluation always misses one of the two."),
     Kind("iscrowd-missing", WARNING, ANNOTATION, Fix.SET_CROWD, "there is no iscrowd",
          "`msrcnn-d2` takes it for 0; the evaluation of pycocotools fails."),
+    # Whether a single object or a real crowd was meant is for the user to say
+    Kind("crowd-mask", WARNING, ANNOTATION, Fix.NOTHING,
+         "the mask is a crowd, perhaps only because CVAT and Datumaro write iscrowd 1 for all RLE",
+         "Training leaves it out, and detections inside it do not count. If each is one object, "
+         "--fix with --crowds-to-objects makes it one."),
+    Kind("box-rotated", WARNING, ANNOTATION, Fix.TURN_MASK,
+         "the rectangle is turned, as CVAT's rotation says, but mask and box are not",
+         "The model learns a wrong mask and a wrong box."),
     Kind("box-empty", WARNING, ANNOTATION, Fix.SET_BOX, "the box has no positive width and height",
          "Training ignores the object."),
     Kind("box-differs", WARNING, ANNOTATION, Fix.SET_BOX,
@@ -235,7 +252,13 @@ _TABLE = (
 # fmt: on
 KINDS = {kind.name: kind for kind in _TABLE}
 # Kinds of errors that make an image file unusable
-BAD_IMAGES = ("image-missing", "image-unreadable", "image-truncated", "image-size")
+BAD_IMAGES = (
+    "image-missing",
+    "image-renamed",
+    "image-unreadable",
+    "image-truncated",
+    "image-size",
+)
 
 
 @dataclass(frozen=True)
@@ -306,7 +329,7 @@ class Findings:
 
     @property
     def bad_images(self) -> list[Finding]:
-        """Files that are missing, cannot be read, are cut off or have another size."""
+        """Files that are missing or renamed, cannot be read, are cut off or have another size."""
         return [f for f in self.all if f.kind in BAD_IMAGES]
 
     def by_kind(self) -> dict[str, list[Finding]]:

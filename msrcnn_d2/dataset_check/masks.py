@@ -26,7 +26,7 @@ from ..coco_format import (
     said,
     to_floats,
 )
-from .annotations import find_copies
+from .annotations import find_copies, rotation_of, turned_rectangle
 
 __all__ = ["check_shapes", "mask_format_of"]
 
@@ -44,6 +44,11 @@ def check_shapes(entries: Entries, report: Report) -> None:
     """Check masks, areas, boxes and copies."""
 
     def report_annotation(k: int, kind: str, message: str, **part: Any) -> None:
+        annotation = entries.annotations[k]
+        if kind == "mask-missing" and annotation.get("bbox"):
+            message += ", only a box"
+        if kind in ("mask-missing", "box-differs", "box-elsewhere") and rotation_of(annotation):
+            message += f" (CVAT has turned it by {rotation_of(annotation):g} degrees)"
         report("annotations", int(entries.places[k]), kind, message, **part)
 
     masks = [annotation.get("segmentation") for annotation in entries.annotations]
@@ -233,6 +238,11 @@ def _check_boxes(entries: Entries, extents: np.ndarray, report: AnnotationReport
     for k in indices_of(np.isnan(boxes).any(axis=1) | empty):
         message = f"the box is {said(entries.annotations[k], 'bbox')}"
         report(k, "box-empty" if empty[k] else "box", message)
+    is_measured = np.isfinite(extents).all(axis=1) & np.isfinite(boxes).all(axis=1) & ~empty
+    for k, annotation in enumerate(entries.annotations):
+        if "attributes" in annotation and is_measured[k] and turned_rectangle(annotation):
+            message = f"it is turned by {rotation_of(annotation):g} degrees"
+            report(k, "box-rotated", message)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     corners[empty] = np.nan
     # What is outside the image does not count: Detectron2 cuts it off
