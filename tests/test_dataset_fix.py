@@ -441,6 +441,7 @@ def with_everything(folder):
     contents = json.loads((folder / "a.json").read_text())
     entries = contents["annotations"]
     entries[0].update(keypoints=[1, 2, 2], num_keypoints=1, ignore=0)
+    entries[0].update(attributes={"rotation": 30.0})
     entries[1]["segmentation"].append([1, 1, 5, 1, 5, 5])
     entries[1]["bbox"] = [1, 1, 89, 49]
     row = {"category_id": 1, "bbox": [0, 0, WIDTH, 1], "area": WIDTH, "iscrowd": 0}
