@@ -39,6 +39,7 @@ COMMANDS = {
     "calibrate": "fit scores that say how likely each mask is good, to a trained model",
     "export": "write a model into a file that runs without PyTorch and Detectron2",
     "check-data": "find and fix mistakes in a dataset in COCO's format",
+    "convert-data": "convert annotations of LabelMe, Label Studio, YOLO, ... to COCO's format",
     "convert": "convert a checkpoint of another framework to Detectron2's names",
     "report": "write a report about mask scores from predictions in COCO's format",
     "demo": "try a model in the browser",

@@ -18,6 +18,7 @@ LAYERS = [
     ["published_models", "class_names", "image_reading", "coco_format"],
     ["modeling", "checkpoint"],
     ["evaluation", "dataset_check"],
+    ["annotation_tools"],
     ["config"],
     ["model_zoo", "report"],
     ["engine"],

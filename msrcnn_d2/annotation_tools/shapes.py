@@ -1,0 +1,97 @@
+"""Shapes that people draw, as polygons and RLE."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+from msrcnn_d2_runtime.mask_encoding import encode_crops
+
+__all__ = [
+    "Part",
+    "Point",
+    "Size",
+    "box_and_area",
+    "ellipse",
+    "flat",
+    "joined",
+    "rectangle",
+    "rle_in_place",
+    "with_holes",
+]
+
+Point = Sequence[float]  # x and y in pixels
+Size = tuple[int, int]  # height and width in pixels
+# A polygon [x, y, x, y, ...] in pixels, or compressed RLE of the image's size
+Part = list[float] | dict
+
+
+def flat(points: Sequence[Point]) -> list[float]:
+    return [float(x) for point in points for x in point]
+
+
+def rectangle(
+    left: float, top: float, width: float, height: float, degrees: float = 0
+) -> list[float]:
+    """The outline of a rectangle that is turned clockwise about its upper left corner."""
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]])
+    return flat((corners @ _turn(degrees) + [left, top]).tolist())
+
+
+def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0) -> list[float]:
+    """A polygon with the area of an ellipse that is turned clockwise about its centre (x, y)."""
+    count = max(24, math.ceil(2 * max(rx, ry)))
+    angles = np.arange(count) * 2 * math.pi / count
+    # A polygon inside the ellipse would be too small
+    scale = math.sqrt(2 * math.pi / count / math.sin(2 * math.pi / count))
+    points = np.stack([rx * np.cos(angles), ry * np.sin(angles)], axis=1) * scale
+    return flat((points @ _turn(degrees) + [x, y]).round(2).tolist())
+
+
+def _turn(degrees: float) -> np.ndarray:
+    """(2, 2), to multiply points with; clockwise, as y points down."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[cos, sin], [-sin, cos]])
+
+
+def rle_in_place(mask: np.ndarray, left: int, top: int, size: Size) -> dict:
+    """
+    Args:
+        mask: (h, w) bool, a part of the image; what is outside the image is cut off.
+        left, top: where it begins.
+    """
+    inside = mask[max(-top, 0) : max(size[0] - top, 0), max(-left, 0) : max(size[1] - left, 0)]
+    return encode_crops([(max(top, 0), max(left, 0), inside)], size)[0]
+
+
+def with_holes(outline: list[float], holes: list[list[float]], size: Size) -> Part:
+    """A polygon without what is in its holes, which COCO's polygons cannot say."""
+    if not holes:
+        return outline
+    mask = mask_util.decode(joined([outline], size, as_rle=True))
+    hole = mask_util.decode(joined(holes, size, as_rle=True))
+    return rle_in_place(mask > hole, 0, 0, size)
+
+
+def joined(parts: Sequence[Part], size: Size, as_rle: bool = False) -> list | dict:
+    """The "segmentation" of an object: polygons, or RLE if one of its parts is."""
+    if not as_rle and not any(isinstance(part, dict) for part in parts):
+        return list(parts)
+    rles = [
+        part if isinstance(part, dict) else mask_util.frPyObjects([part], *size)[0]
+        for part in parts
+    ]
+    merged = mask_util.merge(rles)
+    return {"size": list(size), "counts": merged["counts"].decode()}
+
+
+def box_and_area(segmentation: list | dict, size: Size) -> tuple[list[float], int]:
+    """ "bbox" and "area", which is in pixels, of a "segmentation"."""
+    if isinstance(segmentation, dict):
+        box = mask_util.toBbox(segmentation).tolist()
+        return box, int(mask_util.area(segmentation))
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
+    low, high = points.min(axis=0), points.max(axis=0)
+    area = mask_util.area(joined(segmentation, size, as_rle=True))
+    return [*low.tolist(), *(high - low).tolist()], int(area)
