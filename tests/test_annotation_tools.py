@@ -285,6 +285,13 @@ def voc_in_color(folder):
     return source, {}, *rest
 
 
+def voc_without_colors(folder):
+    """Of Datumaro: the colours are those of VOC's palette, in the order of the names."""
+    source, _, *rest = voc(folder, [(128, 0, 0), (0, 128, 0)])
+    (folder / "labelmap.txt").write_text("# label:color\nbackground:::\ncell:::\nring:::\n")
+    return source, {}, *rest
+
+
 def masks(folder):
     expected = {}
     for name, objects in {"a": ["square", "parts", "ring"], "b": ["disc", "rectangle"]}.items():
@@ -315,6 +322,7 @@ WRITERS = {
     "yolo": yolo,
     "voc": voc,
     "voc in colour": voc_in_color,
+    "voc without colours": voc_without_colors,
     "masks": masks,
     "masks with numbers": numbered_masks,
 }

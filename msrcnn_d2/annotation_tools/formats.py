@@ -393,7 +393,10 @@ def _voc_colors(source: Source) -> dict[Any, str]:
     label_map = source.path / "labelmap.txt"  # of CVAT and Datumaro
     if label_map.is_file():
         rows = [x.split(":") for x in _read_text(label_map).splitlines() if x and x[0] != "#"]
-        found = {tuple(map(int, row[1].split(","))): row[0] for row in rows}
+        found = {  # Datumaro may leave out the colours, which are VOC's then
+            tuple(map(int, row[1].split(","))) if row[1] else _voc_color(k): row[0]
+            for k, row in enumerate(rows)
+        }
         nothing = {(0, 0, 0), VOID_COLOR}
         colors = {k: v for k, v in found.items() if k not in nothing and v != "background"}
         source.class_names = source.class_names or list(colors.values())

@@ -1,5 +1,6 @@
 """Fenced blocks of Markdown pages, and a folder in which the commands of the pages work."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from detectron2.config import LazyConfig, instantiate
 
 from msrcnn_d2 import add_mask_calibrator
 from tests.helpers.toy import (
+    IMAGE_SIZE,
     OBJECTS,
     tiny_mask_rcnn,
     tiny_yacs_config,
@@ -25,7 +27,7 @@ from tests.helpers.weights import MMDETECTION, renamed
 
 # A mark is a comment before the block, which no reader sees
 NEEDS = re.compile(
-    r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model|a video|Gradio)"
+    r"needs (COCO|a download|GPUs|a GPU|SLURM|a trained model|a video|Gradio|an export)"
     r"( and (COCO|a download|GPUs|a GPU))?"
 )
 CONTINUES = "continues"
@@ -127,6 +129,7 @@ def write_tiny_world(folder: Path) -> None:
     for name in ("train", "val"):
         write_coco_json(folder / f"{name}.json", OBJECTS)
     Image.open(folder / "images" / "1.png").save(folder / "image.jpg")
+    _write_labelme(folder / "pictures")
 
     zoo = folder / "COCO-InstanceSegmentation"  # found before the configs of the same names
     zoo.mkdir()
@@ -150,6 +153,25 @@ def write_tiny_world(folder: Path) -> None:
     calibrated.train.init_checkpoint = str(folder / "calibrated" / "model.pth")
     torch.save({"model": model.state_dict()}, calibrated.train.init_checkpoint)
     LazyConfig.save(calibrated, str(folder / "calibrated" / "config.yaml"))
+
+
+def _write_labelme(folder: Path) -> None:
+    """The two images with the JSON files of LabelMe beside them."""
+    folder.mkdir()
+    write_images(folder, OBJECTS)
+    height, width = IMAGE_SIZE
+    for k, objects in enumerate(OBJECTS, start=1):
+        shapes = [
+            {
+                "label": "abc"[class_],
+                "points": [polygon[j : j + 2] for j in range(0, len(polygon), 2)],
+                "group_id": None,
+                "shape_type": "polygon",
+            }
+            for class_, polygon in objects
+        ]
+        contents = {"imagePath": f"{k}.png", "imageHeight": height, "imageWidth": width}
+        (folder / f"{k}.json").write_text(json.dumps({**contents, "shapes": shapes}))
 
 
 def _yacs_training():
