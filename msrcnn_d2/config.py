@@ -139,6 +139,17 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     # Number of steps that training may leave out because a loss or gradient is not finite; 0 stops
     # at the first
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
+    # Images per iteration that learning rate and schedule are for; 0 for those of the config file.
+    # `msrcnn-d2 train --scale-lr` scales them to other batches
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
+    # Number of parts of a batch whose gradients are computed one after the other, to save memory
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # What to freeze: regular expressions for the beginning of parameters' names, such as "backbone"
+    cfg.SOLVER.FREEZE = ()
+    # Moving averages of the weights; the keys are those of d2go. They are evaluated and saved; ""
+    # keeps them on the device of the model. The last key is for `msrcnn-d2 evaluate`
+    cfg.MODEL_EMA = CfgNode({"ENABLED": False, "DECAY": 0.999, "DEVICE": ""})
+    cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = True
     # Hooks and writers of your own, for all processes and for the main process: dotted names such
     # as "my_module.MyHook", or mappings with the name as _target_ and arguments
     cfg.SOLVER.HOOKS = ()

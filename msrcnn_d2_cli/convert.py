@@ -80,7 +80,7 @@ def convert_file(source: str, target: str, half: bool = False) -> str:
         print("Note: the score exponent is left out: masks are ranked by class score x IoU.")
     if weights.note:
         print(f"Note: {weights.note}")
-    return f"{source} ({weights.source}): {_summary(weights)} -> {target}"
+    return f"{source} ({weights.origin}): {_summary(weights)} -> {target}"
 
 
 def _summary(weights: "Weights") -> str:

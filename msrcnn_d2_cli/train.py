@@ -6,6 +6,7 @@ Change the config by KEY=VALUE. A yaml config also takes KEY VALUE, as in Detect
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +36,9 @@ EXAMPLES = """
   add mask scores to a trained Mask R-CNN, and leave its other outputs as they are:
     {prog} --retrofit --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
       --weights mask_rcnn.pth
+  train with fewer images per iteration than the config is made for, and in parts of 2 images:
+    {prog} --config-file ... --scale-lr dataloader.train.total_batch_size=8 \
+      train.accumulation_steps=4
   use two machines with 8 GPUs each (run this on both):
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
       --no-python {prog} --config-file ...
@@ -45,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, weights="weights to start from", resume="continue from")
     parser.add_argument(
         "--eval-only", action="store_true", help="do not train, as `msrcnn-d2 evaluate`"
+    )
+    parser.add_argument(
+        "--scale-lr",
+        action="store_true",
+        help="scale learning rate and schedule from the images per iteration that the config is "
+        "made for to those of this run; what KEY=VALUE sets stays as it is",
     )
 
 
@@ -153,7 +163,10 @@ def run_process(args: argparse.Namespace) -> None:
 
     with exit_on_user_error():
         with agree_on_user_errors():
-            cfg = read_config(args)
+            cfg, note = read_config(args), ""
+            scaled = getattr(args, "scale_lr", False)  # not all commands have the option
+            if not args.eval_only:
+                cfg, note = engine.scale_to_batch(cfg, args.opts, scaled)
             recipe = engine.build_recipe(cfg)
             if not (args.eval_only or args.resume):
                 engine.refuse_other_run(recipe.output_dir)
@@ -164,6 +177,8 @@ def run_process(args: argparse.Namespace) -> None:
         logger = setup_logger(recipe.output_dir, comm.get_rank(), name="msrcnn_d2")
         if not torch.cuda.is_available():
             logger.info("There is no GPU that PyTorch can use: running on the CPU.")
+        if note:
+            logger.log(logging.INFO if scaled else logging.WARNING, note)
         with agree_on_user_errors():
             engine.check_data(recipe, training=not args.eval_only)
         with agree_on_user_errors():

@@ -17,7 +17,7 @@ from msrcnn_d2 import add_msrcnn_config, model_zoo, retrofit
 from msrcnn_d2.engine import launch as launch_module
 from msrcnn_d2.engine import load_config
 from msrcnn_d2.engine import loop as loop_module
-from msrcnn_d2.engine.configs import ABSENT, SETTINGS, _find, _known_keys, check_values
+from msrcnn_d2.engine.configs import ABSENT, SETTINGS, _known_keys, check_values, find
 from msrcnn_d2.engine.preflight import _check_paths
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.toy_training import run, write_dataset, write_lazy_config
@@ -161,13 +161,13 @@ def test_each_setting_names_keys_that_exist():
     check_values(yacs)
     for setting in SETTINGS:
         if setting.yaml:
-            value = _find(yacs, setting.yaml)
+            value = find(yacs, setting.yaml)
             assert value is not ABSENT
             assert setting.holds is None or setting.holds(value)
         if setting.holds:
             assert not setting.holds(math.nan) and not setting.holds([math.nan])
         parent, _, name = (setting.lazy or "train.").rpartition(".")
-        node = _find(lazy, parent)
+        node = find(lazy, parent)
         assert node is not ABSENT and (name in ("", *_known_keys(node)[0]))
 
 

@@ -328,6 +328,9 @@ VALUES = {
     "dataloader.images.max_pixels": "1000",
     "dataloader.evaluator.engine": "pycocotools",
     "dataloader.evaluator.max_dets_per_image": "200",
+    "train.freeze": "['backbone']",
+    "train.model_ema.device": "cpu",
+    "train.reference_batch_size": "16",
     "train.hooks": "['my_module.MyHook']",
     "train.writers": "['my_module.MyWriter']",
 }

@@ -1,5 +1,6 @@
 """Checks before a run, overrides, and the order of the data."""
 
+import inspect
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from detectron2.config import LazyCall, LazyConfig
 from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.solver.build import get_default_optimizer_params
 
 from msrcnn_d2 import model_zoo
 from msrcnn_d2.engine import (
@@ -211,6 +213,7 @@ def recipe_on(tmp_path, name, **attributes):
         has_calibrator=False,
         hooks=(),
         writers=(),
+        accumulation_steps=1,
     )
     return SimpleNamespace(**{**defaults, **attributes})
 
@@ -277,6 +280,17 @@ def test_batch_that_cannot_be_shared_out(tmp_path, dataset):
     dataset("check_batch")
     message = refusal(recipe_on(tmp_path, "check_batch"), num_processes=3)
     assert "16 images" in message and "3 processes" in message
+
+
+def test_batch_that_cannot_be_split_into_parts(tmp_path, dataset):
+    dataset("check_parts")
+    recipe = recipe_on(tmp_path, "check_parts", accumulation_steps=3)
+    message = refusal(recipe, num_processes=2)
+    assert "8 images" in message and "3 equal parts" in message
+    recipe.accumulation_steps = 4
+    check_recipe(recipe, num_processes=2, training=True)
+    recipe.accumulation_steps = 3
+    check_recipe(recipe, num_processes=2, training=False)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, "many"])
@@ -360,11 +374,6 @@ def test_evaluators_of_a_yaml_config_follow_from_the_type_of_the_dataset(monkeyp
         build_recipe(cfg).test_sets[0].prepare()
 
 
-def test_what_cannot_be_done_is_refused():
-    with pytest.raises(UserError, match="model_ema"):
-        build_recipe(load_config(LAZY, ["+train.model_ema.enabled=True"]))
-
-
 def test_published_results_are_shown_for_the_set_they_were_measured_on(monkeypatch, caplog):
     task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
     monkeypatch.setattr(evaluate_module, "inference_on_dataset", lambda *args: {"bbox": task})
@@ -389,6 +398,43 @@ def test_recipes_of_both_kinds_agree(path):
     assert recipe.train_names == ("coco_2017_train",)
     assert [t.names for t in recipe.test_sets] == [("coco_2017_val",)]
     assert (recipe.amp, recipe.seed) == (False, -1)
+
+
+def learning_rates(recipe, model):
+    """{name: (learning rate, weight decay)} of a model's parameters."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = recipe.build_optimizer(model).param_groups
+    return {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+
+def test_learning_rates_by_layer_are_detectron2s(tiny):
+    cfg = toy_config()
+    cfg.optimizer.params.overrides = {"bias": {"lr": 0.5, "weight_decay": 0.25}}
+    cfg.optimizer.params.weight_decay_norm = 0.125
+    rates = learning_rates(build_recipe(cfg), tiny)
+    assert rates["roi_heads.mask_iou_head.predictor.bias"] == (0.5, 0.25)
+    assert rates["roi_heads.mask_iou_head.predictor.weight"] == (1e-3, 1e-4)
+    yaml = ["SOLVER.BIAS_LR_FACTOR=2.0", "SOLVER.WEIGHT_DECAY_BIAS=0.5", "SOLVER.BASE_LR=0.25"]
+    rates = learning_rates(build_recipe(load_config(YACS, yaml)), tiny)
+    assert rates["roi_heads.mask_iou_head.predictor.bias"] == (0.5, 0.5)
+    assert rates["roi_heads.mask_iou_head.predictor.weight"] == (0.25, 1e-4)
+
+
+def tenth_for_the_backbone(name):
+    return 0.1 if name.startswith("backbone.bottom_up") else 1.0
+
+
+def test_a_function_of_names_is_for_detectron2_after_0_6(tiny):
+    cfg = toy_config()
+    cfg.optimizer.params.lr_factor_func = tenth_for_the_backbone
+    recipe = build_recipe(cfg)
+    if "lr_factor_func" not in inspect.signature(get_default_optimizer_params).parameters:
+        with pytest.raises(UserError, match="optimizer.*lr_factor_func"):
+            recipe.build_optimizer(tiny)
+        return
+    rates = learning_rates(recipe, tiny)
+    assert rates["roi_heads.mask_iou_head.predictor.weight"][0] == 1e-3
+    assert rates["backbone.bottom_up.stem.conv1.weight"][0] == pytest.approx(1e-4)
 
 
 # The order of the data

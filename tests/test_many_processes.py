@@ -260,6 +260,18 @@ def test_gradients_are_those_of_a_batch_of_both_images_if_their_samples_are_as_m
     assert len(mask_iou) == 10 and all(g.abs().max() > 0 for g in mask_iou)
 
 
+def test_steps_in_parts_are_those_of_one_process_with_all_images(both):
+    _, *kept = both
+    first, second = many_processes.images_of("all samples")
+    images = [first, second, second, second]
+    model = many_processes.build_model("all samples")
+    whole = many_processes.step(model, images, seed=0)["gradients"]
+    for rank in (0, 1):
+        found = kept[rank]["parts"]
+        assert_close(found["gradients"], whole, tolerance=2e-5)
+        assert len(found["exchanges"]) == len(set(found["exchanges"]))  # only for the last part
+
+
 def assert_close(found: dict, expected: dict, tolerance: float):
     """Up to a share of the largest gradient of each parameter."""
     assert found.keys() == expected.keys()

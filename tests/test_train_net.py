@@ -137,7 +137,23 @@ def losses_of(monkeypatch):
         ),
         ("lazy", ["train.seed=-1"]),
         ("lazy", ["train.amp.enabled=True"]),
+        (
+            "lazy",
+            [
+                "train.model_ema.enabled=True",
+                "train.accumulation_steps=2",
+                "train.freeze=['backbone.bottom_up','.*deconv']",
+            ],
+        ),
         ("yacs", []),
+        (
+            "yacs",
+            [
+                "MODEL_EMA.ENABLED=True",
+                "SOLVER.ACCUMULATION_STEPS=2",
+                "SOLVER.FREEZE=('backbone.bottom_up','.*deconv')",
+            ],
+        ),
     ],
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
@@ -155,6 +171,13 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     resumed = losses_of("--resume", *base, *options, f"{output}={tmp_path}")
     assert set(whole) == set(range(6)) and "loss_mask_iou" in whole[0]
     assert resumed == {k: whole[k] for k in (3, 4, 5)}
+    if len(options) == 3:
+        files = [torch.load(x / "model_final.pth") for x in (tmp_path, tmp_path / "whole")]
+        for key in ("model", "ema_state"):
+            assert all(torch.equal(v, files[1][key][k]) for k, v in files[0][key].items())
+        differ = {k for k, v in files[0]["model"].items() if (v != files[0]["ema_state"][k]).any()}
+        assert any("mask_iou_head" in k for k in differ)
+        assert not any("bottom_up" in k or "deconv" in k for k in differ)
 
 
 @pytest.mark.parametrize("kind", ["lazy", "yacs"])

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from msrcnn_d2 import MaskScoringPredictor
 from msrcnn_d2.engine.trainer import FiniteAMPTrainer, FiniteTrainer
 from msrcnn_d2.utils.distributed import StepAgreement
+from tests.helpers import many_processes
 from tests.helpers.simulated_cuda import SimulatedCuda
 from tests.helpers.toy import tiny_mask_rcnn, tiny_mask_scoring_rcnn, toy_inputs
 from tests.helpers.toy_training import lazy_config, run, write_dataset
@@ -54,6 +55,35 @@ def test_a_resumed_training_with_mixed_precision_is_the_uninterrupted_one(
     momenta = [x["optimizer"]["state"] for x in (whole, resumed)]
     assert any(x["momentum_buffer"].any() for x in momenta[0].values())
     assert_same(*({k: v["momentum_buffer"] for k, v in x.items()} for x in momenta))
+
+
+def test_parts_of_a_batch_with_mixed_precision_add_up_to_the_whole(gpu):
+    """Their gradients are scaled alike; all samples are taken, so that no number is random."""
+
+    def gradients(num_parts):
+        cfg = many_processes.tiny_model_config()
+        cfg.proposal_generator.batch_size_per_image = 4096
+        cfg.roi_heads.batch_size_per_image = 128
+        cfg.roi_heads.proposal_matcher.thresholds = [0.99]
+        torch.manual_seed(0)
+        model = instantiate(cfg).to("cuda")
+        trainer = FiniteAMPTrainer(
+            *(model, [toy_inputs()], torch.optim.SGD(model.parameters(), lr=1e-3)),
+            max_nonfinite_steps=0,
+            max_skipped_steps=1,
+            agreement=StepAgreement(),
+            image_ids=lambda: [],
+            accumulation_steps=num_parts,
+        )
+        with EventStorage():
+            trainer.run_step()
+        return {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+
+    whole, parts = gradients(1), gradients(2)
+    assert whole.keys() == parts.keys()
+    for name, expected in whole.items():
+        error = (parts[name] - expected).norm() / expected.norm()
+        assert error < 0.05, name  # of float16
 
 
 def load(path):

@@ -49,8 +49,12 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
     "class_names". A file gets its name, and is named by "last_checkpoint", only after it has been
     written completely.
 
+    A file that has averages of the weights (EMA) as "ema_state" gives these to the model, and the
+    weights under "model" only to a training that resumes.
+
     Attributes:
         class_names: saved with the weights, in the order of the classes; None to save none.
+        takes_averages: False to take the weights under "model" in any case.
         loaded_class_names: those in the file that was loaded last; None if it has none.
     """
 
@@ -61,10 +65,12 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         *,
         save_to_disk: bool | None = None,
         class_names: Sequence[str] | None = None,
+        takes_averages: bool = True,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.class_names = class_names
+        self.takes_averages = takes_averages
         self.loaded_class_names: list[str] | None = None
 
     def load(
@@ -97,7 +103,9 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             return {}
         matching = MATCHING.search(path)  # how configs of Detectron2 ask for it
         file = find_file(path[: matching.start()] if matching else path)
-        weights = read_weights(file)
+        if checkpointables is None:
+            checkpointables = list(self.checkpointables)
+        weights = read_weights(file, self.takes_averages and not checkpointables)
         if matching:
             weights.matched_by_suffix = True
         if finite:
@@ -107,7 +115,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         if strict and self.class_names is None:  # the whole model is loaded, and will be saved so
             self.class_names = weights.class_names
         extras = weights.extras
-        for key in self.checkpointables if checkpointables is None else checkpointables:
+        for key in checkpointables:
             if key not in extras:
                 continue
             self.logger.info("Loading %s from %s", key, file)
@@ -140,7 +148,7 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
         if why_not:
             raise UserError(f"'{file}' ({weights.source}) does not fit the model: {why_not}")
         self._load_model({"model": state_dict})
-        self.logger.info("Loaded %s", summary(fit, file, weights.source))
+        self.logger.info("Loaded %s", summary(fit, file, weights.origin))
         self._warn(fit, weights)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:

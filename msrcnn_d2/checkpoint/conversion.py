@@ -28,13 +28,16 @@ WRAPPERS = {
     "blobs": "Caffe2",
 }
 MAX_NESTED = 5  # wrappers in one another
-# Files have averages of the parameters (EMA) under one of these keys
+# Averages of the parameters (EMA) in files of this package, detrex and d2go. They have the names
+# of the parameters, and stand beside those that a training resumes from
+EMA_STATE = "ema_state"
+# Files have averages of the parameters under one of these keys
 AVERAGES = (
     "ema",
     "ema_state_dict",
     "model_ema",
     "ema_model",
-    "ema_state",
+    EMA_STATE,
     "model_ema_state_dict",
     "state_dict_ema",
 )
@@ -77,6 +80,7 @@ class Weights:
             Detectron2 does for weights of backbones. `state_dict` then has the file's own names.
         pixels: how images were normalised in training, if that is known.
         note: what a user of the file should know.
+        averaged: whether the parameters are the averages (EMA) in a file that has both.
         class_names: in the order of the classes, if the file has them.
     """
 
@@ -87,12 +91,19 @@ class Weights:
     pixels: Pixels | None = None
     note: str = ""
     class_names: list[str] | None = None
+    averaged: bool = False
+
+    @property
+    def origin(self) -> str:
+        """For messages: who named the parameters, and whether they are averages."""
+        return f"{self.source}, averages (EMA)" if self.averaged else self.source
 
 
-def read_weights(file: str) -> Weights:
+def read_weights(file: str, averages: bool = True) -> Weights:
     """
     Args:
         file: path of a file, as in :func:`read_file`.
+        averages: whether to take the averages in `EMA_STATE` where the file has them.
 
     Returns:
         the weights in it, with `SCORE_EXPONENT` only if that is not 1.
@@ -101,6 +112,10 @@ def read_weights(file: str) -> Weights:
         UserError: the file cannot be read, or has no weights.
     """
     found, extras, note = _find_weights(read_file(file))
+    ema_state = _plain(extras.pop(EMA_STATE, None)) if averages else {}
+    # It may lack parameters that were frozen, and has buffers that are not saved otherwise
+    averaged = {k: _tensor(v) for k, v in ema_state.items() if k in found}
+    found.update(averaged)
     _check_parameters(found, file)
     if extras.pop("matching_heuristics", False):
         return Weights(str(extras.get("__author__", "Detectron2")), found, extras, True)
@@ -111,6 +126,7 @@ def read_weights(file: str) -> Weights:
     if exponent is not None and torch.allclose(exponent.float(), torch.ones(()), 1e-6, 0):
         del weights.state_dict[SCORE_EXPONENT]  # as masks are ranked now
     weights.note = " ".join(filter(None, (weights.note, note or note_on_prefixes)))
+    weights.averaged = bool(averaged)
     return weights
 
 
@@ -123,13 +139,15 @@ def _find_weights(contents: Any) -> "tuple[OrderedDict[str, Any], dict[str, Any]
         items = _plain(values)
         key = next((k for k in WRAPPERS if isinstance(items.get(k), dict)), None)
         averages = next((k for k in AVERAGES if isinstance(items.get(k), dict)), None)
-        if averages:
-            note = _note_on_averages(averages, taken=key is None)
         inner = key or averages
         if inner is None:
             break
+        left_out = {inner}
+        if averages and (averages, key) != (EMA_STATE, "model"):
+            note = _note_on_averages(averages, taken=key is None)
+            left_out.add(averages)
         # An outer value wins over an inner one of the same name
-        extras = {**{k: v for k, v in items.items() if k not in (inner, averages)}, **extras}
+        extras = {**{k: v for k, v in items.items() if k not in left_out}, **extras}
         values, author = items[inner], author or WRAPPERS.get(inner)
     if values is contents and any(isinstance(v, np.ndarray) for v in items.values()):
         author = "Caffe2"

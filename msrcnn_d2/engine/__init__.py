@@ -14,6 +14,7 @@ Data flow::
 Nothing else in the package needs it: Detectron2's `DefaultTrainer` trains our ROI heads, too.
 """
 
+from .batch_scaling import scale_to_batch
 from .configs import device_of, find_config_file, load_config, register_dataset
 from .evaluate import evaluate_checkpoint
 from .evaluate_predictor import evaluate_predictor
@@ -34,5 +35,6 @@ __all__ = [
     "load_config",
     "refuse_other_run",
     "register_dataset",
+    "scale_to_batch",
     "train",
 ]

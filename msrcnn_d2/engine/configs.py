@@ -40,9 +40,12 @@ __all__ = [
     "SETTINGS",
     "both_keys",
     "device_of",
+    "find",
     "find_config_file",
+    "key_of",
     "line_of_user",
     "load_config",
+    "overridden_keys",
     "register_dataset",
     "value_of",
 ]
@@ -84,6 +87,13 @@ def _number(least: float, most: float = math.inf) -> Callable[[Any], bool]:
     )
 
 
+def _is_pattern(x: Any) -> bool:
+    try:
+        return isinstance(x, str) and x != "" and bool(re.compile(x))
+    except re.error:
+        return False
+
+
 FROM_1 = (_whole(1), "a whole number from 1 on")
 FROM_0 = (_whole(0), "a whole number from 0 on")
 NOT_NEGATIVE = (_number(0), "a number from 0 on")
@@ -93,6 +103,16 @@ SOURCE = (lambda x: x in LEARN_FROM, " or ".join(LEARN_FROM))
 SWITCH = (lambda x: isinstance(x, bool), "True or False")
 FOLDER = (lambda x: isinstance(x, str) and x != "", "the path of a folder")
 FILE = (lambda x: isinstance(x, str), "the path of a file, or '' for none")
+FRACTION = (_number(0, 1), "a number from 0 to 1")
+DEVICE = (
+    lambda x: isinstance(x, str) and (x in ("", "cpu") or x.startswith("cuda")),
+    '"cpu" or "cuda", or "" for that of the model',
+)
+PATTERNS = (
+    lambda x: isinstance(x, (list, tuple, ListConfig)) and all(map(_is_pattern, x)),
+    "a list of regular expressions for the beginning of parameters' names, such as "
+    "['backbone','proposal_generator']",
+)
 CALLS = (
     lambda x: (
         isinstance(x, (list, tuple, ListConfig))
@@ -125,6 +145,19 @@ SETTINGS = [
     Setting("train.max_bad_images", "DATALOADER.MAX_BAD_IMAGES", *FROM_0, default=10),
     Setting("train.max_nonfinite_steps", "SOLVER.MAX_NONFINITE_STEPS", *FROM_0, default=0),
     Setting("train.detect_anomaly", "SOLVER.DETECT_ANOMALY", *SWITCH, default=False),
+    Setting("train.reference_batch_size", "SOLVER.REFERENCE_BATCH_SIZE", *FROM_0, default=0),
+    Setting("train.accumulation_steps", "SOLVER.ACCUMULATION_STEPS", *FROM_1, default=1),
+    Setting("train.freeze", "SOLVER.FREEZE", *PATTERNS, default=[]),
+    # The keys of detrex and, in yaml, of d2go
+    Setting("train.model_ema.enabled", "MODEL_EMA.ENABLED", *SWITCH, default=False),
+    Setting("train.model_ema.decay", "MODEL_EMA.DECAY", *FRACTION, default=0.999),
+    Setting("train.model_ema.device", "MODEL_EMA.DEVICE", *DEVICE, default=""),
+    Setting(
+        "train.model_ema.use_ema_weights_for_eval_only",
+        "MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY",
+        *SWITCH,
+        default=True,
+    ),
     Setting("train.hooks", "SOLVER.HOOKS", *CALLS, default=[]),
     Setting("train.writers", "SOLVER.WRITERS", *CALLS, default=[]),
     Setting("train.check_images", "DATALOADER.CHECK_IMAGES", *SWITCH, default=True),
@@ -184,6 +217,11 @@ def both_keys(key: str, value: Any = ABSENT) -> str:
     return f"{lazy} (yaml: {yaml})"
 
 
+def key_of(cfg: DictConfig | CfgNode, key: str) -> Any:
+    """A key of a LazyConfig in the config's own kind; None if that has none."""
+    return YAML_KEYS[key] if isinstance(cfg, CfgNode) else key
+
+
 def value_of(cfg: DictConfig | CfgNode, key: str) -> Any:
     """
     Args:
@@ -193,12 +231,12 @@ def value_of(cfg: DictConfig | CfgNode, key: str) -> Any:
     Returns:
         what the config says; the default if it says nothing, and None if there is none.
     """
-    own_key = YAML_KEYS[key] if isinstance(cfg, CfgNode) else key
-    found = _find(cfg, own_key) if own_key else ABSENT
+    own_key = key_of(cfg, key)
+    found = find(cfg, own_key) if own_key else ABSENT
     return DEFAULTS.get(key) if found is ABSENT else found
 
 
-def _find(cfg: DictConfig | CfgNode, key: str) -> Any:
+def find(cfg: DictConfig | CfgNode, key: str) -> Any:
     """The value under a key of the config's own kind, or `ABSENT`."""
     if not isinstance(cfg, CfgNode):
         return OmegaConf.select(cfg, key, default=ABSENT)
@@ -316,13 +354,15 @@ def load_config(
             cfg = retrofit(cfg)
         except ValueError as error:
             raise UserError(f"Config file '{path}' cannot be retrofitted: {error}") from error
+    if not isinstance(cfg, CfgNode):
+        _add_defaults(cfg)
+    _note_reference_batch(cfg)
     texts = [str(x) for x in overrides]
     if weights is not None:
         texts.insert(0, f"{'train.init_checkpoint' if is_lazy else 'MODEL.WEIGHTS'}={weights}")
     if isinstance(cfg, CfgNode):
         _override_yacs(cfg, texts, path)
     else:
-        _add_defaults(cfg)
         for text in texts:
             _override_lazy(cfg, text)
     check_values(cfg)
@@ -382,6 +422,17 @@ def _add_defaults(cfg: DictConfig) -> None:
     for key, default in DEFAULTS.items():
         if key.split(".")[0] in cfg and OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, default, force_add=True)
+
+
+def _note_reference_batch(cfg: DictConfig | CfgNode) -> None:
+    """The batch that a file has is the one that its schedule is for, unless it says otherwise."""
+    batch = value_of(cfg, "dataloader.train.total_batch_size")
+    if value_of(cfg, "train.reference_batch_size") or not _whole(1)(batch):
+        return  # a wrong one is refused later
+    if isinstance(cfg, CfgNode):
+        cfg.SOLVER.REFERENCE_BATCH_SIZE = batch
+    else:
+        cfg.train.reference_batch_size = batch
 
 
 def _override_lazy(cfg: DictConfig, override: str) -> None:
@@ -483,13 +534,10 @@ def _drop_exponent(cfg: DictConfig | CfgNode) -> None:
 
 
 def _override_yacs(cfg: CfgNode, overrides: Sequence[str], path: str) -> None:
-    pairs: list[str] = []  # ["A.B=1", "C", "2"] -> ["A.B", "1", "C", "2"]
-    for text in overrides:
-        is_key = len(pairs) % 2 == 0
-        pairs += text.split("=", 1) if is_key else [text]
+    pairs = _pairs(overrides)
     try:
         for key, text in zip(pairs[::2], pairs[1::2]):
-            current = _find(cfg, key)
+            current = find(cfg, key)
             if current is ABSENT:  # yacs would ignore one that existed in the past
                 raise KeyError(f"Non-existent key: {key}")
             value = value_of_text(key, text, current)
@@ -499,6 +547,22 @@ def _override_yacs(cfg: CfgNode, overrides: Sequence[str], path: str) -> None:
     except (KeyError, ValueError, AssertionError) as error:
         message = error.args[0] if error.args else type(error).__name__
         raise UserError(f"Config '{path}' with overrides {list(overrides)}: {message}.") from error
+
+
+def _pairs(overrides: Sequence[str]) -> list[str]:
+    """["A.B=1", "C", "2"] -> ["A.B", "1", "C", "2"]"""
+    pairs: list[str] = []
+    for text in overrides:
+        is_key = len(pairs) % 2 == 0
+        pairs += text.split("=", 1) if is_key else [text]
+    return pairs
+
+
+def overridden_keys(cfg: DictConfig | CfgNode, overrides: Sequence[str]) -> set[str]:
+    """The keys that overrides of a config set, of its own kind."""
+    if isinstance(cfg, CfgNode):
+        return set(_pairs([str(x) for x in overrides])[::2])
+    return {text.split("=", 1)[0].lstrip("+") for text in overrides}
 
 
 def value_of_text(key: str, text: str, current: Any) -> Any:
@@ -581,7 +645,7 @@ def check_values(cfg: DictConfig | CfgNode) -> None:
         if setting.holds is None or key is None:
             continue
         try:
-            value = _find(cfg, key)
+            value = find(cfg, key)
         except OmegaConfBaseException:  # a list on the way, or a reference that leads nowhere
             continue
         is_left_out = value is None and not (is_yaml or setting.required)

@@ -76,7 +76,9 @@ def evaluate_checkpoint(
         UserError: there is no checkpoint, or it does not fit the model.
     """
     model = build_model(recipe)
-    checkpointer = MaskScoringCheckpointer(model, recipe.output_dir)
+    checkpointer = MaskScoringCheckpointer(
+        model, recipe.output_dir, takes_averages=recipe.evaluates_ema
+    )
     with agree_on_user_errors():
         if not (recipe.init_checkpoint or (resume and checkpointer.has_checkpoint())):
             raise UserError(

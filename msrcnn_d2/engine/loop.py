@@ -3,7 +3,7 @@
 import errno
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,16 +15,19 @@ from detectron2.utils import comm
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..checkpoint.compatibility import frozen_class_scores
+from ..checkpoint.conversion import EMA_STATE
 from ..utils.distributed import StepAgreement, job_is_ending, watching_forwards
 from ..utils.errors import UserError, agree_on_user_errors
 from .bad_images import BadImages
 from .evaluate import build_model, evaluate, log_reliability
+from .freezing import freeze
 from .hooks import EvalHook, MetricsWriter, PeriodicCheckpoints, StopOnSignal
 from .loaders import ResumableBatches, StepSeeds
 from .preflight import check_names_of_weights, names_of_training
 from .recipe import Recipe
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 from .user_hooks import build_hooks, build_writers
+from .weight_averages import WeightAverages
 
 __all__ = ["train"]
 
@@ -42,12 +45,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         results of the evaluation at the end, as :func:`evaluate` returns them.
     """
     model = build_model(recipe)
+    with agree_on_user_errors():
+        freeze(model, recipe.freeze)
     scaled = recipe.amp and recipe.device.startswith("cuda")
     if recipe.amp and not scaled:
         logger.info("Mixed precision on a CPU is bfloat16, which needs no gradient scaling.")
     adapt_forward(model, autocast_on_cpu=recipe.amp and not scaled)
     logger.info("Model:\n%s", model)
-    optimizer = recipe.build_optimizer(model)
+    with agree_on_user_errors():
+        optimizer = recipe.build_optimizer(model)
 
     # Whatever is random in a step follows from the seed
     seeds = StepSeeds(recipe.seed if recipe.seed >= 0 else comm.shared_random_seed())
@@ -56,12 +62,21 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
     precise_bn_batches = ResumableBatches(recipe.build_train_loader, seeds, bad_images.found)
 
+    averages = averaging = None
+    if recipe.ema:
+        on_gpu = recipe.device.startswith("cuda")
+        averages = WeightAverages(model, recipe.ema_decay, recipe.ema_device if on_gpu else "")
+        averaging = hooks.CallbackHook(
+            before_train=lambda trainer: averages.start(),
+            after_step=lambda trainer: averages.update(),
+        )
     model = _distributed(model, recipe)
     parts = (model, batches, optimizer)
     trainer_args: dict[str, Any] = {
         "max_nonfinite_steps": recipe.max_nonfinite_steps,
         "agreement": agreement,
         "image_ids": batches.image_ids,
+        "accumulation_steps": recipe.accumulation_steps,
     }
     trainer: FiniteTrainer
     if scaled:
@@ -70,17 +85,28 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     else:
         trainer = FiniteTrainer(*parts, **trainer_args)
     class_names = names_of_training(recipe)
+    resumable: dict[str, Any] = {"trainer": trainer}
+    if averages:
+        resumable[EMA_STATE] = averages
     checkpointer = MaskScoringCheckpointer(
-        model, recipe.output_dir, class_names=class_names, trainer=trainer
+        model, recipe.output_dir, class_names=class_names, **resumable
     )
     checkpoints = PeriodicCheckpoints(checkpointer, **recipe.checkpointer)
-    stop = StopOnSignal(checkpoints.save_now, agreement)
+
+    def save_now() -> int:
+        if averages:
+            averages.restore()  # a signal can end the evaluation of the averages
+        return checkpoints.save_now()
+
+    stop = StopOnSignal(save_now, agreement)
 
     results: dict = {}
 
     def evaluate_and_keep() -> dict:
         results.clear()
-        with stop.leaving_at_once():
+        if averages:
+            logger.info("Evaluating the moving averages of the weights (EMA).")
+        with averages.applied() if averages else nullcontext(), stop.leaving_at_once():
             results.update(evaluate(recipe, model, None, log_reliability, class_names))
         return results
 
@@ -100,6 +126,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             seeds,
             bad_images,
             hooks.LRScheduler(scheduler=recipe.build_lr_scheduler(optimizer)),
+            averaging,
             precise_bn,
             checkpoints,
             stop,

@@ -108,6 +108,14 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
             f"A batch of {batch} images cannot be divided evenly among {num_processes} processes: "
             "change dataloader.train.total_batch_size (yaml: SOLVER.IMS_PER_BATCH)."
         )
+    parts = recipe.accumulation_steps
+    if training and batch and batch // num_processes % parts:
+        raise UserError(
+            f"The {plural(batch // num_processes, 'image')} that each process has in an iteration "
+            f"cannot be split into {parts} equal parts: change train.accumulation_steps (yaml: "
+            "SOLVER.ACCUMULATION_STEPS) or dataloader.train.total_batch_size (yaml: "
+            "SOLVER.IMS_PER_BATCH)."
+        )
 
 
 def check_output_dir(path: str) -> None:

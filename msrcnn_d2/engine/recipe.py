@@ -115,6 +115,12 @@ class Recipe:
         max_skipped_steps: in a row, by the gradient scaler of mixed precision.
         compile: whether `torch.compile` compiles what consists of layers only.
         max_bad_images: images that may be left out in training since they cannot be used.
+        accumulation_steps: number of parts of a batch whose gradients are computed one after the
+            other.
+        freeze: regular expressions for names of parameters, see :func:`freeze`.
+        ema, ema_decay, ema_device: whether moving averages of the weights are evaluated and saved;
+            see :class:`WeightAverages`.
+        evaluates_ema: whether they are also evaluated where nothing is trained, if a file has them.
         max_nonfinite_steps: steps that may be left out since their loss is not finite.
         detect_anomaly: whether PyTorch looks for the operation that gives the first NaN.
         check_images: whether to look at all images before training.
@@ -151,6 +157,12 @@ class Recipe:
     ddp: dict = field(default_factory=dict)
     max_bad_images: int = 10
     max_nonfinite_steps: int = 0
+    accumulation_steps: int = 1
+    freeze: Sequence[str] = ()
+    ema: bool = False
+    ema_decay: float = 0.999
+    ema_device: str = ""
+    evaluates_ema: bool = True
     detect_anomaly: bool = False
     check_images: bool = True
     images: ImageSettings = field(default_factory=ImageSettings)
@@ -177,15 +189,20 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
     names = (
         *("device", "seed", "output_dir", "init_checkpoint", "max_iter", "eval_period"),
         *("log_period", "compile", "max_bad_images", "max_nonfinite_steps", "detect_anomaly"),
-        "check_images",
+        *("check_images", "accumulation_steps"),
     )
     return {
         "hooks": value_of(cfg, "train.hooks") or (),
         "writers": value_of(cfg, "train.writers") or (),
+        "freeze": value_of(cfg, "train.freeze") or (),
         **{name: value_of(cfg, f"train.{name}") for name in names},
         "amp": value_of(cfg, "train.amp.enabled"),
         "test_amp": value_of(cfg, "train.amp.test"),
         "max_skipped_steps": value_of(cfg, "train.amp.max_skipped_steps"),
+        "ema": value_of(cfg, "train.model_ema.enabled"),
+        "ema_decay": value_of(cfg, "train.model_ema.decay"),
+        "ema_device": value_of(cfg, "train.model_ema.device"),
+        "evaluates_ema": value_of(cfg, "train.model_ema.use_ema_weights_for_eval_only"),
         "num_classes": value_of(cfg, "model.roi_heads.num_classes"),
         "has_calibrator": has_mask_calibrator(cfg),
         "total_batch_size": value_of(cfg, "dataloader.train.total_batch_size"),
@@ -194,14 +211,13 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
 
 
 def _from_lazy(cfg: DictConfig) -> Recipe:
-    if OmegaConf.select(cfg, "train.model_ema.enabled"):
-        raise UserError("train.model_ema is not supported: set train.model_ema.enabled=False.")
     settings = _settings(cfg)
     images = settings["images"]
 
     def build_lazy_optimizer(model: nn.Module) -> Any:
         cfg.optimizer.params.model = model
-        return instantiate(cfg.optimizer)
+        with _one_sentence("optimizer"):
+            return instantiate(cfg.optimizer)
 
     return Recipe(
         build_model=lambda: instantiate(cfg.model),

@@ -3,8 +3,8 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from msrcnn_d2_runtime.text import listed
 
 from ..utils.distributed import StepAgreement, forward_is_done, wait_for_other_forwards
 from ..utils.errors import UserError
+from .accumulation import ModelInParts
 
 __all__ = ["FiniteAMPTrainer", "FiniteTrainer", "adapt_forward"]
 
@@ -41,6 +42,7 @@ class FiniteTrainer(SimpleTrainer):
     """
 
     looks_at_gradients = True
+    model: Any  # nn.Module, or what stands for it in a step
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class FiniteTrainer(SimpleTrainer):
         max_nonfinite_steps: int,
         agreement: StepAgreement,
         image_ids: Callable[[], list[str]],
+        accumulation_steps: int = 1,
         **kwargs: Any,
     ):
         """
@@ -56,6 +59,8 @@ class FiniteTrainer(SimpleTrainer):
             agreement: of the processes in each step. The trainer settles it between the backward
                 pass and the optimizer's step.
             image_ids: returns the ids of this process's images in the current step.
+            accumulation_steps: number of parts of a batch whose gradients are computed one after
+                the other, see :class:`ModelInParts`.
         """
         super().__init__(*args, **kwargs)
         # PyTorch gives this warning if the very first step was left out
@@ -65,11 +70,33 @@ class FiniteTrainer(SimpleTrainer):
         self._is_nonfinite = False
         self._any_process_is_nonfinite = agreement.add(lambda: self._is_nonfinite)
         self._image_ids = image_ids
+        self._accumulation_steps = accumulation_steps
         self._num_nonfinite_steps = 0
 
     def run_step(self) -> None:
-        with suppress(_LeftStep):
+        with suppress(_LeftStep), self._in_parts():
             super().run_step()
+
+    @contextmanager
+    def _in_parts(self) -> Iterator[None]:
+        """Around Detectron2's step, which sets gradients to zero after the forward pass."""
+        if self._accumulation_steps == 1:
+            yield
+            return
+        model: Any = self.model
+        in_parts: Any = ModelInParts(model, self._accumulation_steps, self._backward)
+        zero_grad = self.optimizer.zero_grad
+        zero_grad()
+        self.optimizer.zero_grad = lambda: None
+        self.model = in_parts
+        try:
+            yield
+        finally:
+            self.model, self.optimizer.zero_grad = model, zero_grad
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """As the Detectron2 trainer does it."""
+        loss.backward()
 
     def _write_metrics(
         self, loss_dict: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any
@@ -187,6 +214,11 @@ class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
     def _leave_step(self, losses: list[str], gradients: list[str]) -> NoReturn:
         self._has_stepped = True  # the scaler has not skipped it
         super()._leave_step(losses, gradients)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        with torch.autocast("cuda", enabled=False):
+            self.grad_scaler.scale(loss).backward()
+        torch.clear_autocast_cache()  # weights in float16 with the graph that is used up
 
     def run_step(self) -> None:
         self._has_stepped = False

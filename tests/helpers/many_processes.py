@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, default_setup
@@ -16,7 +17,9 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from msrcnn_d2.engine import build_recipe, train
 from msrcnn_d2.engine.launch import launch_processes
 from msrcnn_d2.engine.loaders import build_resumable_loader
+from msrcnn_d2.engine.trainer import FiniteTrainer
 from msrcnn_d2.utils import distributed
+from msrcnn_d2.utils.distributed import StepAgreement
 from msrcnn_d2.utils.errors import UserError, agree_on_user_errors, exit_on_user_error
 from msrcnn_d2_cli import build_parser
 from msrcnn_d2_cli.train import read_config
@@ -148,6 +151,35 @@ def two_steps(case: str) -> list[dict]:
     return steps
 
 
+def step_in_parts() -> dict:
+    """
+    Gradients of a step of our trainer in a job of two, each with two images in two parts, and how
+    often the processes have exchanged them.
+    """
+    first, second = images_of("all samples")
+    images = [[first, second], [second, second]][comm.get_rank()]
+    model = create_ddp_model(build_model("all samples"), broadcast_buffers=False, device_ids=None)
+    exchanges: list[int] = []
+
+    def exchange(state, bucket):
+        exchanges.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, exchange)
+    trainer = FiniteTrainer(
+        *(model, [images], torch.optim.SGD(model.parameters(), lr=0.01)),
+        max_nonfinite_steps=0,
+        agreement=StepAgreement(),
+        image_ids=lambda: [],
+        accumulation_steps=2,
+    )
+    with EventStorage():
+        trainer.run_step()
+    parameters = model.module.named_parameters()
+    gradients = {n: p.grad.clone() for n, p in parameters if p.requires_grad}
+    return {"gradients": gradients, "exchanges": exchanges}
+
+
 # ---- whole runs
 
 
@@ -182,6 +214,7 @@ def run_both(folder: Path, options: list[str]) -> None:
 def _keep(folder, options):
     kept = {
         "steps": {case: two_steps(case) for case in CASES},
+        "parts": step_in_parts(),
         "orders": {upright: order_of_images(upright) for upright in (False, True)},
         "run": train_and_keep(options, folder),
     }
