@@ -21,13 +21,9 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
 
+from .check_data import output
 from .parsing import UsageError, names_in_list, share
-
-if TYPE_CHECKING:
-    pass
 
 USAGE = "FORMAT INPUT OUT.json [options]"
 EXAMPLES = """
@@ -94,12 +90,16 @@ def check_arguments(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """1 if there are errors in what was written."""
     from msrcnn_d2.annotation_tools import convert_annotations
+    from msrcnn_d2.utils.errors import UserError
     from msrcnn_d2_runtime.text import listed, plural
 
     outputs = [args.output, *([args.val] if args.val else [])]
+    there = [path for path in outputs if os.path.exists(path)]
+    if there and not args.overwrite:
+        raise UserError(f"'{there[0]}' is there already: give another name, or --overwrite.")
     with contextlib.ExitStack() as stack:
         # Opened first, so that it is known before the long part that they can be written
-        files = [stack.enter_context(_output(path, args.overwrite)) for path in outputs]
+        files = [stack.enter_context(output(path, args.input)) for path in outputs]
         converted = convert_annotations(
             args.format, args.input, args.images, args.subset, args.classes, args.attribute
         )
@@ -125,23 +125,6 @@ def run(args: argparse.Namespace) -> int:
     names = converted.class_names
     print(f"{plural(len(names), 'class', 'classes')}: {listed(names, 20)}.")
     return int(any([_has_errors(path, converted.root) for path in outputs]))
-
-
-@contextlib.contextmanager
-def _output(path: str, overwrite: bool) -> Iterator[IO[str]]:
-    from msrcnn_d2.utils.errors import UserError
-    from msrcnn_d2_runtime.files import write_whole
-
-    if os.path.exists(path) and not (overwrite and os.path.isfile(path)):
-        raise UserError(f"'{path}' is there already: give another name, or --overwrite for a file.")
-    try:
-        with write_whole(path, "w") as file:
-            yield file
-    except OSError as error:
-        raise UserError(
-            f"Cannot write '{path}' ({error.strerror}): give the name of a file in a folder that "
-            "can be written to."
-        ) from error
 
 
 def _has_errors(path: str, images: str) -> bool:

@@ -123,6 +123,7 @@ def via(folder):
                 "_via_settings": {},
                 "_via_img_metadata": {
                     "a.png123": {"filename": "a.png", "size": 123, "regions": regions},
+                    "a.png-1": {"filename": "a.png", "size": -1, "regions": []},  # added again
                     "b.png123": {
                         "filename": "b.png",
                         "size": 123,
@@ -189,10 +190,12 @@ def label_studio(folder):
             result("x", "ellipselabels", **circle, ellipselabels=["cell"]),
             result("y", "rectanglelabels", **box, rectanglelabels=["ring"]),
         ),
-        task(3, "c.png"),
+        task(3, "c.png"),  # looked at, and without objects
+        {"id": 4, "data": {"image": "d.png"}, "annotations": []},
     ]
+    write_images(folder / "images", "c.png")
     (folder / "export.json").write_text(json.dumps(tasks))
-    expected = {"a.png": ["square", "ring"], "0a1b2c3d-b.png": ["disc", "rectangle"]}
+    expected = {"a.png": ["square", "ring"], "0a1b2c3d-b.png": ["disc", "rectangle"], "c.png": []}
     return folder / "export.json", {"images": str(folder / "images")}, expected, 2
 
 
@@ -238,10 +241,11 @@ def yolo(folder):
     def line(index, points):
         return " ".join([str(index), *(f"{x / WIDTH:.6f} {y / HEIGHT:.6f}" for x, y in points)])
 
-    lines = [line(0, SQUARE), "1 0.5 0.5 0.1 0.1", line(1, OUTLINE)]
+    lines = [line(1, SQUARE), "1 0.5 0.5 0.1 0.1", line(5, OUTLINE)]
     (folder / "train" / "labels" / "a.txt").write_text("\n".join(lines) + "\n")
     # As Roboflow writes it; the second image has no objects and no file
-    config = {"train": "../train/images", "val": "../valid/images", "names": ["cell", "ring"]}
+    names = {1: "cell", 5: "ring"}
+    config = {"train": "../train/images", "val": "../valid/images", "names": names}
     (folder / "data.yaml").write_text(yaml.safe_dump(config))
     expected = {"train/images/a.png": ["square", "plate"], "train/images/b.png": []}
     return folder / "data.yaml", {}, expected, 1
@@ -529,6 +533,13 @@ def test_a_line_that_is_no_outline_is_named(tmp_path):
         labels.write_text(text)
         with pytest.raises(UserError, match=r"labels/a.txt'"):
             convert_annotations("yolo", str(source), progress=False)
+
+
+def test_the_input_is_not_replaced(tmp_path, capsys):
+    source, *_ = via(tmp_path)
+    before = source.read_bytes()
+    assert exit_code("convert-data", "via", source, source, "--overwrite") == 2
+    assert "is the input" in capsys.readouterr().err and source.read_bytes() == before
 
 
 def test_options_that_do_not_go_together(tmp_path, capsys):

@@ -125,7 +125,10 @@ def convert_annotations(
     for image in found:
         image.objects = [*_known(image, names, source)]
     if not any(image.objects for image in found):
-        raise UserError(f"'{path}' has no objects with a mask: see what {kind.tool} has saved.")
+        of_classes = f" of the classes {', '.join(class_names)}" if class_names else ""
+        raise UserError(
+            f"'{path}' has no objects with a mask{of_classes}: see what {kind.tool} has saved."
+        )
     return Converted(found, names, str(source.root), source.skipped)
 
 

@@ -160,12 +160,13 @@ def via(source: Source) -> Iterator[AnnotatedImage]:
     entries = contents.get("_via_img_metadata", contents) if isinstance(contents, dict) else None
     if not entries or not all(isinstance(x, dict) and "filename" in x for x in entries.values()):
         raise UserError(f"'{source.path}' is no project of VIA 1 or 2, and no export as JSON.")
-    regions_of = {}
+    regions_of: dict[str, list[dict]] = {}
     for entry in entries.values():
         regions = entry["regions"]  # version 1 has numbers as keys
         file = source.root / entry["filename"].replace("\\", "/")
         name = source.name_of(file, source.root / file.name)
-        regions_of[name] = list(regions.values()) if isinstance(regions, dict) else regions
+        regions = regions.values() if isinstance(regions, dict) else regions
+        regions_of.setdefault(name, []).extend(regions)
     attribute = source.attribute or _via_class_attribute(source.path, regions_of.values())
     for name, size in source.sizes(regions_of).items():
         image = AnnotatedImage(name, size)
@@ -178,7 +179,7 @@ def via(source: Source) -> Iterator[AnnotatedImage]:
                 reason = f"has no {shown(attribute)}" if part else f"is a {shape['name']}"
                 source.skip(name, f"region {k} {reason}")
             else:
-                image.objects.append((label.strip(), [part]))
+                image.objects.append((str(label).strip(), [part]))
         yield image
 
 
@@ -219,8 +220,8 @@ def label_studio(source: Source) -> Iterator[AnnotatedImage]:
         valid = [x for x in task["annotations"] if not x.get("was_cancelled")]
         results = [x for x in (valid[0]["result"] if valid else []) if "original_width" in x]
         url = next((x for x in task["data"].values() if _is_image(x)), None)
-        if url is None or not results:
-            reason = "it has no image" if url is None else "it has no shapes"
+        if url is None or not valid:
+            reason = "it has no image" if url is None else "it has no annotation"
             source.skip(f"task {task.get('id')}", reason)
             continue
         file = _path_of(url)
@@ -232,7 +233,11 @@ def label_studio(source: Source) -> Iterator[AnnotatedImage]:
             source.skip(
                 name, f"{len(valid) - 1} of its {len(valid)} annotations, all but the first"
             )
-        image = AnnotatedImage(name, (results[0]["original_height"], results[0]["original_width"]))
+        sizes = [(x["original_height"], x["original_width"]) for x in results]
+        sizes = sizes or list(source.sizes([name]).values())
+        if not sizes:
+            continue
+        image = AnnotatedImage(name, sizes[0])
         shapes: dict[str, dict] = {}
         for result in results:  # the outline and the label of a shape may be two results
             shapes.setdefault(result["id"], {}).update(result["value"])
@@ -285,13 +290,14 @@ def _unpack_brush(data: bytes) -> np.ndarray:
 
     total, depth = read(32), read(5) + 1
     lengths = [read(4) + 1 for _ in range(4)]
+    dtype = np.uint8 if depth <= 8 else np.uint32
     runs: list[np.ndarray] = []
     done = 0
     while done < total:
         is_equal = read(1)
         length = read(lengths[read(2)]) + 1
         values = [read(depth) for _ in range(1 if is_equal else length)]
-        runs.append(np.full(length, values[0]) if is_equal else np.array(values))
+        runs.append(np.repeat(np.array(values, dtype), length if is_equal else 1))
         done += length
     return np.concatenate(runs)
 
@@ -302,12 +308,12 @@ def yolo(source: Source) -> Iterator[AnnotatedImage]:
     try:
         config = yaml.safe_load(file.read_text("utf-8"))
         names = config["names"]
-        names = [names[k] for k in sorted(names)] if isinstance(names, dict) else list(names)
+        names = names if isinstance(names, dict) else dict(enumerate(names))
     except OSError as error:
         raise UserError(f"'{file}' cannot be read ({error.strerror}): give data.yaml.") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError):
         raise UserError(f"'{file}' is no data.yaml of YOLO with the names of classes.") from None
-    source.class_names = source.class_names or names
+    source.class_names = source.class_names or [names[k] for k in sorted(names)]
     subset = source.subset or "train"
     if not config.get(subset):
         raise UserError(f"'{file}' has no '{subset}': name the part with --subset.")

@@ -95,7 +95,7 @@ def fix_dataset(
 
     Args:
         out: where to write the copy; for the other arguments see :func:`check_dataset`.
-        crowds_to_objects: whether each crowd is a single object; see :func:`fix_issues`.
+        crowds_to_objects: whether each crowd is a single object, which no file says.
 
     Raises:
         UserError: the dataset cannot be read, or none of its images is in the folder.

@@ -214,7 +214,7 @@ _TABLE = (
     Kind("crowd-mask", WARNING, ANNOTATION, Fix.NOTHING,
          "the mask is a crowd, perhaps only because CVAT and Datumaro write iscrowd 1 for all RLE",
          "Training leaves it out, and detections inside it do not count. If each is one object, "
-         "--fix with --crowds-to-objects makes it one."),
+         "`msrcnn-d2 check-data` with --fix OUT.json --crowds-to-objects makes it one."),
     Kind("box-rotated", WARNING, ANNOTATION, Fix.TURN_MASK,
          "the rectangle is turned, as CVAT's rotation says, but mask and box are not",
          "The model learns a wrong mask and a wrong box."),
