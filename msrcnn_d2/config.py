@@ -130,6 +130,8 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     # Number of detections of each image and class that count in evaluation; 0 for 100 or
     # TEST.DETECTIONS_PER_IMAGE, whichever is more
     cfg.TEST.MAX_DETS_PER_IMAGE = 0
+    # Whether to compute Boundary AP, too
+    cfg.TEST.BOUNDARY_AP = False
     # Whether evaluation on a GPU uses mixed precision; SOLVER.AMP is for training
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Consecutive steps that the gradient scaler of mixed precision may skip before training stops

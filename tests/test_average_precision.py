@@ -382,8 +382,8 @@ def test_results_for_other_images_are_refused(engine):
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="no task 'boundary'; choose 'bbox' or 'segm'"):
-        AveragePrecision(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5)], "boundary")
+    with pytest.raises(ValueError, match="no task 'masks'; choose .*bbox, segm, boundary"):
+        AveragePrecision(build_coco([thing(OBJECT)]), [found(OBJECT, 0.5)], "masks")
 
 
 # ---- choice of the engine

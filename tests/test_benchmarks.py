@@ -150,6 +150,11 @@ def test_both_engines_are_timed_on_the_same_work():
     assert [len(t.seconds) for t in timings] == [1, 1]  # it asserts that the numbers agree
 
 
+def test_boundary_ap_is_timed_on_the_same_work():
+    timings = evaluation.time_boundary_ap(*draw_dataset(2), rounds=1)
+    assert [len(t.seconds) for t in timings.values()] == [1, 1, 1]  # it asserts that they agree
+
+
 def test_without_sahi_tiles_are_measured_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "sahi", None)
     monkeypatch.setattr(tiles, "SIZE", 256)

@@ -700,6 +700,22 @@ def test_the_evaluation_counts_what_the_model_detects(path, overrides, limit, tm
     assert evaluator._max_dets_per_image[-1] == limit
 
 
+@pytest.mark.parametrize(
+    "path, key", [(LAZY, "dataloader.evaluator.boundary_ap"), (YACS, "TEST.BOUNDARY_AP")]
+)
+def test_boundary_ap_is_switched_on_in_both_kinds_of_config(path, key, tmp_path, dataset):
+    dataset("boundaries")
+    output = f"{'train.output_dir' if path == LAZY else 'OUTPUT_DIR'}={tmp_path}"
+    names = "dataloader.test.dataset.names=boundaries"
+    names = names if path == LAZY else "DATASETS.TEST=('boundaries',)"
+    for overrides, expected in [([], False), ([f"{key}=True"], True)]:
+        cfg = load_config(path, [output, names, *overrides])
+        evaluator = build_recipe(cfg).test_sets[0].build_evaluator()
+        assert evaluator._measures_boundaries is expected
+    with pytest.raises(UserError, match="True or False"):
+        load_config(path, [f"{key}=yes"])
+
+
 def test_the_summary_has_the_comparable_number_where_more_than_100_count():
     task = {"AP": 90.0, "AP50": 90.0, "AP75": 90.0, "AP@100": 31.0}
     table = summary_table({"bbox": task, "segm": task})
@@ -935,6 +951,24 @@ def test_summary_of_models_with_a_calibrator():
 def test_summary_of_a_model_without_mask_scores():
     task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
     assert "masks by" not in summary_table({"bbox": task, "segm": task})
+
+
+def test_summary_of_boundaries_and_keypoints():
+    task = {"AP": 30.0, "AP50": 50.0, "AP75": 31.25}
+    ranked = {"segm": task, "segm_by_class_score": task, "boundary_by_class_score": task}
+    results = {"bbox": task, **ranked, "boundary": {**task, "AP": 12.5}, "keypoints": task}
+    table = summary_table(results)
+    assert first_column(table) == [
+        "boxes",
+        "masks by class score",
+        "masks by mask score",
+        "boundaries by class score",
+        "boundaries by mask score",
+        "keypoints",
+    ]
+    assert "12.50" in table.splitlines()[-2]
+    plain = {task: results[task] for task in ("bbox", "segm", "boundary")}
+    assert first_column(summary_table(plain)) == ["boxes", "masks", "boundaries"]
 
 
 # Evaluation

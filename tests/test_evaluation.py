@@ -25,7 +25,7 @@ from msrcnn_d2.evaluation import (
     measure_mask_quality,
     true_mask_ious,
 )
-from msrcnn_d2.evaluation.average_precision import ENGINES
+from msrcnn_d2.evaluation.average_precision import ENGINES, AveragePrecision
 from msrcnn_d2.report import write_report
 from tests.helpers.toy import write_coco_json
 
@@ -415,6 +415,60 @@ def test_keypoints_are_evaluated_by_detectron2(tmp_path):
     ours = results(MaskScoringCOCOEvaluator, mask_quality=False)
     assert ours["keypoints"]["AP"] == pytest.approx(100)
     assert_same(ours, results(COCOEvaluator))
+
+
+# ---- Boundary AP
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("max_dets", [None, 3, 200])
+def test_boundary_ap_has_every_ranking(case, engine, max_dets):
+    json_file, images = case
+    kwargs = {"engine": engine, "use_fast_impl": None, "max_dets_per_image": max_dets}
+
+    results = evaluate(json_file, images, boundary_ap=True, **kwargs)
+
+    without = evaluate(json_file, images, **kwargs)
+    rankings = {"boundary": "mask_scores", "boundary_by_class_score": "scores"}
+    assert list(results) == ["bbox", *MASK_TASKS, *rankings]
+    assert_same({task: results[task] for task in without}, without)
+    for task, score in rankings.items():
+        found = coco_results(images, score)
+        ranked = AveragePrecision(
+            coco(json_file), found, "boundary", "pycocotools", [max(max_dets or 100, 10)]
+        )
+        numbers = ranked.evaluate([r["score"] for r in found]).numbers
+        expected = {name: 100 * numbers[name] for name in METRICS}
+        assert only_metrics(results[task]) == pytest.approx(expected, nan_ok=True)
+        assert results[task].keys() == results["segm"].keys()
+
+
+def test_boundary_ap_of_models_with_other_scores(tmp_path):
+    truth, images = CASES["several-classes"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+
+    plain = evaluate(json_file, without_mask_scores(images), boundary_ap=True, mask_quality=False)
+    calibrated = copy.deepcopy(images)
+    for instances in calibrated:
+        instances.quality_scores = instances.mask_scores
+        instances.mask_scores = instances.scores
+    calibrated = evaluate(json_file, calibrated, boundary_ap=True)
+
+    expected = evaluate(json_file, images, boundary_ap=True)
+    assert list(plain) == ["bbox", "segm", "boundary"]
+    assert_same(plain["boundary"], expected["boundary_by_class_score"])
+    assert_same(calibrated["boundary_by_quality_score"], expected["boundary"])
+    assert_same(calibrated["boundary"], expected["boundary_by_class_score"])
+
+
+def test_boundary_ap_needs_masks_that_are_evaluated(tmp_path):
+    truth, images = CASES["one-object"]
+    json_file = write_coco_json(tmp_path / "gt.json", truth, CATEGORY_IDS, IMAGE_SIZE)
+
+    assert list(evaluate(json_file, images, boundary_ap=True, tasks=["bbox"])) == ["bbox"]
+    nothing = evaluate(json_file, [x[:0] for x in images], boundary_ap=True, tasks=["segm"])
+    assert list(nothing) == ["segm", "boundary"]
+    assert math.isnan(nothing["boundary"]["AP"])
 
 
 @pytest.mark.parametrize("max_dets", [3, 200])

@@ -169,6 +169,7 @@ SETTINGS = [
     Setting("dataloader.test.batch_size", "DATALOADER.TEST_BATCH_SIZE", *FROM_1),
     Setting("dataloader.evaluator.engine", "TEST.COCO_ENGINE"),
     Setting("dataloader.evaluator.max_dets_per_image", "TEST.MAX_DETS_PER_IMAGE"),
+    Setting("dataloader.evaluator.boundary_ap", "TEST.BOUNDARY_AP", *SWITCH),
     Setting("dataloader.evaluator.kpt_oks_sigmas", "TEST.KEYPOINT_OKS_SIGMAS"),
     *(
         Setting(f"dataloader.images.{key}", yaml, default=default)

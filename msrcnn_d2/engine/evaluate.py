@@ -183,15 +183,18 @@ def summary_table(results: dict, published: Published | None = None) -> str:
         published: AP to show in a further column.
 
     Returns:
-        a table of AP, AP50 and AP75 of boxes and of masks under each ranking. If more than 100
-        detections of an image count, it also has AP@100, which compares with published results.
+        a table of AP, AP50 and AP75 of boxes, of masks and boundaries under each ranking, and of
+        keypoints. If more than 100 detections of an image count, it also has AP@100, which compares
+        with published results.
     """
     main = "mask_score" if "segm_by_class_score" in results else "class_score"
     titles = {"bbox": "boxes"}
-    for name in RANKINGS:
-        titles["segm" if name == main else f"segm_by_{name}"] = f"masks by {TITLES[name]}"
-    if not any(task.startswith("segm_by_") for task in results):  # a plain Mask R-CNN
-        titles["segm"] = "masks"
+    for kind, noun in (("segm", "masks"), ("boundary", "boundaries")):
+        for name in RANKINGS:
+            titles[kind if name == main else f"{kind}_by_{name}"] = f"{noun} by {TITLES[name]}"
+        if not any(task.startswith(f"{kind}_by_") for task in results):  # a plain Mask R-CNN
+            titles[kind] = noun
+    titles["keypoints"] = "keypoints"
     comparable_ap = {"bbox": published.box_ap} if published else {}
     if published and main == "mask_score":
         comparable_ap["segm"] = published.mask_ap

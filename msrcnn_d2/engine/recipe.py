@@ -442,6 +442,7 @@ def _coco_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluato
         output_dir=output_dir,
         engine=cfg.TEST.COCO_ENGINE or None,
         max_dets_per_image=cfg.TEST.MAX_DETS_PER_IMAGE or (limit if limit > 100 else None),
+        boundary_ap=cfg.TEST.BOUNDARY_AP,
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
     check_settings(evaluator, predicts_keypoints=cfg.MODEL.KEYPOINT_ON)

@@ -17,6 +17,7 @@ from .matching import Overlaps, Place
 __all__ = ["ENGINES", "AveragePrecision", "Evaluation", "choose_engine", "coco_numbers"]
 
 ENGINES = ("faster-coco-eval", "pycocotools")
+TASKS = ("bbox", "segm", "boundary")
 COCO_MAX_DETS = (1, 10, 100)
 
 
@@ -95,8 +96,8 @@ class AveragePrecision:
             coco_gt: the ground truth. Neither it nor `results` is modified.
             results: at least one detection in COCO's result format, with "bbox" or "segmentation"
                 (as compressed RLE) depending on the task. "score" is not used.
-            task: "bbox" or "segm". As in COCO the size of an object, for AP by size, is the area of
-                its "bbox" or of its mask.
+            task: "bbox", "segm" or "boundary", for Boundary AP; see :class:`Overlaps`. As in COCO
+                the size of an object, for AP by size, is the area of its "bbox" or of its mask.
             engine: see :func:`choose_engine`.
             max_dets: limits on the number of detections of each image and class. Recall is measured
                 at each limit, and AP at the largest.
@@ -106,8 +107,8 @@ class AveragePrecision:
             ValueError: for another task, and if results belong to images that the ground truth
                 does not have.
         """
-        if task not in ("bbox", "segm"):
-            raise ValueError(f"There is no task '{task}'; choose 'bbox' or 'segm'.")
+        if task not in TASKS:
+            raise ValueError(f"There is no task '{task}'; choose one of {', '.join(TASKS)}.")
         unknown = {r["image_id"] for r in results} - set(coco_gt.getImgIds())
         if unknown:
             raise ValueError(

@@ -35,6 +35,8 @@ __all__ = ["MaskScoringCOCOEvaluator", "check_settings"]
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm", "keypoints")
+# Tasks that Detectron2 does not know, and those with the same metrics that it does
+METRICS_OF = {"boundary": "segm"}
 COCO_KEYPOINTS = 17
 
 
@@ -46,7 +48,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     "segm_by_class_score", the AP of the same masks ranked by "scores"; "segm_by_quality_score",
     their AP ranked by "quality_scores", if the model has a calibrator; and "mask_quality", what the
     scores say about the masks (:meth:`MaskQuality.headline`). For a model without mask scores
-    "segm" is ranked by "scores", as in `COCOEvaluator`.
+    "segm" is ranked by "scores", as in `COCOEvaluator`. With `boundary_ap` there are also
+    "boundary", "boundary_by_class_score" and "boundary_by_quality_score".
 
     With an `output_dir` it writes, besides the files of `COCOEvaluator`, the files that a COCO
     server takes: "coco_bbox_results.json" with class scores, "coco_segm_results.json" with mask
@@ -67,6 +70,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         engine: str | None = None,
         use_fast_impl: bool | None = None,
         mask_quality: bool = True,
+        boundary_ap: bool = False,
         max_dets_per_image: int | None = None,
         class_names: Sequence[str] | None = None,
         **kwargs: Any,
@@ -86,6 +90,9 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 `use_class_names`.
             mask_quality: whether to measure the quality of masks. After an evaluation of masks, the
                 attribute `mask_quality` of the main process holds all of it; otherwise it is None.
+            boundary_ap: whether to compute Boundary AP, too, where masks are evaluated: AP with the
+                IoU of masks or that of their boundaries, whichever is smaller (Cheng et al.,
+                CVPR 2021). Boundaries are as wide as 2 % of the image's diagonal.
 
         Raises:
             ValueError: the engine is unknown, not installed or contradicts `use_fast_impl`; or
@@ -108,7 +115,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         self._limit_is_default = max_dets_per_image is None
         for annotation in self._coco_api.dataset.get("annotations", []):
             annotation.setdefault("iscrowd", 0)  # as in training
-        self._measures_mask_quality = mask_quality
+        self._measures_mask_quality, self._measures_boundaries = mask_quality, boundary_ap
         self.mask_quality: MaskQuality | None = None
         self._class_in_dataset: torch.Tensor | None = None
         if class_names is not None:
@@ -202,11 +209,14 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 *(most, limit, most),
             )
         logger.info("Evaluating predictions with %s ...", self._engine)
-        for task in sorted(self._tasks or self._tasks_from_predictions(results)):
+        tasks = set(self._tasks or self._tasks_from_predictions(results))
+        if self._measures_boundaries and "segm" in tasks:
+            tasks.add("boundary")
+        for task in sorted(tasks, key=(*TASKS, "boundary").index):
             if task == "keypoints":
                 self._results[task] = self._keypoint_results(predictions, img_ids)
             elif not results:
-                self._results[task] = self._derive_coco_results(None, task)
+                self._results[task] = self._derive_coco_results(None, METRICS_OF.get(task, task))
             else:
                 self._results.update(self._ranked_results(task, results, img_ids))
 
@@ -230,25 +240,30 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
     def _ranked_results(
         self, task: str, results: list[dict], img_ids: Collection | None
     ) -> dict[str, dict[str, float]]:
-        """AP of boxes; or AP of masks under every ranking that they have, and their quality."""
+        """
+        AP of boxes; AP of masks under every ranking that they have, and their quality; or Boundary
+        AP under every ranking.
+        """
         limits = self._max_dets_per_image
         if limits[-1] > COCO_MAX_DETS[-1]:
             limits = [*COCO_MAX_DETS, limits[-1]]
         ranking = AveragePrecision(self._coco_api, results, task, self._engine, limits, img_ids)
         scores = scores_of(results)
-        if task != "segm":
+        if task == "bbox":
             return {task: self._results_of(ranking.evaluate(scores["class_score"]), task)}
         evaluations, by_score = {}, {}
         for name in (name for name in RANKINGS if name in scores):
-            if name != "class_score":
+            if task == "boundary":
+                logger.info("Boundary AP of masks ranked by %s:", TITLES[name])
+            elif name != "class_score":
                 logger.info("Masks ranked by %s:", TITLES[name])
             evaluations[name] = ranking.evaluate(scores[name])
             by_score[name] = self._results_of(evaluations[name], task)
         # A model without mask scores has Detectron2's ranking
         main = "mask_score" if "mask_score" in by_score else "class_score"
-        ranked = {"segm": by_score.pop(main)}
-        ranked |= {f"segm_by_{name}": numbers for name, numbers in by_score.items()}
-        if self._measures_mask_quality:
+        ranked = {task: by_score.pop(main)}
+        ranked |= {f"{task}_by_{name}": numbers for name, numbers in by_score.items()}
+        if task == "segm" and self._measures_mask_quality:
             self.mask_quality = MaskQuality(ranking, evaluations)
             logger.info("Quality of masks:\n%s", self.mask_quality.table())
             ranked["mask_quality"] = self.mask_quality.headline()
@@ -258,7 +273,9 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         recalls = {k: 100 * v for k, v in evaluation.numbers.items() if k.startswith("AR")}
         logger.info("Average recall for %s:\n%s", task, create_small_table(recalls))
         class_names = self._metadata.get("thing_classes")
-        numbers = self._derive_coco_results(evaluation, task, class_names=class_names)
+        numbers = self._derive_coco_results(
+            evaluation, METRICS_OF.get(task, task), class_names=class_names
+        )
         if self._max_dets_per_image[-1] > COCO_MAX_DETS[-1]:
             number_of_limits = len(COCO_MAX_DETS)
             at_100 = coco_numbers(

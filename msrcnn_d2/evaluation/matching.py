@@ -11,6 +11,8 @@ from pycocotools.coco import COCO
 
 from msrcnn_d2_runtime.iou_thresholds import IOU_THRESHOLDS
 
+from .boundaries import boundaries_of
+
 __all__ = ["Matches", "Overlaps", "Place", "right_detections", "true_mask_ious"]
 
 
@@ -70,7 +72,9 @@ class Overlaps:
         Args:
             coco_gt: the ground truth.
             results: N detections in COCO's result format, with "segmentation" as RLE or "bbox".
-            task: "segm" for the IoUs of masks, "bbox" for those of boxes.
+            task: "segm" for the IoUs of masks, "bbox" for those of boxes. "boundary" for what
+                Boundary AP uses: the IoU of masks or that of their boundaries, whichever is smaller
+                (Cheng et al., CVPR 2021, section 6). Crowds have the same IoUs as for "segm".
         """
         self.coco_gt, self.results, self.task = coco_gt, results, task
         places: dict[tuple, Place] = defaultdict(Place)
@@ -89,6 +93,18 @@ class Overlaps:
                     rles = [coco_gt.annToRLE(a) for a in place.objects]
                     shapes = [r["segmentation"] for r in found], rles
                 place.ious = mask_util.iou(*shapes, place.is_crowd.tolist())
+                if task == "boundary":
+                    # Boundaries lie inside the masks, so that others have nothing in common either
+                    touches = (place.ious > 0) & ~place.is_crowd
+                    rows, columns = (touches.any(axis=k).nonzero()[0] for k in (1, 0))
+                    if len(rows):
+                        part = np.ix_(rows, columns)
+                        outlines = (
+                            boundaries_of([masks[k] for k in chosen])
+                            for masks, chosen in zip(shapes, (rows, columns))
+                        )
+                        ious = mask_util.iou(*outlines, [False] * len(columns))
+                        place.ious[part] = np.minimum(place.ious[part], ious)
 
     @cached_property
     def areas(self) -> np.ndarray:
