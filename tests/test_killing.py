@@ -7,10 +7,12 @@ the moments. `make nightly` kills more often, at other moments each time; a fail
 
 import errno
 import io
+import multiprocessing
 import os
 import random
 import re
 import signal
+import time
 import zipfile
 from pathlib import Path
 
@@ -197,6 +199,19 @@ def test_only_a_second_keyboard_interrupt_does_not_wait_for_the_step():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_processes_that_a_dataset_forks_can_be_ended():
+    # multiprocessing.Pool, with which Detectron2 reads Cityscapes, waits for this
+    stop = StopOnSignal(lambda: 0, StepAgreement())
+    with stop.listening():
+        forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        forked.start()
+        forked.terminate()
+        forked.join(10)
+        ended = forked.exitcode
+        forked.kill()
+    assert ended == -signal.SIGTERM
 
 
 def test_a_finished_training_that_is_stopped_in_its_evaluation_stays_finished(base, tmp_path):

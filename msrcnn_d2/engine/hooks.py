@@ -194,7 +194,16 @@ def stop_signals_handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    own = os.getpid()
+
+    def handle_here(number: int, frame: Any) -> None:
+        if os.getpid() == own:
+            handle(number, frame)
+        else:  # a fork; a `multiprocessing.Pool`, with which Cityscapes is read, ends its own so
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    before = {number: signal.signal(number, handle_here) for number in STOP_SIGNALS}
     try:
         yield
     finally:
