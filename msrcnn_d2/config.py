@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, LVISEvaluator
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.roi_heads import (
@@ -25,7 +25,11 @@ from detectron2.modeling.roi_heads import (
 from detectron2.solver import WarmupParamScheduler
 from detectron2.utils.registry import locate
 
-from .evaluation import MaskScoringCOCOEvaluator
+from .evaluation import (
+    MaskScoringCityscapesEvaluator,
+    MaskScoringCOCOEvaluator,
+    MaskScoringLVISEvaluator,
+)
 from .modeling import (
     LEARN_FROM,
     CascadeMaskScoringROIHeads,
@@ -52,6 +56,12 @@ TWINS = {
     StandardROIHeads: MaskScoringROIHeads,
     CascadeROIHeads: CascadeMaskScoringROIHeads,
     Res5ROIHeads: Res5MaskScoringROIHeads,
+}
+# Detectron2's evaluators of instances, and ours, which rank masks by mask score
+OUR_EVALUATORS = {
+    COCOEvaluator: MaskScoringCOCOEvaluator,
+    LVISEvaluator: MaskScoringLVISEvaluator,
+    CityscapesInstanceEvaluator: MaskScoringCityscapesEvaluator,
 }
 # Detectron2's models, and those in which only the MaskIoU head learns
 RETROFITS = {
@@ -164,8 +174,9 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     """
     Turn the LazyConfig of a Mask R-CNN into that of a Mask Scoring R-CNN.
 
-    The ROI heads get a MaskIoU head whose sizes follow the mask head's, and Detectron2's COCO
-    evaluator is replaced by the one that ranks masks by mask score. Nothing else changes.
+    The ROI heads get a MaskIoU head whose sizes follow the mask head's, and Detectron2's evaluator
+    (COCO, LVIS or Cityscapes) is replaced by the one that ranks masks by mask score. Nothing else
+    changes.
 
     Args:
         cfg: a LazyConfig with a `model` whose `roi_heads` are Detectron2's StandardROIHeads,
@@ -229,11 +240,12 @@ def shape_after(shape: ShapeSpec, stride_per_block: list[int]) -> ShapeSpec:
 
 
 def _use_our_evaluators(cfg: DictConfig) -> None:
-    """Replace Detectron2's COCO evaluators by ours, in place."""
+    """Replace Detectron2's evaluators of instances by ours, in place."""
     evaluators = cfg.get("dataloader", {}).get("evaluator") or []
     for evaluator in [evaluators] if isinstance(evaluators, DictConfig) else evaluators:
-        if target_of(evaluator) is COCOEvaluator:
-            evaluator._target_ = MaskScoringCOCOEvaluator
+        found = target_of(evaluator)
+        if found in OUR_EVALUATORS:
+            evaluator._target_ = OUR_EVALUATORS[found]
 
 
 def add_mask_calibrator(cfg: Config) -> Config:

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from msrcnn_d2.coco_format import check_fits, read_annotations, read_results
     from msrcnn_d2.evaluation.average_precision import choose_engine
+    from msrcnn_d2.evaluation.federated import in_terms_of_coco, is_federated
     from msrcnn_d2.evaluation.mask_quality import limit_of, measure_mask_quality
     from msrcnn_d2.report import write_report
     from msrcnn_d2.utils.errors import UserError
@@ -82,6 +83,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"Reading {args.results} and {args.annotations} ...", flush=True)
     coco_gt = read_annotations(args.annotations)
     results = check_fits(read_results(args.results), coco_gt)
+    if is_federated(coco_gt):
+        number = len(results)
+        coco_gt, results = in_terms_of_coco(coco_gt, results)
+        print(
+            "The annotations are LVIS's. Predictions of categories that an image was not searched "
+            f"for do not count: {number - len(results):,} of {number:,}."
+        )
+        if not results:
+            raise UserError("None of the predictions is of a category that its image has.")
     max_dets = args.max_dets or limit_of(results)
     warn_of_more_than(max_dets, results)
     print(f"Evaluating {len(results):,} predictions ...", flush=True)

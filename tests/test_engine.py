@@ -39,6 +39,7 @@ from msrcnn_d2.engine.loaders import (
     build_resumable_loader,
     build_test_loader,
 )
+from msrcnn_d2.engine.preflight import check_registered
 from msrcnn_d2.engine.recipe import EVALUATORS_OF, TestSet
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.published_models import Published
@@ -242,6 +243,17 @@ def test_missing_annotations(tmp_path, dataset, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     # Nor has it where the path is below it: this path was given, not derived from it
     assert "DETECTRON2_DATASETS" not in refusal(recipe_on(tmp_path, "check_no_json"))
+
+
+@pytest.mark.parametrize("name", ["lvis_v1_val", "cityscapes_fine_instance_seg_val"])
+def test_where_data_of_detectron2s_names_are_looked_for(name, monkeypatch):
+    metadata, missing = MetadataCatalog.get(name), "missing/datasets"
+    for key in {"json_file", "gt_dir"} & set(vars(metadata)):
+        folder = name.split("_")[0]
+        monkeypatch.setitem(vars(metadata), key, f"{missing}/{folder}/file_or_folder")
+        monkeypatch.setenv("DETECTRON2_DATASETS", missing)
+        with pytest.raises(UserError, match=f"{name}.*file_or_folder.*contains {folder}/"):
+            check_registered(name)
 
 
 @pytest.mark.parametrize("content", ["", '{"images": [', "[]", "{}", '{"categories": 3}'])

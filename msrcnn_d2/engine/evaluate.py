@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
     COCOEvaluator,
     DatasetEvaluators,
+    LVISEvaluator,
     inference_on_dataset,
     print_csv_format,
 )
@@ -29,7 +31,8 @@ from msrcnn_d2_runtime.scores import RANKINGS, TITLES
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..class_names import difference, same
-from ..evaluation import MaskQuality, MaskScoringCOCOEvaluator
+from ..evaluation import MaskQuality
+from ..evaluation.instance_results import ClassesByName, InstanceResults
 from ..modeling import UnpastedMasks
 from ..modeling.acceleration import channels_last_on_cpu, compile_dense_parts
 from ..published_models import Published
@@ -125,7 +128,7 @@ def evaluate(
         if not comm.is_main_process():
             continue
         print_csv_format(results)
-        if "bbox" in results:
+        if any(task in results for task in ("bbox", "segm")):
             comparable = published if test_set.names == ("coco_2017_val",) else None
             logger.info("Results on %s:\n%s", test_set, summary_table(results, comparable))
         measured = (getattr(e, "mask_quality", None) for e in evaluators_in(evaluator))
@@ -160,7 +163,7 @@ def run_inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator
 def _takes_unpasted_masks(evaluator: Any) -> bool:
     """A `process` of the user's own may expect masks of the image's size."""
     kind = type(evaluator)
-    if getattr(kind, "process", None) is MaskScoringCOCOEvaluator.process:
+    if getattr(kind, "process", None) is InstanceResults.process:
         return True
     return vars(kind).get("takes_unpasted_masks", False)  # of this class itself
 
@@ -199,7 +202,9 @@ def summary_table(results: dict, published: Published | None = None) -> str:
     if published and main == "mask_score":
         comparable_ap["segm"] = published.mask_ap
     at_100 = ["AP@100"] if any("AP@100" in result for result in results.values()) else []
-    metrics = ("AP", "AP50", "AP75", *at_100)
+    shown = [result for task, result in results.items() if task in titles]
+    # Cityscapes has no AP75
+    metrics = [m for m in ("AP", "AP50", "AP75", *at_100) if any(m in result for result in shown)]
     table = [
         [
             title,
@@ -254,17 +259,17 @@ def use_names(
                 check_number(dataset, names, recipe.num_classes)
         return
     for one in evaluators_in(evaluator):
-        if isinstance(one, MaskScoringCOCOEvaluator):
+        if isinstance(one, ClassesByName):
             one.use_class_names(class_names)
-        elif isinstance(one, COCOEvaluator):
+        elif isinstance(one, (COCOEvaluator, LVISEvaluator, CityscapesInstanceEvaluator)):
             for dataset in test_set.names:
                 names = names_of_dataset(dataset)
                 if names is None or same(class_names, names):
                     continue
                 why_not = difference("the model", class_names, f"dataset '{dataset}'", names)
                 raise UserError(
-                    f"{why_not} MaskScoringCOCOEvaluator evaluates by name; {type(one).__name__} "
-                    "does not."
+                    f"{why_not} Our evaluators, such as MaskScoringCOCOEvaluator, evaluate by "
+                    f"name; {type(one).__name__} does not."
                 )
 
 

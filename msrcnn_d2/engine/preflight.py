@@ -222,15 +222,21 @@ def dicts_of_dataset(name: str) -> list[dict]:
 def _check_paths(name: str, metadata: Any) -> None:
     if name in OF_DETECTRON2:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        path = str(metadata.get("json_file") or metadata.get("gt_dir") or "coco/")
+        folder = os.path.relpath(path, root).split(os.sep)[0]
         advice = (
-            f"Set DETECTRON2_DATASETS (now '{root}') to the folder that contains coco/, or "
+            f"Set DETECTRON2_DATASETS (now '{root}') to the folder that contains {folder}/, or "
             "register your own data with --dataset."
         )
     else:
         advice = "Correct the path, such as the one given with --dataset."
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    # Cityscapes has folders of both, with other names
+    json_file, gt_dir = metadata.get("json_file"), metadata.get("gt_dir")
+    image_root = metadata.get("image_root") or metadata.get("image_dir")
     if json_file and not PathManager.isfile(json_file):
         raise UserError(f"Annotations of dataset '{name}' are not at '{json_file}'. {advice}")
+    if gt_dir and not PathManager.isdir(gt_dir):
+        raise UserError(f"Annotations of dataset '{name}' are not in '{gt_dir}'. {advice}")
     if image_root and not (PathManager.isdir(image_root) and PathManager.ls(image_root)):
         raise UserError(f"Images of dataset '{name}' are not in '{image_root}'. {advice}")
 

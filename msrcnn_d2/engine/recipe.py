@@ -23,9 +23,11 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
     COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
+    LVISEvaluator,
     verify_results,
 )
 from detectron2.modeling import build_model
@@ -35,7 +37,11 @@ from detectron2.utils import comm
 from msrcnn_d2_runtime.image_reading import ImageSettings
 
 from ..config import has_mask_calibrator, target_of
-from ..evaluation import MaskScoringCOCOEvaluator
+from ..evaluation import (
+    MaskScoringCityscapesEvaluator,
+    MaskScoringCOCOEvaluator,
+    MaskScoringLVISEvaluator,
+)
 from ..evaluation.average_precision import choose_engine
 from ..evaluation.coco_evaluator import check_settings
 from ..image_reading import image_settings
@@ -55,6 +61,9 @@ ERRORS_OF_ARGUMENTS = (
 )
 LOADER = "dataloader.test (yaml: DATASETS.TEST, DATALOADER)"
 EVALUATOR = "dataloader.evaluator (yaml: TEST)"
+# Evaluators of one dataset, and those of them that write files
+OF_INSTANCES = (COCOEvaluator, LVISEvaluator, CityscapesInstanceEvaluator)
+WRITING = (COCOEvaluator, LVISEvaluator, MaskScoringCityscapesEvaluator)
 
 
 @dataclass
@@ -267,10 +276,10 @@ def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
     shares = [evaluators] if len(tests) == 1 else [[x] for x in evaluators]
     test_sets: list[TestSet] = []
     for test, names, share in zip(tests, names_of, shares):
-        if len(names) > 1 and any(map(_is_of_coco, share)):
+        if len(names) > 1 and any(map(_is_of_instances, share)):
             raise UserError(
                 f"dataloader.test.dataset.names has {len(names)} datasets ({', '.join(names)}), "
-                "but a COCO evaluator takes one: make dataloader.test and dataloader.evaluator "
+                "but an evaluator takes one: make dataloader.test and dataloader.evaluator "
                 "lists, with a loader and an evaluator for each."
             )
         predicts_keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
@@ -300,31 +309,34 @@ def _as_list(dataloader: DictConfig, key: str) -> list:
     return nodes
 
 
-def _is_of_coco(evaluator: Any) -> bool:
+def _is_of_instances(evaluator: Any, kinds: tuple[type, ...] = OF_INSTANCES) -> bool:
     target = target_of(evaluator) if isinstance(evaluator, DictConfig) else None
-    return isinstance(target, type) and issubclass(target, COCOEvaluator)
+    return isinstance(target, type) and issubclass(target, kinds)
 
 
 def _complete(evaluators: list, cfg: DictConfig) -> None:
-    """Set where COCO evaluators write and how many detections count, if the user has not."""
-    of_coco = [x for x in evaluators if _is_of_coco(x)]
+    """Set where evaluators write and how many detections count, if the user has not."""
+    of_instances = [x for x in evaluators if _is_of_instances(x)]
+    writing = [x for x in evaluators if _is_of_instances(x, WRITING)]
     limit = _detections_per_image(cfg)
     folders: Counter = Counter()
-    for evaluator in of_coco:
+    for evaluator in of_instances:
         # A list of one dataset is as good as its name
         names = _names(evaluator, "dataset_name", "dataloader.evaluator.")
         if len(names) == 1:
             evaluator.dataset_name = names[0]
-        if evaluator.get("output_dir") is None:
+        if _is_of_instances(evaluator, WRITING) and evaluator.get("output_dir") is None:
             folder = os.path.join(cfg.train.output_dir, "inference")
-            if len(of_coco) > 1:
+            if len(writing) > 1:
                 folder = os.path.join(folder, ", ".join(names))
             folders[folder] += 1
             number = folders[folder]
             evaluator.output_dir = folder if number == 1 else f"{folder} ({number})"
-        if limit is not None and limit > 100 and evaluator.get("max_dets_per_image") is None:
+        is_of_coco = _is_of_instances(evaluator, (COCOEvaluator,))
+        given = evaluator.get("max_dets_per_image")
+        if is_of_coco and given is None and limit is not None and limit > 100:
             evaluator.max_dets_per_image = limit
-    number_of = Counter(evaluator.output_dir for evaluator in of_coco)
+    number_of = Counter(evaluator.output_dir for evaluator in writing)
     shared = next((folder for folder, number in number_of.items() if number > 1), None)
     if shared is not None:
         raise UserError(
@@ -338,7 +350,7 @@ def _lazy_evaluators(nodes: list, predicts_keypoints: bool) -> Any:
     evaluators = []
     for node in nodes:
         with _one_sentence(EVALUATOR):
-            if _is_of_coco(node):
+            if _is_of_instances(node):
                 _check_dataset_of_evaluator(node)
             evaluators.append(instantiate(node))
             if isinstance(evaluators[-1], COCOEvaluator):
@@ -354,7 +366,7 @@ def _check_dataset_of_evaluator(node: DictConfig) -> None:
     name = node.get("dataset_name")
     if isinstance(name, ListConfig):
         raise UserError(
-            f"dataloader.evaluator.dataset_name is {name!r}, but a COCO evaluator takes one "
+            f"dataloader.evaluator.dataset_name is {name!r}, but an evaluator takes one "
             "dataset: make dataloader.evaluator a list, with an evaluator for each."
         )
     known = name in DatasetCatalog.list() or (
@@ -449,11 +461,22 @@ def _coco_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluato
     return evaluator
 
 
+def _lvis_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
+    limit = cfg.TEST.MAX_DETS_PER_IMAGE or None
+    return MaskScoringLVISEvaluator(name, output_dir=output_dir, max_dets_per_image=limit)
+
+
+def _cityscapes_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
+    return MaskScoringCityscapesEvaluator(name, output_dir)
+
+
 # What builds the evaluators of a test set in a yaml config, by the "evaluator_type" in its
 # metadata, as in Detectron2's tools/train_net.py. Each is called with the config, the name of the
 # dataset and the folder for files, when the evaluation begins
 EVALUATORS_OF: dict[str, Sequence[Callable[[CfgNode, str, str], DatasetEvaluator]]] = {
     "coco": (_coco_evaluator,),
+    "lvis": (_lvis_evaluator,),
+    "cityscapes_instance": (_cityscapes_evaluator,),
 }
 
 

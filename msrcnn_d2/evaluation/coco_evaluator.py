@@ -1,25 +1,17 @@
 """COCO evaluation that ranks boxes by class score, and masks by every score that they have."""
 
 import copy
-import json
 import logging
 import math
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
-
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
-from msrcnn_d2_runtime.scores import MASK_IOU_PROBS, RANKINGS, SCORES, TITLES, scores_of
+from msrcnn_d2_runtime.scores import RANKINGS, TITLES, scores_of
 
-from ..class_names import match, obstacle, same
-from ..utils.errors import UserError
 from .average_precision import (
     COCO_MAX_DETS,
     AveragePrecision,
@@ -27,7 +19,7 @@ from .average_precision import (
     choose_engine,
     coco_numbers,
 )
-from .mask_encoding import encode_predicted_masks
+from .instance_results import InstanceResults, check_limit
 from .mask_quality import MaskQuality
 
 __all__ = ["MaskScoringCOCOEvaluator", "check_settings"]
@@ -40,7 +32,7 @@ METRICS_OF = {"boundary": "segm"}
 COCO_KEYPOINTS = 17
 
 
-class MaskScoringCOCOEvaluator(COCOEvaluator):
+class MaskScoringCOCOEvaluator(InstanceResults, COCOEvaluator):
     """
     :class:`COCOEvaluator` that ranks boxes by "scores" and masks by "mask_scores".
 
@@ -63,6 +55,8 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
 
     "pred_masks" may be full-size masks, or the `ROIMasks` (probabilities) of "pred_boxes".
     """
+
+    file_prefix = "coco"
 
     def __init__(
         self,
@@ -100,7 +94,7 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             UserError: from :meth:`use_class_names`.
         """
         if max_dets_per_image is not None:
-            _check_limit(max_dets_per_image)
+            check_limit(max_dets_per_image)
         if use_fast_impl is False and engine is None:
             engine = "pycocotools"
         if use_fast_impl is not None and use_fast_impl == (engine == "pycocotools"):
@@ -117,79 +111,19 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
             annotation.setdefault("iscrowd", 0)  # as in training
         self._measures_mask_quality, self._measures_boundaries = mask_quality, boundary_ap
         self.mask_quality: MaskQuality | None = None
-        self._class_in_dataset: torch.Tensor | None = None
         if class_names is not None:
             self.use_class_names(class_names)
 
-    def use_class_names(self, class_names: Sequence[str]) -> None:
-        """
-        Find the model's classes in the dataset by name. Predictions of classes that the dataset
-        does not have are left out; objects of classes that the model does not know are missed.
-
-        Args:
-            class_names: names of the model's classes, in their order.
-
-        Raises:
-            UserError: the names are the same in another order, or have none in common.
-        """
-        own = self._metadata.get("thing_classes")
+    def _own_class_names(self) -> Sequence[str] | None:
+        own = super()._own_class_names()
         if own is None:  # Detectron2 has not loaded the dataset yet, and would take these names
             categories = self._coco_api.dataset.get("categories", [])
             own = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
-        self._class_in_dataset = None
-        if not own or same(own, class_names):
-            return
-        dataset = f"dataset '{self._metadata.get('name')}'"
-        why_not = obstacle("the model", class_names, dataset, own)
-        if why_not:
-            raise UserError(
-                f"{why_not} Evaluate on annotations with the model's names, in the order of their "
-                "ids."
-            )
-        positions = match(class_names, own)
-        self._class_in_dataset = torch.tensor([-1 if k is None else k for k in positions])
-        left_out = [name for name, k in zip(class_names, positions) if k is None]
-        if left_out:
-            logger.info(
-                "Predictions of classes that %s does not have are left out: %s.",
-                *(dataset, ", ".join(left_out)),
-            )
-        unknown = [name for name in own if name not in class_names]
-        if unknown:
-            logger.warning(
-                "The model does not know these classes of %s. Their objects count as missed: %s.",
-                *(dataset, ", ".join(unknown)),
-            )
+        return own
 
     def reset(self) -> None:
         super().reset()
         self.mask_quality = None
-
-    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        for image, output in zip(inputs, outputs):
-            if "instances" not in output:
-                super().process([image], [output])
-                continue
-            instances = output["instances"].to("cpu")
-            if self._class_in_dataset is not None:
-                classes = self._class_in_dataset[instances.pred_classes]
-                instances = instances[classes >= 0]
-                instances.pred_classes = classes[classes >= 0]
-            # The base class would paste and encode masks one by one, so it sees none
-            fields = {k: v for k, v in instances.get_fields().items() if k != "pred_masks"}
-            without_masks = Instances(instances.image_size, **fields)
-            super().process([image], [{**output, "instances": without_masks}])
-            results = self._predictions[-1]["instances"]
-            if instances.has("pred_masks"):
-                for result, rle in zip(results, encode_predicted_masks(instances)):
-                    result["segmentation"] = rle
-            for score in SCORES.values():
-                if score.key != "score" and instances.has(score.field):
-                    for result, value in zip(results, instances.get(score.field).tolist()):
-                        result[score.key] = value
-            if instances.has(MASK_IOU_PROBS):
-                for result, probs in zip(results, instances.get(MASK_IOU_PROBS).tolist()):
-                    result[MASK_IOU_PROBS] = [round(p, 6) for p in probs]  # for a smaller file
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Collection | None = None) -> None:
         logger.info("Preparing results for COCO format ...")
@@ -219,23 +153,6 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
                 self._results[task] = self._derive_coco_results(None, METRICS_OF.get(task, task))
             else:
                 self._results.update(self._ranked_results(task, results, img_ids))
-
-    def _with_dataset_categories(self, predictions: list[dict]) -> list[dict]:
-        """Copies of all results, with category ids of the dataset instead of classes."""
-        results = [dict(r) for x in predictions for r in x["instances"]]
-        classes = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if classes is None:
-            return results
-        categories = {class_: category for category, class_ in classes.items()}
-        for result in results:
-            class_ = result["category_id"]
-            if class_ not in categories:
-                raise ValueError(
-                    f"A prediction has class {class_}, but the dataset has {len(categories)} "
-                    "classes, counted from 0: set the number of classes of the model to that."
-                )
-            result["category_id"] = categories[class_]
-        return results
 
     def _ranked_results(
         self, task: str, results: list[dict], img_ids: Collection | None
@@ -297,29 +214,6 @@ class MaskScoringCOCOEvaluator(COCOEvaluator):
         COCOEvaluator._eval_predictions(evaluator, predictions, img_ids)
         return evaluator._results["keypoints"]
 
-    def _write_files(self, results: list[dict]) -> None:
-        logger.info("Saving results to %s", self._output_dir)
-        files = {"coco_instances_results.json": results}
-        # A COCO server takes boxes and masks, each with the score that they are ranked by
-        if any("bbox" in r for r in results):
-            files["coco_bbox_results.json"] = [
-                {k: r[k] for k in ("image_id", "category_id", "bbox", "score")} for r in results
-            ]
-        by_score = {"coco_segm_results.json": "mask_score"}
-        if any("quality_score" in r for r in results):
-            by_score["coco_segm_by_quality_score_results.json"] = "quality_score"
-        for name, key in by_score.items() if any("segmentation" in r for r in results) else ():
-            files[name] = [
-                {
-                    **{k: r[k] for k in ("image_id", "category_id", "segmentation")},
-                    "score": r.get(key, r["score"]),
-                }
-                for r in results
-            ]
-        for name, entries in files.items():
-            with PathManager.open(os.path.join(self._output_dir, name), "w") as f:
-                f.write(json.dumps(entries))
-
 
 def check_settings(evaluator: COCOEvaluator, predicts_keypoints: bool) -> None:
     """
@@ -333,7 +227,7 @@ def check_settings(evaluator: COCOEvaluator, predicts_keypoints: bool) -> None:
         ValueError: `max_dets_per_image`, `tasks` or `kpt_oks_sigmas` has the wrong form, or the
             number of keypoints in the annotations is not the number of sigmas.
     """
-    _check_limit(evaluator._max_dets_per_image[-1])
+    check_limit(evaluator._max_dets_per_image[-1])
     tasks = evaluator._tasks
     if tasks is not None and (not _is_list(tasks) or not set(tasks) <= set(TASKS)):
         raise ValueError(f"tasks is a list of some of {', '.join(TASKS)}, not {tasks!r}.")
@@ -352,11 +246,6 @@ def check_settings(evaluator: COCOEvaluator, predicts_keypoints: bool) -> None:
             f"kpt_oks_sigmas has {number} numbers{'' if sigmas else ' by default'}, but objects "
             f"have {len(keypoints) // 3} keypoints: give one number for each."
         )
-
-
-def _check_limit(limit: object) -> None:
-    if type(limit) is not int or limit < 1:
-        raise ValueError(f"max_dets_per_image is a whole number from 1 on, not {limit!r}.")
 
 
 def _is_list(value: object) -> bool:
