@@ -438,6 +438,7 @@ def tenth_for_the_backbone(name):
 
 def test_a_function_of_names_is_for_detectron2_after_0_6(tiny):
     cfg = toy_config()
+    cfg.optimizer.params.base_lr = cfg.optimizer.lr
     cfg.optimizer.params.lr_factor_func = tenth_for_the_backbone
     recipe = build_recipe(cfg)
     if "lr_factor_func" not in inspect.signature(get_default_optimizer_params).parameters:
