@@ -148,6 +148,15 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.MAX_SKIPPED_STEPS = 50
     # Whether to compile backbone and heads with torch.compile, for training and evaluation
     cfg.SOLVER.COMPILE = False
+    # The result of the evaluations, such as "segm/AP" or "validation/total_loss", whose best one
+    # "model_best.pth" has; "" for no such file. "max" if more is better, "min" if less is
+    cfg.SOLVER.BEST_CHECKPOINTER = CfgNode({"VAL_METRIC": "segm/AP", "MODE": "max"})
+    # Number of evaluations after which training ends if this result has not become better, by more
+    # than MIN_DELTA; 0 for no limit
+    cfg.SOLVER.EARLY_STOPPING = CfgNode({"PATIENCE": 0, "MIN_DELTA": 0.0})
+    # Whether each evaluation during training computes the training's losses on a dataset; ""
+    # for the test sets. Number of its images; 0 for all
+    cfg.TEST.VALIDATION_LOSS = CfgNode({"ENABLED": False, "DATASET": "", "NUM_IMAGES": 0})
     # Number of steps that training may leave out because a loss or gradient is not finite; 0 stops
     # at the first
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0

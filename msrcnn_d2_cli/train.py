@@ -182,8 +182,11 @@ def run_process(args: argparse.Namespace) -> None:
         with agree_on_user_errors():
             engine.check_data(recipe, training=not args.eval_only)
         with agree_on_user_errors():
-            for test_set in recipe.test_sets:
-                test_set.prepare()
+            evaluators = [test_set.prepare() for test_set in recipe.test_sets]
+            if not args.eval_only:
+                engine.check_metric(recipe, evaluators)
+                if recipe.validation_set is not None:
+                    recipe.validation_set.build_loader()
         if args.eval_only:
             published = published_results(args.config_file)
             engine.evaluate_checkpoint(recipe, args.resume, published)

@@ -116,6 +116,10 @@ def recipe_on(folder, train, test):
         num_classes=3,
         total_batch_size=16,
         compile=False,
+        accumulation_steps=1,
+        val_metric="",
+        patience=0,
+        validation_set=None,
     )
 
 

@@ -215,6 +215,9 @@ def recipe_on(tmp_path, name, **attributes):
         hooks=(),
         writers=(),
         accumulation_steps=1,
+        val_metric="",
+        patience=0,
+        validation_set=None,
     )
     return SimpleNamespace(**{**defaults, **attributes})
 
@@ -919,6 +922,7 @@ def test_more_objects_than_the_model_detects_are_told(limit, warned, dataset, ca
         images=ImageSettings(),
         max_bad_images=0,
         detections_per_image=limit,
+        validation_set=None,
     )
     with caplog.at_level(logging.WARNING, logger="msrcnn_d2"):
         check_data(recipe, training=True)
@@ -989,7 +993,7 @@ def test_summary_of_boundaries_and_keypoints():
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_mixed_precision_is_for_gpus():
-    precision = evaluate_module._test_precision
+    precision = evaluate_module.test_precision
     assert isinstance(precision(SimpleNamespace(device="cuda:0", test_amp=True)), torch.autocast)
     for device, test_amp in [("cpu", True), ("cpu", False), ("cuda", False)]:
         recipe = SimpleNamespace(device=device, test_amp=test_amp)

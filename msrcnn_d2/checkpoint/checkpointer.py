@@ -24,7 +24,7 @@ from .fetching import find_file
 from .reading import NotWeightsError, check_whole, reason
 from .writing import why_not_written
 
-__all__ = ["MaskScoringCheckpointer", "numbered_checkpoints"]
+__all__ = ["BEST", "MaskScoringCheckpointer", "numbered_checkpoints"]
 
 RGB_ADVICE = (
     " The images are RGB: set model.input_format and image_format of the mappers to RGB (yaml: "
@@ -34,6 +34,8 @@ RGB_ADVICE = (
 # A checkpoint that is named by its iteration, unlike other files that somebody keeps beside it
 NUMBERED = re.compile(r"(?:^|/)model_(\d{7,})\.pth$")
 MATCHING = re.compile(r"\?matching_heuristics=\w*$")
+# What Detectron2's BestCheckpointer, and ours, calls the best checkpoint of a training
+BEST = "model_best"
 
 
 class MaskScoringCheckpointer(DetectionCheckpointer):
@@ -47,7 +49,8 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
 
     It saves what :class:`DetectionCheckpointer` saves, and the names of the classes as
     "class_names". A file gets its name, and is named by "last_checkpoint", only after it has been
-    written completely.
+    written completely. "model_best.pth" is never named by it, since a training continues from its
+    last checkpoint and not from its best one.
 
     A file that has averages of the weights (EMA) as "ema_state" gives these to the model, and the
     weights under "model" only to a training that resumes.
@@ -265,6 +268,8 @@ class MaskScoringCheckpointer(DetectionCheckpointer):
             os.remove(left_behind)  # of a process that was killed
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if last_filename_basename == f"{BEST}.pth":
+            return
         if _is_remote(self.save_dir):
             super().tag_last_checkpoint(last_filename_basename)
             return

@@ -101,6 +101,9 @@ SEED = (_whole(-(2**31), 2**32 - 1), "a whole number below 2^32 (negative: a ran
 SHARE = (_number(0, 1), "a share of the run, from 0 to 1")
 SOURCE = (lambda x: x in LEARN_FROM, " or ".join(LEARN_FROM))
 SWITCH = (lambda x: isinstance(x, bool), "True or False")
+METRIC = (lambda x: isinstance(x, str), "the name of a result such as segm/AP, or '' for none")
+MODE = (lambda x: x in ("max", "min"), "max or min")
+DATASET = (lambda x: isinstance(x, str), "the name of a dataset, or '' for those of the test")
 FOLDER = (lambda x: isinstance(x, str) and x != "", "the path of a folder")
 FILE = (lambda x: isinstance(x, str), "the path of a file, or '' for none")
 FRACTION = (_number(0, 1), "a number from 0 to 1")
@@ -136,6 +139,27 @@ SETTINGS = [
     Setting("train.log_period", None, *FROM_1, required=True, default=20),
     Setting("train.checkpointer.period", "SOLVER.CHECKPOINT_PERIOD", *FROM_1, required=True),
     Setting("train.checkpointer.max_to_keep", None, *FROM_1),
+    Setting(
+        "train.best_checkpointer.val_metric",
+        "SOLVER.BEST_CHECKPOINTER.VAL_METRIC",
+        *METRIC,
+        default="segm/AP",
+    ),
+    Setting("train.best_checkpointer.mode", "SOLVER.BEST_CHECKPOINTER.MODE", *MODE, default="max"),
+    Setting("train.early_stopping.patience", "SOLVER.EARLY_STOPPING.PATIENCE", *FROM_0, default=0),
+    Setting(
+        "train.early_stopping.min_delta",
+        "SOLVER.EARLY_STOPPING.MIN_DELTA",
+        *NOT_NEGATIVE,
+        default=0.0,
+    ),
+    Setting(
+        "train.validation_loss.enabled", "TEST.VALIDATION_LOSS.ENABLED", *SWITCH, default=False
+    ),
+    Setting("train.validation_loss.dataset", "TEST.VALIDATION_LOSS.DATASET", *DATASET, default=""),
+    Setting(
+        "train.validation_loss.num_images", "TEST.VALIDATION_LOSS.NUM_IMAGES", *FROM_0, default=0
+    ),
     Setting("train.amp.enabled", "SOLVER.AMP.ENABLED", *SWITCH),
     Setting("train.amp.test", "TEST.AMP.ENABLED", *SWITCH, default=False),
     Setting("train.amp.max_skipped_steps", "SOLVER.AMP.MAX_SKIPPED_STEPS", default=50),

@@ -47,8 +47,11 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "log_reliability",
+    "own_model",
     "run_inference",
+    "share_buffers",
     "summary_table",
+    "test_precision",
     "use_names",
     "write_report_of",
 ]
@@ -147,17 +150,24 @@ def evaluate(
 
 def run_inference(recipe: Recipe, model: nn.Module, test_set: TestSet, evaluator: Any) -> dict:
     """What an evaluator makes of the predictions on a test set; all processes call this."""
-    if comm.get_world_size() > 1:
-        # Batch norms have other statistics in each process; those of the main process are saved
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-    tested = recipe.wrap_for_test(model)
-    if isinstance(tested, DistributedDataParallel):
-        tested = tested.module  # a process with more images must not wait for the others
+    share_buffers(model)
+    tested = own_model(recipe.wrap_for_test(model))
     if _takes_unpasted_masks(evaluator) and UnpastedMasks.supports(tested):
         tested = UnpastedMasks(tested)
-    with channels_last_on_cpu(model), _test_precision(recipe):
+    with channels_last_on_cpu(model), test_precision(recipe):
         return inference_on_dataset(tested, test_set.build_loader(), evaluator)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Batch norms have other statistics in each process; those of the main process are saved."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def own_model(model: nn.Module) -> nn.Module:
+    """The model in which a process with more images does not wait for the others."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _takes_unpasted_masks(evaluator: Any) -> bool:
@@ -168,7 +178,7 @@ def _takes_unpasted_masks(evaluator: Any) -> bool:
     return vars(kind).get("takes_unpasted_masks", False)  # of this class itself
 
 
-def _test_precision(recipe: Recipe) -> AbstractContextManager:
+def test_precision(recipe: Recipe) -> AbstractContextManager:
     if recipe.test_amp and recipe.device.startswith("cuda"):
         return torch.autocast("cuda")
     if recipe.test_amp:

@@ -1,5 +1,6 @@
 """Hooks of a training: checkpoints, signals to stop, evaluation and metrics."""
 
+import datetime
 import functools
 import logging
 import multiprocessing
@@ -7,13 +8,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
+
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..checkpoint.checkpointer import numbered_checkpoints
@@ -21,14 +24,18 @@ from ..utils.distributed import StepAgreement
 from ..utils.errors import agree_on_user_errors
 
 __all__ = [
+    "VALIDATION",
     "EvalHook",
+    "LossPrinter",
     "MetricsWriter",
     "PeriodicCheckpoints",
     "StopOnSignal",
     "stop_signals_handled",
     "outlive_stop_signals",
+    "text_of_losses",
 ]
 
+VALIDATION = "validation"  # the name of the losses on held-out images, in results and metrics
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
@@ -79,11 +86,98 @@ class PeriodicCheckpoints(hooks.PeriodicCheckpointer):
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's also evaluates after a failed last iteration, and waits for lost processes."""
+    """
+    Detectron2's also evaluates after a failed last iteration, and waits for lost processes. If a
+    training is interrupted between a checkpoint and the evaluation after it, Detectron2 leaves the
+    evaluation out. Here the resumed training begins with it.
+
+    It has to come after :class:`BestCheckpointer`. While the function runs, the trainer's iteration
+    is the last one that was done.
+    """
+
+    def __init__(
+        self, eval_period: int, eval_function: Callable[[], dict], done: Mapping[int, float]
+    ):
+        """
+        Args:
+            eval_period, eval_function: as in Detectron2.
+            done: its keys are the iterations after which there was an evaluation.
+        """
+        super().__init__(eval_period, eval_function)
+        self._done = done
+
+    def before_train(self) -> None:
+        last = self.trainer.start_iter - 1
+        is_due = self._period > 0 and (last + 1) % self._period == 0
+        if is_due and 0 <= last < self.trainer.max_iter - 1 and last not in self._done:
+            logger.info("The evaluation after iteration %d is missing: it comes first.", last)
+            self.trainer.storage.iter = last
+            with self._as_in(last):
+                self._do_eval()
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:  # counted on after the last iteration only
-            super().after_train()
+        trainer = self.trainer
+        last = min(trainer.iter, trainer.max_iter) - 1
+        # Counted on after the last iteration only
+        if trainer.iter >= trainer.max_iter and last not in self._done:
+            with self._as_in(last):
+                super().after_train()
+
+    @contextmanager
+    def _as_in(self, iteration: int) -> Iterator[None]:
+        now, self.trainer.iter = self.trainer.iter, iteration
+        try:
+            yield
+        finally:
+            self.trainer.iter = now
+
+
+class LossPrinter(EventWriter):
+    """
+    Logs how far the training is and the losses since the last line, medians over 20 iterations.
+
+    Detectron2's `CommonMetricPrinter` would repeat the losses of the last validation in each line.
+    """
+
+    def __init__(self, max_iter: int):
+        self._max_iter = max_iter
+        self._last_written = -1
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        _, iteration = storage.latest().get("total_loss", (0.0, -1))
+        if iteration <= self._last_written:  # an evaluation, or the end
+            return
+        self._last_written = iteration
+        histories = storage.histories()
+        parts = [f"iter: {iteration} of {self._max_iter}"]
+        if "time" in histories:  # not in the first iterations, which are slower
+            # Of iterations only: the time of evaluations and checkpoints comes on top
+            seconds = histories["time"].median(1000) * (self._max_iter - iteration - 1)
+            storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+            parts.append(f"eta: {datetime.timedelta(seconds=int(seconds))}")
+        parts.append(
+            text_of_losses({k: h.median(20) for k, h in histories.items() if _is_loss_of_step(k)})
+        )
+        if "time" in histories:
+            parts.append(f"time: {histories['time'].median(20):.4f}")
+        parts.append(f"data_time: {histories['data_time'].avg(20):.4f}")
+        if "lr" in histories:
+            parts.append(f"lr: {histories['lr'].latest():.5g}")
+        if torch.cuda.is_available():
+            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        logger.info("  ".join(parts))
+
+
+def _is_loss_of_step(name: str) -> bool:
+    return "loss" in name and not name.startswith(f"{VALIDATION}/")
+
+
+def text_of_losses(losses: Mapping[str, float]) -> str:
+    """Such as "total_loss: 1.25 (cls 0.75, mask 0.5)", for a line in the log."""
+    parts = [f"{k.removeprefix('loss_')} {v:.4g}" for k, v in losses.items() if k != "total_loss"]
+    text = f"total_loss: {losses['total_loss']:.4g}"
+    return f"{text} ({', '.join(parts)})" if parts else text
 
 
 class MetricsWriter(hooks.PeriodicWriter):

@@ -49,6 +49,7 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "fit_mask_format",
+    "leaving_generators",
     "outlines",
     "reading_by",
     "warn_of_other_loader",
@@ -384,11 +385,25 @@ def _derived_seed(seed: int, count: int, rank: int) -> int:
 @contextmanager
 def _temporary_seed(seed: int) -> Iterator[None]:
     """Seed the generators that augmentations draw from; leave those of the caller as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with leaving_generators([]):
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def leaving_generators(devices: Sequence[int] | None = None) -> Iterator[None]:
+    """
+    Leave the generators of random numbers of Python, NumPy and PyTorch as they were.
+
+    Args:
+        devices: the GPUs whose generators are meant, too; by default the current one.
+    """
+    if devices is None:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 import errno
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
 
 from ..checkpoint import MaskScoringCheckpointer
 from ..checkpoint.compatibility import frozen_class_scores
@@ -19,14 +20,23 @@ from ..checkpoint.conversion import EMA_STATE
 from ..utils.distributed import StepAgreement, job_is_ending, watching_forwards
 from ..utils.errors import UserError, agree_on_user_errors
 from .bad_images import BadImages
+from .best_checkpoint import BestCheckpointer, StoppedEarly
 from .evaluate import build_model, evaluate, log_reliability
 from .freezing import freeze
-from .hooks import EvalHook, MetricsWriter, PeriodicCheckpoints, StopOnSignal
+from .hooks import (
+    VALIDATION,
+    EvalHook,
+    LossPrinter,
+    MetricsWriter,
+    PeriodicCheckpoints,
+    StopOnSignal,
+)
 from .loaders import ResumableBatches, StepSeeds
 from .preflight import check_names_of_weights, names_of_training
 from .recipe import Recipe
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 from .user_hooks import build_hooks, build_writers
+from .validation import validation_losses
 from .weight_averages import WeightAverages
 
 __all__ = ["train"]
@@ -42,7 +52,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             The losses are then those of a run that was never interrupted.
 
     Returns:
-        results of the evaluation at the end, as :func:`evaluate` returns them.
+        results of the evaluation at the end, as :func:`evaluate` returns them. Empty if the
+        training that is resumed has stopped early.
     """
     model = build_model(recipe)
     with agree_on_user_errors():
@@ -100,6 +111,13 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
 
     stop = StopOnSignal(save_now, agreement)
 
+    # A best checkpoint that is always the last one would be a copy of it
+    evaluates_on_its_way = 0 < recipe.eval_period < recipe.max_iter
+    best = BestCheckpointer(
+        checkpointer,
+        recipe.val_metric if evaluates_on_its_way else "",
+        *(recipe.val_mode, recipe.patience, recipe.min_delta),
+    )
     results: dict = {}
 
     def evaluate_and_keep() -> dict:
@@ -108,7 +126,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             logger.info("Evaluating the moving averages of the weights (EMA).")
         with averages.applied() if averages else nullcontext(), stop.leaving_at_once():
             results.update(evaluate(recipe, model, None, log_reliability, class_names))
-        return results
+            losses = validation_losses(recipe, model)
+        found = {**results, VALIDATION: losses} if losses else results
+        best.update(found)
+        return found
 
     precise_bn = writer = None
     if recipe.precise_bn_iters and get_bn_modules(model):
@@ -116,7 +137,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             recipe.eval_period, model, precise_bn_batches, recipe.precise_bn_iters
         )
     if comm.is_main_process():
-        writers = default_writers(recipe.output_dir, recipe.max_iter)
+        writers = default_writers(recipe.output_dir)
+        writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
+        writers.insert(0, LossPrinter(recipe.max_iter))
         writer = MetricsWriter(writers, recipe.log_period, recipe.eval_period)
     with agree_on_user_errors():
         user_hooks = build_hooks(recipe)
@@ -130,7 +153,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
             precise_bn,
             checkpoints,
             stop,
-            EvalHook(recipe.eval_period, evaluate_and_keep),
+            best,
+            EvalHook(recipe.eval_period, evaluate_and_keep, best.history),
             *user_hooks,  # they see the results
         ]
     )
@@ -154,9 +178,12 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
         _user_errors_in_one_sentence(recipe.output_dir),
         torch.autograd.set_detect_anomaly(recipe.detect_anomaly),
     ):
-        trainer.train(batches.first_iter, recipe.max_iter)
+        with suppress(StoppedEarly):
+            trainer.train(batches.first_iter, recipe.max_iter)
     if comm.is_main_process():
-        recipe.verify_results(results)
+        best.log_summary()
+        if results:
+            recipe.verify_results(results)
     return results
 
 

@@ -21,11 +21,13 @@ from detectron2.utils.file_io import PathManager
 
 from msrcnn_d2_runtime.text import listed, plural
 
-from ..checkpoint.checkpointer import numbered_checkpoints
+from ..checkpoint.checkpointer import BEST, numbered_checkpoints
 from ..class_names import difference, obstacle, same
 from ..dataset_check import Finding, Findings, Level, check_dataset
 from ..dataset_check.issues import BAD_IMAGES
 from ..utils.errors import UserError
+from .configs import both_keys
+from .hooks import VALIDATION
 from .recipe import Recipe
 from .user_hooks import check_hooks_and_writers
 
@@ -90,7 +92,7 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
             "There is nothing to evaluate on: the config has no dataloader.test and "
             "dataloader.evaluator (yaml: DATASETS.TEST)."
         )
-    trained_on = list(recipe.train_names) if training else []
+    trained_on = [*recipe.train_names, *_validation_names(recipe)] if training else []
     for name in dict.fromkeys(trained_on + [n for t in recipe.test_sets for n in t.names]):
         # Classes of a test set are found by name. Without names of a training set, numbers decide
         names_matter = name in trained_on or (training and not trained_on)
@@ -102,6 +104,8 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
                 f"The batch size for evaluation is {size}, but has to be a whole number of at "
                 "least 1: change dataloader.test.batch_size (yaml: DATALOADER.TEST_BATCH_SIZE)."
             )
+    if training:
+        _check_metric(recipe)
     batch = recipe.total_batch_size
     if training and batch and batch % num_processes:
         raise UserError(
@@ -115,6 +119,35 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
             f"cannot be split into {parts} equal parts: change train.accumulation_steps (yaml: "
             "SOLVER.ACCUMULATION_STEPS) or dataloader.train.total_batch_size (yaml: "
             "SOLVER.IMS_PER_BATCH)."
+        )
+
+
+def _validation_names(recipe: Recipe) -> tuple[str, ...]:
+    return recipe.validation_set.names if recipe.validation_set else ()
+
+
+def _check_metric(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the settings of the best checkpoint and of early stopping contradict others.
+    """
+    name, metric = "train.best_checkpointer.val_metric", recipe.val_metric
+    if recipe.patience and not metric:
+        raise UserError(f"Early stopping needs a result to look at: set {both_keys(name, 'NAME')}.")
+    if recipe.patience and not 0 < recipe.eval_period < recipe.max_iter:
+        raise UserError(
+            "Early stopping needs evaluations during the training: set "
+            f"{both_keys('train.eval_period', 'N')} to less than its {recipe.max_iter} iterations."
+        )
+    if metric.startswith(f"{VALIDATION}/") and recipe.validation_set is None:
+        raise UserError(
+            f"There is no {metric} without the validation loss: set "
+            f"{both_keys('train.validation_loss.enabled', True)}, or another {both_keys(name)}."
+        )
+    if metric.startswith(f"{VALIDATION}/") and recipe.val_mode == "max":
+        raise UserError(
+            f"The lowest {metric} is the best: set "
+            f"{both_keys('train.best_checkpointer.mode', 'min')}."
         )
 
 
@@ -141,8 +174,8 @@ def refuse_other_run(output_dir: str) -> None:
     Raises:
         UserError: the folder has checkpoints of a training.
     """
-    final = os.path.join(output_dir, "model_final.pth")
-    found = [final] if os.path.exists(final) else []
+    unnumbered = (os.path.join(output_dir, f"{name}.pth") for name in ("model_final", BEST))
+    found = [path for path in unnumbered if os.path.exists(path)]
     found += [path for _, path in numbered_checkpoints(output_dir)]
     if found:
         raise UserError(
@@ -258,7 +291,9 @@ def check_data(recipe: Recipe, training: bool, image_ids: Collection[Any] | None
     """
     if not comm.is_main_process():
         return
-    train_names = recipe.train_names if training else ()
+    # The losses need annotations that can be trained on, too
+    validation_names = _validation_names(recipe) if training else ()
+    train_names = [*recipe.train_names, *validation_names] if training else []
     test_names = [name for test_set in recipe.test_sets for name in test_set.names]
     for name in dict.fromkeys([*train_names, *test_names]):
         metadata = MetadataCatalog.get(name)
@@ -288,7 +323,7 @@ def check_data(recipe: Recipe, training: bool, image_ids: Collection[Any] | None
         wrong_boxes = sum(f.kind == "box-elsewhere" for f in errors)
         if not is_trained_on or wrong_boxes <= MOST_WRONG_BOXES * findings.num_annotations:
             errors = [f for f in errors if f.kind != "box-elsewhere"]
-        if is_tested_on:
+        if is_tested_on or name in validation_names:
             limit, rule = 0, "an evaluation or calibration needs all of them"
         else:
             limit = recipe.max_bad_images
@@ -386,13 +421,13 @@ def names_of_dataset(dataset: str) -> list[str] | None:
 
 def check_names_of_datasets(recipe: Recipe, training: bool) -> None:
     """
-    Training sets need the same names in the same order. Test sets are evaluated by name: they may
-    lack some of the names, or have more.
+    Training sets and those of the validation loss need the same names in the same order. Test sets
+    are evaluated by name: they may lack some of the names, or have more.
 
     Raises:
         UserError: a dataset does not match the first one.
     """
-    train_names = recipe.train_names if training else ()
+    train_names = [*recipe.train_names, *_validation_names(recipe)] if training else []
     test_names = [name for test_set in recipe.test_sets for name in test_set.names]
     first: tuple[str, list[str]] | None = None
     for dataset in dict.fromkeys([*train_names, *test_names]):

@@ -17,10 +17,13 @@ from torch import nn
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
     DatasetCatalog,
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -47,10 +50,17 @@ from ..evaluation.coco_evaluator import check_settings
 from ..image_reading import image_settings
 from ..modeling import MaskScoringRCNNWithTTA
 from ..utils.errors import UserError
-from .configs import value_of
-from .loaders import build_test_loader, build_train_loader, reading_by, warn_of_other_loader
+from .configs import both_keys, value_of
+from .hooks import VALIDATION
+from .loaders import (
+    build_test_loader,
+    build_train_loader,
+    fit_mask_format,
+    reading_by,
+    warn_of_other_loader,
+)
 
-__all__ = ["Recipe", "TestSet", "build_recipe"]
+__all__ = ["Recipe", "TestSet", "ValidationSet", "build_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,21 +97,39 @@ class TestSet:
         title = ", ".join(self.names) or "the test set"
         return title if self.number == 1 else f"{title} ({self.number})"
 
-    def prepare(self) -> None:
+    def prepare(self) -> Any:
         """
         Build both now, so that mistakes show; the next evaluation uses what is built.
+
+        Returns:
+            the evaluator.
 
         Raises:
             UserError: one of them cannot be built.
         """
-        self.build_evaluator = _given_once(self.build_evaluator(), self.build_evaluator)
+        evaluator = self.build_evaluator()
+        self.build_evaluator = _given_once(evaluator, self.build_evaluator)
         self.build_loader = _given_once(self.build_loader(), self.build_loader)
+        return evaluator
 
 
 def _given_once(built: Any, build: Callable[[], Any]) -> Callable[[], Any]:
     """A function that first returns what has been built already, and then builds."""
     waiting = [built]
     return lambda: waiting.pop() if waiting else build()
+
+
+@dataclass
+class ValidationSet:
+    """
+    Attributes:
+        names: names of the datasets.
+        build_loader: returns the same loader each time, of batches of one image with its objects.
+            It raises a UserError for wrong arguments.
+    """
+
+    names: tuple[str, ...]
+    build_loader: Callable[[], Iterable]
 
 
 @dataclass
@@ -141,6 +169,8 @@ class Recipe:
         ddp: arguments of `create_ddp_model`.
         has_calibrator: whether the model has one, which is no part of a training.
         verify_results: called with the results at the end of a run.
+        val_metric, val_mode, patience, min_delta: see :class:`BestCheckpointer`.
+        validation_set: what the validation loss is computed on; None for no such loss.
     """
 
     build_model: Callable[[], nn.Module]
@@ -182,6 +212,11 @@ class Recipe:
     has_calibrator: bool = False
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
+    val_metric: str = ""
+    val_mode: str = "max"
+    patience: int = 0
+    min_delta: float = 0.0
+    validation_set: ValidationSet | None = None
 
 
 def build_recipe(cfg: DictConfig | CfgNode) -> Recipe:
@@ -190,7 +225,14 @@ def build_recipe(cfg: DictConfig | CfgNode) -> Recipe:
         cfg: a training config of either kind. A LazyConfig has what Detectron2's
             `tools/lazyconfig_train_net.py` expects.
     """
-    return _from_yacs(cfg) if isinstance(cfg, CfgNode) else _from_lazy(cfg)
+    recipe = _from_yacs(cfg) if isinstance(cfg, CfgNode) else _from_lazy(cfg)
+    recipe.validation_set = _validation_set(cfg, recipe.test_sets)
+    # Results of several test sets have their names in front
+    titles = [str(test_set) for test_set in recipe.test_sets]
+    if recipe.val_metric and len(titles) > 1:
+        if not recipe.val_metric.startswith((f"{VALIDATION}/", *(f"{x}/" for x in titles))):
+            recipe.val_metric = f"{titles[0]}/{recipe.val_metric}"
+    return recipe
 
 
 def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
@@ -216,6 +258,10 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
         "has_calibrator": has_mask_calibrator(cfg),
         "total_batch_size": value_of(cfg, "dataloader.train.total_batch_size"),
         "images": image_settings(cfg),
+        "val_metric": value_of(cfg, "train.best_checkpointer.val_metric") or "",
+        "val_mode": value_of(cfg, "train.best_checkpointer.mode"),
+        "patience": value_of(cfg, "train.early_stopping.patience"),
+        "min_delta": value_of(cfg, "train.early_stopping.min_delta"),
     }
 
 
@@ -240,6 +286,52 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         detections_per_image=_detections_per_image(cfg),
         **settings,
     )
+
+
+def _validation_set(
+    cfg: DictConfig | CfgNode, test_sets: Sequence[TestSet]
+) -> ValidationSet | None:
+    if not value_of(cfg, "train.validation_loss.enabled"):
+        return None
+    name = value_of(cfg, "train.validation_loss.dataset")
+    names = (name,) if name else tuple(dict.fromkeys(n for t in test_sets for n in t.names))
+    if not names:
+        raise UserError(
+            "There is nothing to compute the validation loss on: set "
+            f"{both_keys('train.validation_loss.dataset', 'NAME')}."
+        )
+
+    @functools.cache
+    def build_loader() -> Iterable:
+        with _one_sentence(both_keys("train.validation_loss.dataset")):
+            of_kind = _yacs_validation if isinstance(cfg, CfgNode) else _lazy_validation
+            mapper, num_workers = of_kind(cfg)
+            dicts = get_detection_dataset_dicts(list(names), filter_empty=False)
+            if any("annotations" not in d for d in dicts):
+                raise ValueError(f"{', '.join(names)} has images without a list of annotations")
+            number = value_of(cfg, "train.validation_loss.num_images")
+            if 0 < number < len(dicts):
+                dicts = [dicts[k * len(dicts) // number] for k in range(number)]
+            fit_mask_format(mapper, dicts)
+            arguments = reading_by(image_settings(cfg), {"mapper": mapper})
+            return build_test_loader(dicts, num_workers=num_workers, **arguments)
+
+    return ValidationSet(names, build_loader)
+
+
+def _lazy_validation(cfg: DictConfig) -> tuple[Callable, int]:
+    """The mapper of the training, with the augmentation of the first test; number of workers."""
+    training = cfg.dataloader.train.get("mapper")
+    test = _as_list(cfg.dataloader, "test")[0] if cfg.dataloader.get("test") else OmegaConf.create()
+    augmentations = OmegaConf.select(test, "mapper.augmentations")
+    if augmentations is None or training is None or "augmentations" not in training:
+        raise ValueError(
+            "dataloader.train.mapper and dataloader.test.mapper need `augmentations`, as "
+            "Detectron2's DatasetMapper has them"
+        )
+    arguments = {str(k): instantiate(v) for k, v in training.items() if k != "_target_"}
+    arguments["augmentations"] = instantiate(augmentations)
+    return target_of(training)(**arguments), test.get("num_workers", 0)
 
 
 def _lazy_train_loader(
@@ -428,6 +520,14 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         verify_results=lambda results: verify_results(cfg, results),
         **_settings(cfg),
     )
+
+
+def _yacs_validation(cfg: CfgNode) -> tuple[Callable, int]:
+    """The mapper of the training, with the augmentation of the test; number of workers."""
+    augmentations = build_augmentation(cfg, is_train=False)
+    # Boxes are recomputed only where augmentation cuts objects
+    mapper = DatasetMapper(cfg, augmentations=augmentations, recompute_boxes=False)
+    return mapper, cfg.DATALOADER.NUM_WORKERS
 
 
 def _yacs_train_loader(
