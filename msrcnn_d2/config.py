@@ -120,6 +120,11 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     # What a retrofit learns from: foreground "proposals", as in the paper, or "detections", which
     # include mistakes
     cfg.MODEL.RETROFIT = CfgNode({"LEARN_FROM": "proposals"})
+    # The backbone of `MODEL.BACKBONE.NAME: build_timm_fpn_backbone`: the name of a model of timm,
+    # whether its batch norm keeps its weights and statistics, and other arguments of
+    # `timm.create_model`
+    cfg.MODEL.TIMM = CfgNode({"NAME": "", "FREEZE_BATCH_NORM": False})
+    cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
     # Images per batch and process in evaluation
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Number of unreadable images that training may leave out; 0 stops at the first

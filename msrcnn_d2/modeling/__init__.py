@@ -24,6 +24,7 @@ from .roi_heads import (
     Res5MaskScoringROIHeads,
 )
 from .test_time_augmentation import MaskScoringRCNNWithTTA, ScaledTTAMapper
+from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
 __all__ = [
     "CUES",
@@ -42,9 +43,11 @@ __all__ = [
     "RetrofitPanopticFPN",
     "RetrofitRCNN",
     "ScaledTTAMapper",
+    "TimmBackbone",
     "UnpastedMasks",
     "build_mask_calibrator",
     "build_mask_iou_head",
+    "build_timm_fpn_backbone",
     "expected_ious",
     "mask_cues",
     "mask_iou_inference",
