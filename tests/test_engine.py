@@ -162,6 +162,24 @@ def test_the_config_that_a_run_saves_can_be_loaded(tmp_path):
     assert load_config(path).train.max_iter == 7
 
 
+def test_a_saved_config_with_functions_refers_to_the_one_that_has_them(tmp_path):
+    """As those of LVIS in projects/ViTDet, and most of projects/MViTv2."""
+    cfg = load_config(LAZY)
+    cfg.model.roi_heads.mask_head.conv_norm = lambda channels: nn.BatchNorm2d(channels)
+    path = str(tmp_path / "config.yaml")
+    LazyConfig.save(cfg, path)
+    with pytest.raises(UserError, match="the .py file.*--config-file"):
+        load_config(path)
+
+
+def test_a_model_that_needs_what_is_not_installed():
+    def build():
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    with pytest.raises(UserError, match="No module named 'timm'"):
+        evaluate_module.build_model(SimpleNamespace(build_model=build, device="cpu"))
+
+
 def test_without_a_gpu_configs_run_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load_config(LAZY).train.device == "cpu"

@@ -145,6 +145,12 @@ def _names_differ(fit: Fit) -> str:
                     f"its names begin with '{name[: dot.end()]}', which is not known here. Save "
                     "the state_dict() of the model itself, without what is wrapped around it."
                 )
+    ends = {name[dot.end() :] for name in missing for dot in re.finditer(r"\.", name)}
+    if sum(name in ends for name in fit.unexpected) > len(fit.unexpected) / 2:
+        return (
+            "its names are the ends of the model's, as in a file of a backbone alone. Append "
+            "?matching_heuristics=True to the file's name to train from it."
+        )
     return (
         "it has none of the model's parameters. It belongs to another kind of model, or its names "
         "are not known here."

@@ -418,6 +418,12 @@ def _errors_of_file(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if os.path.isfile(f"{path}.pkl"):  # Detectron2 writes it then; to read it would run code
+            raise UserError(
+                f"Config file '{path}' cannot be read, only looked at: it was saved from a config "
+                "with functions of its own, which yaml cannot hold. Give that config, the .py "
+                "file, in its place (--config-file)."
+            ) from error
         reason = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
         message = (str(reason).splitlines() or [""])[0].rstrip(".")
         if isinstance(reason, (SyntaxError, ImportError, OSError, UnicodeError)) or not (

@@ -60,8 +60,17 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
-    """The model of a recipe with new weights, on its device, compiled if the recipe says so."""
-    model = recipe.build_model().to(recipe.device)
+    """
+    The model of a recipe with new weights, on its device, compiled if the recipe says so.
+
+    Raises:
+        UserError: a part of the model needs a package that is not installed, as transformers of
+            Detectron2's main branch need timm.
+    """
+    try:
+        model = recipe.build_model().to(recipe.device)
+    except ImportError as error:
+        raise UserError(f"The model cannot be built: {error}. Install what is missing.") from error
     if recipe.compile:
         logger.info("torch.compile: the first iteration and the first evaluation take minutes.")
         compile_dense_parts(model)
