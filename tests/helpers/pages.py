@@ -157,14 +157,15 @@ def write_tiny_world(folder: Path) -> None:
 
 
 def _write_labelme(folder: Path) -> None:
-    """The two images with the JSON files of LabelMe beside them."""
+    """The two images, with an object of a fourth class, and the JSON files of LabelMe."""
     folder.mkdir()
     write_images(folder, OBJECTS)
     height, width = IMAGE_SIZE
-    for k, objects in enumerate(OBJECTS, start=1):
+    first, second = OBJECTS
+    for k, objects in enumerate([first, [*second, (3, [2, 2, 8, 2, 8, 8])]], start=1):
         shapes = [
             {
-                "label": "abc"[class_],
+                "label": ("heart", "moon", "ring", "star")[class_],
                 "points": [polygon[j : j + 2] for j in range(0, len(polygon), 2)],
                 "group_id": None,
                 "shape_type": "polygon",
