@@ -212,7 +212,12 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     roi_heads = cfg.get("model", {}).get("roi_heads")
     if roi_heads is None:
-        raise ValueError("add_mask_scoring expects a LazyConfig with `model.roi_heads`.")
+        model = cfg.get("model", {})
+        name = getattr(target_of(model), "__name__", "") if "_target_" in model else ""
+        raise ValueError(
+            "add_mask_scoring expects a LazyConfig with `model.roi_heads`"
+            f"{f', which {name} does not have' if name else ''}."
+        )
     if has_mask_calibrator(cfg) and roi_heads.get("mask_iou_head") is None:
         raise ValueError(CALIBRATED)
     found = target_of(roi_heads)
