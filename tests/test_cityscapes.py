@@ -11,9 +11,12 @@ from PIL import Image
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 
+from msrcnn_d2.engine.launch import launch_processes
 from msrcnn_d2.evaluation import MaskScoringCityscapesEvaluator
 from msrcnn_d2.utils.errors import UserError
+from tests.helpers import forked
 from tests.helpers.cityscapes import IDS, SIZE, write_cityscapes
 
 cs = pytest.importorskip(
@@ -167,6 +170,34 @@ def test_equals_cityscapes_own_command_for_each_score(tmp_path, monkeypatch):
     for folder, task in zip(folders, ("segm", "segm_by_quality_score")):
         theirs = numbers_of_cityscapes(monkeypatch, out / folder, tmp_path, [], "scores")
         assert 100 * theirs["allAp"] == results[task]["AP"]
+
+
+def _evaluate_every_second_image(root, images, out):
+    evaluator = MaskScoringCityscapesEvaluator(dataset(root), output_dir=str(out))
+    evaluator.reset()
+    for k in range(comm.get_rank(), len(images), comm.get_world_size()):
+        evaluator.process([{"file_name": file_names(images)[k]}], [{"instances": images[k]}])
+    results = evaluator.evaluate()
+    (out / f"rank_{comm.get_rank()}.json").write_text(json.dumps(results))
+
+
+def _launch_two(*args):
+    launch_processes(_evaluate_every_second_image, 2, device="cpu", args=args)
+
+
+def test_two_processes_share_the_images(tmp_path):
+    truth, images = random_case()
+    write_cityscapes(tmp_path, truth)
+    expected = evaluate(tmp_path, images)
+    out = tmp_path / "out"
+    out.mkdir()
+    process = forked.start(_launch_two, tmp_path, images, out, log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    first, second = (json.loads((out / f"rank_{k}.json").read_text()) for k in range(2))
+    assert second is None and first.keys() == expected.keys()
+    for task, numbers in expected.items():
+        np.testing.assert_array_equal(list(first[task].values()), list(numbers.values()))
 
 
 def test_masks_of_an_earlier_evaluation_are_removed(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import uuid
 
 import numpy as np
@@ -15,6 +16,8 @@ from detectron2.evaluation import CityscapesInstanceEvaluator, LVISEvaluator
 from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2 import add_mask_calibrator, add_mask_scoring, model_zoo
+from msrcnn_d2.calibration.collect import collect_detections
+from msrcnn_d2.engine import find_config_file, load_config
 from msrcnn_d2.evaluation import (
     MaskScoringCityscapesEvaluator,
     MaskScoringLVISEvaluator,
@@ -329,7 +332,15 @@ def test_the_report_command_follows_lvis(tmp_path, capsys, leave_no_traces):
     assert "categor" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", ["py", "yaml"])
+def test_a_calibrator_does_not_learn_from_federated_annotations(config):
+    name = f"COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.{config}"
+    cfg = load_config(find_config_file(name))
+    with pytest.raises(UserError, match="lvis_v1_val.*COCO"):
+        collect_detections(cfg, "lvis_v1_val")
+
+
 def test_without_the_package_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lvis.eval", None)
+    monkeypatch.setitem(sys.modules, "lvis.eval", None)
     with pytest.raises(UserError, match="lvis"):
         MaskScoringLVISEvaluator("lvis_v1_val")

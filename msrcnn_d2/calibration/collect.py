@@ -86,6 +86,12 @@ def collect_detections(
         dataset = names if isinstance(names, str) else next(iter(names), None)
     if dataset is None:
         raise UserError("Which images? Name a dataset, because the config has none to train on.")
+    kind = MetadataCatalog.get(dataset).get("evaluator_type", "coco")
+    if not kind.startswith("coco"):
+        raise UserError(
+            f"Dataset '{dataset}' has the evaluator_type '{kind}', but a calibrator learns from "
+            "images with complete annotations in COCO's format: name such a dataset."
+        )
     recipe = build_recipe(_tested_on(cfg, dataset))
     with agree_on_user_errors():
         check_recipe(recipe, comm.get_world_size(), training=False)
