@@ -13,7 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, LVISEvaluator
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    LVISEvaluator,
+)
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.roi_heads import (
@@ -29,6 +34,7 @@ from .evaluation import (
     MaskScoringCityscapesEvaluator,
     MaskScoringCOCOEvaluator,
     MaskScoringLVISEvaluator,
+    PanopticQualityEvaluator,
 )
 from .modeling import (
     LEARN_FROM,
@@ -36,6 +42,7 @@ from .modeling import (
     MaskCalibrator,
     MaskIoUHead,
     MaskScoring,
+    MaskScoringPanopticFPN,
     MaskScoringROIHeads,
     Res5MaskScoringROIHeads,
     RetrofitPanopticFPN,
@@ -62,11 +69,13 @@ OUR_EVALUATORS = {
     COCOEvaluator: MaskScoringCOCOEvaluator,
     LVISEvaluator: MaskScoringLVISEvaluator,
     CityscapesInstanceEvaluator: MaskScoringCityscapesEvaluator,
+    COCOPanopticEvaluator: PanopticQualityEvaluator,
 }
 # Detectron2's models, and those in which only the MaskIoU head learns
 RETROFITS = {
     GeneralizedRCNN: RetrofitRCNN,
     PanopticFPN: RetrofitPanopticFPN,
+    MaskScoringPanopticFPN: RetrofitPanopticFPN,
 }
 
 # Images of a retrofit, 10,000 iterations of 16: a ninth of Detectron2's 1x schedule
@@ -117,6 +126,9 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     # Width of the two hidden layers, and number of networks that are averaged
     cfg.MODEL.ROI_MASK_CALIBRATOR.HIDDEN_DIM = 64
     cfg.MODEL.ROI_MASK_CALIBRATOR.NUM_MEMBERS = 3
+    # The score that decides which of two overlapping instances a "MaskScoringPanopticFPN" puts on
+    # top: "score" (the class score), "mask_score" or "quality_score"
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.RANK_BY = "mask_score"
     # What a retrofit learns from: foreground "proposals", as in the paper, or "detections", which
     # include mistakes
     cfg.MODEL.RETROFIT = CfgNode({"LEARN_FROM": "proposals"})
@@ -188,9 +200,9 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     """
     Turn the LazyConfig of a Mask R-CNN into that of a Mask Scoring R-CNN.
 
-    The ROI heads get a MaskIoU head whose sizes follow the mask head's, and Detectron2's evaluator
-    (COCO, LVIS or Cityscapes) is replaced by the one that ranks masks by mask score. Nothing else
-    changes.
+    The ROI heads get a MaskIoU head whose sizes follow the mask head's, and Detectron2's evaluators
+    (COCO, LVIS, Cityscapes) are replaced by ours, which rank masks by mask score. A Panoptic FPN
+    becomes a :class:`MaskScoringPanopticFPN`. Nothing else changes.
 
     Args:
         cfg: a LazyConfig with a `model` whose `roi_heads` are Detectron2's StandardROIHeads,
@@ -240,8 +252,15 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     roi_heads.mask_iou_head = L(MaskIoUHead)(
         input_shape=input_shape, num_classes="${..num_classes}", **head_args
     )
+    if _is_panoptic_fpn(cfg.model):
+        cfg.model._target_ = MaskScoringPanopticFPN
     _use_our_evaluators(cfg)
     return cfg
+
+
+def _is_panoptic_fpn(model: DictConfig) -> bool:
+    """Whether it is Detectron2's own; a config may also have parts of a model only."""
+    return "_target_" in model and target_of(model) is PanopticFPN
 
 
 def shape_after(shape: ShapeSpec, stride_per_block: list[int]) -> ShapeSpec:
@@ -259,7 +278,7 @@ def shape_after(shape: ShapeSpec, stride_per_block: list[int]) -> ShapeSpec:
 
 
 def _use_our_evaluators(cfg: DictConfig) -> None:
-    """Replace Detectron2's evaluators of instances by ours, in place."""
+    """Replace Detectron2's evaluators by ours, in place."""
     evaluators = cfg.get("dataloader", {}).get("evaluator") or []
     for evaluator in [evaluators] if isinstance(evaluators, DictConfig) else evaluators:
         found = target_of(evaluator)
@@ -272,7 +291,8 @@ def add_mask_calibrator(cfg: Config) -> Config:
     Turn the config of a Mask R-CNN, with or without mask scoring, into that of the same model with
     a calibrator; see :class:`MaskCalibrator`.
 
-    :func:`msrcnn_d2.calibration.calibrate` writes weights for it, together with such a config.
+    :func:`msrcnn_d2.calibration.calibrate` writes weights for it, together with such a config. A
+    Panoptic FPN becomes a :class:`MaskScoringPanopticFPN` that merges its instances as before.
 
     Args:
         cfg: a LazyConfig whose `model.roi_heads` are Detectron2's StandardROIHeads,
@@ -310,9 +330,15 @@ def add_mask_calibrator(cfg: Config) -> Config:
         if found in TWINS:
             cfg.MODEL.ROI_HEADS.NAME = TWINS[found].__name__
             cfg.MODEL.ROI_MASK_IOU_HEAD.NAME = ""
+        if cfg.MODEL.META_ARCHITECTURE == PanopticFPN.__name__:
+            cfg.MODEL.META_ARCHITECTURE = MaskScoringPanopticFPN.__name__
+            cfg.MODEL.PANOPTIC_FPN.COMBINE.RANK_BY = "score"
         return cfg
     if found in TWINS:
         roi_heads._target_ = TWINS[found]
+    if _is_panoptic_fpn(cfg.model):
+        cfg.model._target_ = MaskScoringPanopticFPN
+        cfg.model.combine_rank_by = "score"
     if roi_heads.get("mask_calibrator") is None:
         roi_heads.mask_calibrator = L(MaskCalibrator)()
     _use_our_evaluators(cfg)
@@ -390,6 +416,8 @@ def _retrofit_lazy(cfg: DictConfig, head_args: dict[str, Any]) -> DictConfig:
     if architecture not in RETROFITS:  # it is a retrofit already
         return cfg
     cfg.model._target_ = RETROFITS[architecture]
+    if architecture is PanopticFPN:
+        cfg.model.combine_rank_by = "score"
     if "train" not in cfg:
         return cfg
 
@@ -422,6 +450,8 @@ def _retrofit_yacs(cfg: CfgNode, head_args: dict[str, Any]) -> CfgNode:
     if architecture not in RETROFITS:  # it is a retrofit already
         return cfg
     cfg.MODEL.META_ARCHITECTURE = RETROFITS[architecture].__name__
+    if architecture is PanopticFPN:
+        cfg.MODEL.PANOPTIC_FPN.COMBINE.RANK_BY = "score"
     name = cfg.MODEL.ROI_HEADS.NAME
     roi_heads = ROI_HEADS_REGISTRY.get(name)
     if not _scores_masks(roi_heads):

@@ -114,6 +114,7 @@ def recipe_on(folder, train, test):
         train_names=tuple(train),
         test_sets=[SimpleNamespace(names=(name,), batch_size=None) for name in test],
         num_classes=3,
+        num_stuff_classes=None,
         total_batch_size=16,
         compile=False,
         accumulation_steps=1,

@@ -227,6 +227,7 @@ def recipe_on(tmp_path, name, **attributes):
         train_names=(name,),
         test_sets=[SimpleNamespace(names=(name,), batch_size=None)],
         num_classes=3,
+        num_stuff_classes=None,
         total_batch_size=16,
         compile=False,
         has_calibrator=False,

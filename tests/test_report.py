@@ -341,7 +341,7 @@ def test_a_report_that_fails_costs_no_results(quality, monkeypatch, caplog, wrap
     monkeypatch.setattr(evaluate_module, "run_inference", lambda *args: {"segm": {"AP": 1.0}})
     shown = []
 
-    def fail(quality, test_set, recipe):
+    def fail(quality, test_set, recipe, results):
         shown.append(str(test_set))
         raise ZeroDivisionError
 
@@ -365,7 +365,7 @@ def test_training_logs_the_reliability_diagrams(has_calibrator):
     recipe = Trained(quality)
     del recipe.test_sets[1:]
     with EventStorage(12) as storage:
-        log_reliability(quality, recipe.test_sets[0], recipe)
+        log_reliability(quality, recipe.test_sets[0], recipe, {})
         logged = list(storage._vis_data)
     assert [(name, k) for name, _, k in logged] == [(f"mask_quality/{x}", 12) for x in names]
     for _, image, _ in logged:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 import detectron2
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -29,6 +30,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msrcnn_d2_runtime.image_reading import IMAGE_KEYS
+from msrcnn_d2_runtime.ranking import SCORE_FIELDS
 
 from .. import model_zoo
 from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
@@ -39,6 +41,7 @@ from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader
 __all__ = [
     "SETTINGS",
     "both_keys",
+    "builds_a",
     "device_of",
     "find",
     "find_config_file",
@@ -99,6 +102,7 @@ FROM_0 = (_whole(0), "a whole number from 0 on")
 NOT_NEGATIVE = (_number(0), "a number from 0 on")
 SEED = (_whole(-(2**31), 2**32 - 1), "a whole number below 2^32 (negative: a random one)")
 SHARE = (_number(0, 1), "a share of the run, from 0 to 1")
+SCORE = (lambda x: x in SCORE_FIELDS, " or ".join(SCORE_FIELDS))
 SOURCE = (lambda x: x in LEARN_FROM, " or ".join(LEARN_FROM))
 SWITCH = (lambda x: isinstance(x, bool), "True or False")
 METRIC = (lambda x: isinstance(x, str), "the name of a result such as segm/AP, or '' for none")
@@ -208,6 +212,8 @@ SETTINGS = [
         Setting(f"model.roi_heads.mask_iou_head.{arg}", f"MODEL.ROI_MASK_IOU_HEAD.{arg.upper()}")
         for arg in HEAD_ARGS
     ),
+    Setting("model.sem_seg_head.num_classes", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", *FROM_1),
+    Setting("model.combine_rank_by", "MODEL.PANOPTIC_FPN.COMBINE.RANK_BY", *SCORE),
     Setting("model.learn_from", "MODEL.RETROFIT.LEARN_FROM", *SOURCE),
     Setting("optimizer.lr", "SOLVER.BASE_LR", *NOT_NEGATIVE, required=True),
     Setting("optimizer.momentum", "SOLVER.MOMENTUM", *NOT_NEGATIVE),
@@ -391,7 +397,7 @@ def load_config(
         for text in texts:
             _override_lazy(cfg, text)
     check_values(cfg)
-    if _is_retrofit(cfg) and not value_of(cfg, "train.init_checkpoint"):
+    if builds_a(RetrofitRCNN, cfg) and not value_of(cfg, "train.init_checkpoint"):
         raise UserError(
             "There is no trained Mask R-CNN to retrofit: give "
             f"{both_keys('train.init_checkpoint', 'FILE')}."
@@ -689,10 +695,11 @@ def check_values(cfg: DictConfig | CfgNode) -> None:
         raise UserError(f"{key}{named} is {value!r}, but takes {setting.expected}{advice}.")
 
 
-def _is_retrofit(cfg: DictConfig | CfgNode) -> bool:
+def builds_a(kind: type[nn.Module], cfg: DictConfig | CfgNode) -> bool:
+    """Whether the model of a config of either kind is of this class, or of a derived one."""
     if isinstance(cfg, CfgNode):
         found = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     else:
         model = cfg.get("model", {})
         found = target_of(model) if "_target_" in model else None
-    return isinstance(found, type) and issubclass(found, RetrofitRCNN)
+    return isinstance(found, type) and issubclass(found, kind)

@@ -19,6 +19,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     COCOEvaluator,
+    COCOPanopticEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
     inference_on_dataset,
@@ -57,6 +58,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Evaluators that take the classes of a model for those of the dataset
+OF_CLASSES = (COCOEvaluator, LVISEvaluator, CityscapesInstanceEvaluator, COCOPanopticEvaluator)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -112,7 +116,7 @@ def evaluate(
     recipe: Recipe,
     model: nn.Module,
     published: Published | None = None,
-    use_quality: Callable[[MaskQuality, TestSet, Recipe], object] = lambda *_: None,
+    use_quality: Callable[[MaskQuality, TestSet, Recipe, dict], object] = lambda *_: None,
     class_names: Sequence[str] | None = None,
 ) -> dict:
     """
@@ -121,7 +125,7 @@ def evaluate(
     Args:
         published: results to show beside the measured ones on COCO val2017.
         use_quality: called on the main process for each test set whose evaluator has measured the
-            quality of masks, after the results were logged.
+            quality of masks, after the results were logged; with them as the last argument.
         class_names: of the model, in the order of its classes. They match its classes with those
             of a test set in another order. None if they are not known; then the numbers of classes
             have to agree.
@@ -148,7 +152,7 @@ def evaluate(
         if quality is None:
             continue
         try:
-            use_quality(quality, test_set, recipe)
+            use_quality(quality, test_set, recipe, results)
         except Exception:  # it must not cost a training, or the other test sets
             logger.exception(
                 "The quality of masks was measured, but cannot be shown. The results are complete: "
@@ -238,7 +242,7 @@ def summary_table(results: dict, published: Published | None = None) -> str:
     return tabulate(table, headers=headers, floatfmt=".2f", tablefmt="github")
 
 
-def log_reliability(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> None:
+def log_reliability(quality: MaskQuality, test_set: TestSet, recipe: Recipe, results: dict) -> None:
     """Show the reliability diagrams in TensorBoard. Training logs the numbers by itself."""
     for chart in reliability_charts(quality):
         canvas = FigureCanvasAgg(chart.figure)
@@ -250,14 +254,14 @@ def log_reliability(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> 
         get_event_storage().put_image(name, pixels.transpose(2, 0, 1))
 
 
-def write_report_of(quality: MaskQuality, test_set: TestSet, recipe: Recipe) -> None:
+def write_report_of(quality: MaskQuality, test_set: TestSet, recipe: Recipe, results: dict) -> None:
     """Write the report into "report/" in the output folder, or a folder in it for each test set."""
     folder = os.path.join(recipe.output_dir, "report")
     if len(recipe.test_sets) > 1:
         folder = os.path.join(folder, str(test_set))
     roots = [MetadataCatalog.get(name).get("image_root") for name in test_set.names]
     title, root = f"Masks on {test_set}", roots[0] if roots else None
-    page = write_report(quality, folder, title, root, recipe.images)
+    page = write_report(quality, folder, title, root, recipe.images, results=results)
     logger.info("Report on the quality of masks: %s", page)
 
 
@@ -280,7 +284,7 @@ def use_names(
     for one in evaluators_in(evaluator):
         if isinstance(one, ClassesByName):
             one.use_class_names(class_names)
-        elif isinstance(one, (COCOEvaluator, LVISEvaluator, CityscapesInstanceEvaluator)):
+        elif isinstance(one, OF_CLASSES):
             for dataset in test_set.names:
                 names = names_of_dataset(dataset)
                 if names is None or same(class_names, names):

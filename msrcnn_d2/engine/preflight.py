@@ -97,6 +97,9 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
         # Classes of a test set are found by name. Without names of a training set, numbers decide
         names_matter = name in trained_on or (training and not trained_on)
         check_registered(name, recipe.num_classes if names_matter else None)
+        if recipe.num_stuff_classes is not None:
+            must_have = recipe.learns_stuff and name in trained_on
+            _check_stuff(name, recipe.num_stuff_classes, must_have)
     check_names_of_datasets(recipe, training)
     for size in (test_set.batch_size for test_set in recipe.test_sets):
         if size is not None and not (isinstance(size, int) and size >= 1):
@@ -232,6 +235,28 @@ def check_registered(name: str, num_classes: int | None = None) -> None:
         check_number(name, metadata.get("thing_classes") or [], num_classes)
 
 
+def _check_stuff(name: str, num_classes: int, must_have: bool) -> None:
+    """
+    Args:
+        must_have: whether a dataset without semantic segmentation is a mistake.
+    """
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("stuff_classes")
+    if names is None and must_have and metadata.get("evaluator_type") == "coco":
+        raise UserError(
+            f"Dataset '{name}' has objects only, but a Panoptic FPN also learns semantic "
+            "segmentation: register a dataset that has both by Detectron2's "
+            "register_coco_panoptic_separated."
+        )
+    if names is not None and len(names) != num_classes:
+        raise UserError(
+            f"Dataset '{name}' has {len(names)} classes of stuff ({listed(names)}), of which the "
+            f"first stands for all objects, but the model predicts {num_classes}: set "
+            f"model.sem_seg_head.num_classes={len(names)} (yaml: MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+            f"{len(names)})."
+        )
+
+
 def dicts_of_dataset(name: str) -> list[dict]:
     """
     The dataset dicts of a registered dataset; Detectron2 learns its categories with them.
@@ -270,6 +295,11 @@ def _check_paths(name: str, metadata: Any) -> None:
         raise UserError(f"Annotations of dataset '{name}' are not at '{json_file}'. {advice}")
     if gt_dir and not PathManager.isdir(gt_dir):
         raise UserError(f"Annotations of dataset '{name}' are not in '{gt_dir}'. {advice}")
+    stuff_root = metadata.get("sem_seg_root")
+    if stuff_root and not PathManager.isdir(stuff_root):
+        raise UserError(
+            f"The semantic segmentation of dataset '{name}' is not in '{stuff_root}'. {advice}"
+        )
     if image_root and not (PathManager.isdir(image_root) and PathManager.ls(image_root)):
         raise UserError(f"Images of dataset '{name}' are not in '{image_root}'. {advice}")
 
@@ -297,7 +327,9 @@ def check_data(recipe: Recipe, training: bool, image_ids: Collection[Any] | None
     test_names = [name for test_set in recipe.test_sets for name in test_set.names]
     for name in dict.fromkeys([*train_names, *test_names]):
         metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
+        # The objects of a panoptic dataset are in the same format
+        is_of_coco = metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg")
+        if not (is_of_coco and metadata.get("json_file")):
             continue
         title = f"dataset '{name}'"
         if image_ids is not None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,12 +29,14 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     COCOEvaluator,
+    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
+    SemSegEvaluator,
     verify_results,
 )
-from detectron2.modeling import build_model
+from detectron2.modeling import PanopticFPN, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 
@@ -44,13 +47,14 @@ from ..evaluation import (
     MaskScoringCityscapesEvaluator,
     MaskScoringCOCOEvaluator,
     MaskScoringLVISEvaluator,
+    PanopticQualityEvaluator,
 )
 from ..evaluation.average_precision import choose_engine
 from ..evaluation.coco_evaluator import check_settings
 from ..image_reading import image_settings
-from ..modeling import MaskScoringRCNNWithTTA
+from ..modeling import MaskScoringRCNNWithTTA, RetrofitRCNN
 from ..utils.errors import UserError
-from .configs import both_keys, value_of
+from .configs import both_keys, builds_a, value_of
 from .hooks import VALIDATION
 from .loaders import (
     build_test_loader,
@@ -71,9 +75,17 @@ ERRORS_OF_ARGUMENTS = (
 )
 LOADER = "dataloader.test (yaml: DATASETS.TEST, DATALOADER)"
 EVALUATOR = "dataloader.evaluator (yaml: TEST)"
-# Evaluators of one dataset, and those of them that write files
-OF_INSTANCES = (COCOEvaluator, LVISEvaluator, CityscapesInstanceEvaluator)
-WRITING = (COCOEvaluator, LVISEvaluator, MaskScoringCityscapesEvaluator)
+# Evaluators of one dataset
+OF_ONE_DATASET = (
+    *(COCOEvaluator, LVISEvaluator, CityscapesInstanceEvaluator),
+    *(SemSegEvaluator, COCOPanopticEvaluator),
+)
+# Those of them that write files; the files of two groups have different names
+WRITING = (
+    (COCOEvaluator, LVISEvaluator, MaskScoringCityscapesEvaluator),
+    (SemSegEvaluator,),
+    (COCOPanopticEvaluator,),
+)
 
 
 @dataclass
@@ -145,6 +157,9 @@ class Recipe:
         wrap_for_test: called with the model; returns what is evaluated.
         train_names, num_classes: names of the training datasets, number of foreground classes;
             empty and None where the config does not say. For checks only.
+        num_stuff_classes: number of classes of the semantic segmentation; None without one. For
+            checks only.
+        learns_stuff: whether it is trained.
         total_batch_size: images per iteration of all processes; None if the config does not say.
         seed: negative for a random one.
         eval_period, checkpoint_period, log_period, max_iter: in iterations.
@@ -207,6 +222,8 @@ class Recipe:
     images: ImageSettings = field(default_factory=ImageSettings)
     detections_per_image: int | None = None
     precise_bn_iters: int = 0
+    num_stuff_classes: int | None = None
+    learns_stuff: bool = False
     hooks: Sequence[Any] = ()
     writers: Sequence[Any] = ()
     has_calibrator: bool = False
@@ -242,6 +259,7 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
         *("log_period", "compile", "max_bad_images", "max_nonfinite_steps", "detect_anomaly"),
         *("check_images", "accumulation_steps"),
     )
+    is_panoptic = builds_a(PanopticFPN, cfg)
     return {
         "hooks": value_of(cfg, "train.hooks") or (),
         "writers": value_of(cfg, "train.writers") or (),
@@ -255,6 +273,10 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
         "ema_device": value_of(cfg, "train.model_ema.device"),
         "evaluates_ema": value_of(cfg, "train.model_ema.use_ema_weights_for_eval_only"),
         "num_classes": value_of(cfg, "model.roi_heads.num_classes"),
+        "num_stuff_classes": value_of(cfg, "model.sem_seg_head.num_classes")
+        if is_panoptic
+        else None,
+        "learns_stuff": is_panoptic and not builds_a(RetrofitRCNN, cfg),
         "has_calibrator": has_mask_calibrator(cfg),
         "total_batch_size": value_of(cfg, "dataloader.train.total_batch_size"),
         "images": image_settings(cfg),
@@ -368,7 +390,7 @@ def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
     shares = [evaluators] if len(tests) == 1 else [[x] for x in evaluators]
     test_sets: list[TestSet] = []
     for test, names, share in zip(tests, names_of, shares):
-        if len(names) > 1 and any(map(_is_of_instances, share)):
+        if len(names) > 1 and any(_is_one_of(OF_ONE_DATASET, x) for x in share):
             raise UserError(
                 f"dataloader.test.dataset.names has {len(names)} datasets ({', '.join(names)}), "
                 "but an evaluator takes one: make dataloader.test and dataloader.evaluator "
@@ -401,34 +423,43 @@ def _as_list(dataloader: DictConfig, key: str) -> list:
     return nodes
 
 
-def _is_of_instances(evaluator: Any, kinds: tuple[type, ...] = OF_INSTANCES) -> bool:
+def _is_one_of(kinds: tuple[type, ...], evaluator: Any) -> bool:
     target = target_of(evaluator) if isinstance(evaluator, DictConfig) else None
     return isinstance(target, type) and issubclass(target, kinds)
 
 
 def _complete(evaluators: list, cfg: DictConfig) -> None:
     """Set where evaluators write and how many detections count, if the user has not."""
-    of_instances = [x for x in evaluators if _is_of_instances(x)]
-    writing = [x for x in evaluators if _is_of_instances(x, WRITING)]
     limit = _detections_per_image(cfg)
+    for evaluator in evaluators:
+        if _is_one_of(OF_ONE_DATASET, evaluator):
+            # A list of one dataset is as good as its name
+            names = _names(evaluator, "dataset_name", "dataloader.evaluator.")
+            if len(names) == 1:
+                evaluator.dataset_name = names[0]
+        if _is_one_of((COCOEvaluator,), evaluator) and limit is not None and limit > 100:
+            if evaluator.get("max_dets_per_image") is None:
+                evaluator.max_dets_per_image = limit
+    for kinds in WRITING:
+        _choose_folders([x for x in evaluators if _is_one_of(kinds, x)], cfg)
+
+
+def _choose_folders(evaluators: list[DictConfig], cfg: DictConfig) -> None:
+    """
+    Args:
+        evaluators: which would write over each other's files in one folder.
+    """
     folders: Counter = Counter()
-    for evaluator in of_instances:
-        # A list of one dataset is as good as its name
-        names = _names(evaluator, "dataset_name", "dataloader.evaluator.")
-        if len(names) == 1:
-            evaluator.dataset_name = names[0]
-        if _is_of_instances(evaluator, WRITING) and evaluator.get("output_dir") is None:
+    for evaluator in evaluators:
+        if evaluator.get("output_dir") is None:
             folder = os.path.join(cfg.train.output_dir, "inference")
-            if len(writing) > 1:
+            if len(evaluators) > 1:
+                names = _names(evaluator, "dataset_name", "dataloader.evaluator.")
                 folder = os.path.join(folder, ", ".join(names))
             folders[folder] += 1
             number = folders[folder]
             evaluator.output_dir = folder if number == 1 else f"{folder} ({number})"
-        is_of_coco = _is_of_instances(evaluator, (COCOEvaluator,))
-        given = evaluator.get("max_dets_per_image")
-        if is_of_coco and given is None and limit is not None and limit > 100:
-            evaluator.max_dets_per_image = limit
-    number_of = Counter(evaluator.output_dir for evaluator in writing)
+    number_of = Counter(evaluator.output_dir for evaluator in evaluators)
     shared = next((folder for folder, number in number_of.items() if number > 1), None)
     if shared is not None:
         raise UserError(
@@ -442,8 +473,10 @@ def _lazy_evaluators(nodes: list, predicts_keypoints: bool) -> Any:
     evaluators = []
     for node in nodes:
         with _one_sentence(EVALUATOR):
-            if _is_of_instances(node):
+            if _is_one_of(OF_ONE_DATASET, node):
                 _check_dataset_of_evaluator(node)
+            if _is_one_of((COCOPanopticEvaluator,), node):
+                _check_panopticapi(node)
             evaluators.append(instantiate(node))
             if isinstance(evaluators[-1], COCOEvaluator):
                 check_settings(evaluators[-1], predicts_keypoints)
@@ -468,6 +501,17 @@ def _check_dataset_of_evaluator(node: DictConfig) -> None:
         raise UserError(
             f"dataloader.evaluator.dataset_name is '{name}', a dataset that is not known: give "
             "the one of dataloader.test.dataset.names, or register it with --dataset."
+        )
+
+
+def _check_panopticapi(node: DictConfig) -> None:
+    """Detectron2's own evaluator would miss it after the first image."""
+    if not _is_one_of((PanopticQualityEvaluator,), node) and find_spec("panopticapi") is None:
+        raise UserError(
+            f"{target_of(node).__name__} needs the package panopticapi, which is not on PyPI: "
+            "install it by `pip install git+https://github.com/cocodataset/panopticapi.git`, or "
+            "use msrcnn_d2.evaluation.PanopticQualityEvaluator, which needs only `pip install "
+            "hotcoco`."
         )
 
 
@@ -505,6 +549,11 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
     cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     use_tta = cfg.TEST.AUG.ENABLED
+    if use_tta and builds_a(PanopticFPN, cfg):
+        raise UserError(
+            "Test-time augmentation merges instances only, and the model is a Panoptic FPN: set "
+            "TEST.AUG.ENABLED False."
+        )
     return Recipe(
         build_model=lambda: build_model(cfg),
         build_optimizer=lambda model: build_optimizer(cfg, model),
@@ -577,6 +626,11 @@ EVALUATORS_OF: dict[str, Sequence[Callable[[CfgNode, str, str], DatasetEvaluator
     "coco": (_coco_evaluator,),
     "lvis": (_lvis_evaluator,),
     "cityscapes_instance": (_cityscapes_evaluator,),
+    "coco_panoptic_seg": (
+        _coco_evaluator,
+        lambda cfg, name, output_dir: SemSegEvaluator(name, output_dir=output_dir),
+        lambda cfg, name, output_dir: PanopticQualityEvaluator(name, output_dir),
+    ),
 }
 
 

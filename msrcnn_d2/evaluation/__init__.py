@@ -9,12 +9,14 @@ from .federated import in_terms_of_coco
 from .lvis_evaluator import MaskScoringLVISEvaluator
 from .mask_quality import MaskQuality, mask_ap, measure_mask_quality
 from .matching import true_mask_ious
+from .panoptic_evaluator import PanopticQualityEvaluator
 
 __all__ = [
     "MaskQuality",
     "MaskScoringCOCOEvaluator",
     "MaskScoringCityscapesEvaluator",
     "MaskScoringLVISEvaluator",
+    "PanopticQualityEvaluator",
     "in_terms_of_coco",
     "mask_ap",
     "measure_mask_quality",

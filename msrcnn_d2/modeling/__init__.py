@@ -15,6 +15,7 @@ from .mask_iou_head import (
     mask_iou_loss,
 )
 from .mask_iou_target import mask_iou_targets
+from .panoptic_fpn import MaskScoringPanopticFPN
 from .postprocessing import UnpastedMasks
 from .retrofit import LEARN_FROM, RetrofitPanopticFPN, RetrofitRCNN
 from .roi_heads import (
@@ -37,6 +38,7 @@ __all__ = [
     "MaskCalibrator",
     "MaskIoUHead",
     "MaskScoring",
+    "MaskScoringPanopticFPN",
     "MaskScoringRCNNWithTTA",
     "MaskScoringROIHeads",
     "Res5MaskScoringROIHeads",

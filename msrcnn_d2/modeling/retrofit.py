@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import Instances
 
+from .panoptic_fpn import MaskScoringPanopticFPN
 from .roi_heads import MaskScoringROIHeads
 
 __all__ = ["LEARN_FROM", "RetrofitPanopticFPN", "RetrofitRCNN"]
@@ -99,8 +100,8 @@ class RetrofitRCNN(GeneralizedRCNN):
 
 
 @META_ARCH_REGISTRY.register()
-class RetrofitPanopticFPN(RetrofitRCNN, PanopticFPN):
+class RetrofitPanopticFPN(RetrofitRCNN, MaskScoringPanopticFPN):
     """
-    :class:`PanopticFPN` that trains only its MaskIoU head, as :class:`RetrofitRCNN` does. Semantic
-    segmentation takes no part in training. Inference is that of :class:`PanopticFPN`.
+    :class:`MaskScoringPanopticFPN` that trains only its MaskIoU head, as :class:`RetrofitRCNN`
+    does. Semantic segmentation takes no part in training.
     """

@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA, detector_postprocess
+from detectron2.modeling import (
+    DatasetMapperTTA,
+    GeneralizedRCNNWithTTA,
+    PanopticFPN,
+    detector_postprocess,
+)
 
+from ..utils.errors import UserError
 from .mask_iou_head import set_mask_scores
 from .postprocessing import rescale_unpasted
 
@@ -37,7 +43,15 @@ class MaskScoringRCNNWithTTA(GeneralizedRCNNWithTTA):
                 are those of its own parts, and whose augmentations are :class:`ScaledTTAMapper`.
             model, tta_mapper, batch_size: as in Detectron2.
             paste_masks: False leaves "pred_masks" as :class:`ROIMasks`, which take less memory.
+
+        Raises:
+            UserError: the model is a Panoptic FPN.
         """
+        if isinstance(model, PanopticFPN):
+            raise UserError(
+                "Test-time augmentation merges instances only, and the model is a Panoptic FPN: "
+                "predict without it."
+            )
         if cfg is None:
             cfg = _config_of(model)
             tta_mapper = tta_mapper or ScaledTTAMapper()

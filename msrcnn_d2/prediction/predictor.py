@@ -167,7 +167,9 @@ class MaskScoringPredictor:
             image, and "pred_masks" of shape (N, H, W). "mask_scores" are "scores" x
             "pred_mask_ious". A model with a calibrator adds "mask_iou_probs" of shape (N, 10), the
             probabilities that the mask is a true positive at an IoU of 0.50, 0.55, ..., 0.95;
-            their mean, "quality_scores"; and "expected_mask_ious".
+            their mean, "quality_scores"; and "expected_mask_ious". A Panoptic FPN adds "sem_seg"
+            and "panoptic_seg"; the "instance_id" of a segment is its index in "instances", or None
+            if it was left out of them.
 
         Raises:
             UserError: a file is missing or not an image.
@@ -232,7 +234,11 @@ class MaskScoringPredictor:
                 thresholded = thresholded[:, self.ranking.column]
             scores = instances.get(SCORE_FIELDS[self.rank_by])
             order = scores.argsort(descending=True, stable=True)
-            output["instances"] = instances[order[thresholded[order] >= self.ranking.threshold]]
+            order = order[thresholded[order] >= self.ranking.threshold]
+            output["instances"] = instances[order]
+            if "panoptic_seg" in output:
+                segments, infos = output["panoptic_seg"]
+                output["panoptic_seg"] = segments, _renumbered(infos, order.tolist())
         return outputs
 
     def _to_numpy(self, instances: Instances) -> Predictions:
@@ -260,6 +266,23 @@ class MaskScoringPredictor:
         self.augmentations(resized)
         pixels = torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
         return {"image": pixels, "height": height, "width": width}
+
+
+def _renumbered(segments_info: list[dict], order: list[int]) -> list[dict]:
+    """
+    Args:
+        segments_info: of a panoptic model.
+        order: for each instance that is returned, its "instance_id".
+
+    Returns:
+        copies whose "instance_id" is an index of the returned instances; None for one that is not
+        returned.
+    """
+    position = {old: new for new, old in enumerate(order)}
+    return [
+        {**info, "instance_id": position.get(info["instance_id"])} if info["isthing"] else info
+        for info in segments_info
+    ]
 
 
 class _Parts(NamedTuple):

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ __all__ = ["write_report"]
 PIXELS_PER_INCH = 150
 THUMBNAIL_PIXELS_PER_INCH = 110
 NUM_MOVES = 8  # detections that moved up, and as many that moved down
+# Tasks of other evaluators, whose first metric is the main one
+OTHER_TASKS = {"panoptic_seg": "panoptic quality", "sem_seg": "semantic segmentation"}
 NUM_DISAGREEMENTS = 12  # with annotations
 DISAGREEMENTS = {
     "class": "annotated as {}",
@@ -45,6 +47,7 @@ def write_report(
     settings: ImageSettings | None = None,
     precision: float = 0.95,
     iou: float = 0.75,
+    results: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """
     Write a report on what :class:`MaskQuality` has measured.
@@ -61,6 +64,8 @@ def write_report(
         settings: how images are read, such as the scale of 16-bit images.
         precision, iou: the thresholds that are shown first reach this precision, between 0 and 1,
             at this IoU, one of 0.50, 0.55, ... 0.95.
+        results: of all evaluators, {task: {metric: percent}}. Those of panoptic and semantic
+            segmentation are shown, and are in "report.json" ("other_results").
 
     Returns:
         the path of the page.
@@ -78,6 +83,12 @@ def write_report(
     nearest_object = quality.average_precision.overlaps.nearest_object
     moves = largest_moves(quality, rankings[-1], NUM_MOVES) if len(rankings) > 1 else ([], [])
     disagreements = worst_annotations(quality)
+    others = {
+        # Not those of each class, such as "IoU-sky"
+        task: {name: value for name, value in (results or {})[task].items() if "-" not in name}
+        for task in OTHER_TASKS
+        if task in (results or {})
+    }
     class_names = dict(zip(quality.average_precision.category_ids, quality.classes))
 
     def card(index: int, annotation: dict | None) -> dict[str, Any]:
@@ -89,6 +100,7 @@ def write_report(
         rankings=rankings,
         titles=TITLES,
         overall=quality.overall,
+        others=[(OTHER_TASKS[task], list(numbers.items())) for task, numbers in others.items()],
         charts=[(chart.section, chart.alt, _data_url(png)) for chart, png in drawn],
         moves={
             direction: [{"move": m, **card(m.index, nearest_object(m.index))} for m in chosen]
@@ -127,6 +139,10 @@ def write_report(
     numbers = {
         "title": title,
         **quality.to_json(),
+        "other_results": {
+            task: {k: None if math.isnan(v) else v for k, v in metrics.items()}
+            for task, metrics in others.items()
+        },
         "thresholds": {
             "precision": precision,
             "iou": iou,

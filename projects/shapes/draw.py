@@ -127,14 +127,14 @@ def draw_coverage_at(
     return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
     """(size, size) random field in about [-1, 1] that varies over SIZE / cells pixels."""
     cells = max(round(cells * size / SIZE), 2)
     coarse = rng.uniform(-1, 1, size=(cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:
+def stripes(rng: np.random.Generator, size: int) -> np.ndarray:
     """(size, size) soft waves in [-1, 1], of a random direction and a period of 4 to 12 pixels."""
     angle, phase = rng.uniform(0, 2 * np.pi, size=2)
     along = 2 * np.pi / rng.uniform(4, 12) * np.arange(size, dtype=np.float32)
@@ -146,21 +146,26 @@ def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
     """(size, size) texture in about [-1, 1]: clouds, grain, stripes or a weave."""
     kind = rng.integers(4)
     if kind == 0:
-        return _smooth_noise(rng, 12, size)
+        return smooth_noise(rng, 12, size)
     if kind == 1:
-        return _smooth_noise(rng, 48, size)
+        return smooth_noise(rng, 48, size)
     if kind == 2:
-        return _stripes(rng, size)
-    return _stripes(rng, size) * _stripes(rng, size)
+        return stripes(rng, size)
+    return stripes(rng, size) * stripes(rng, size)
 
 
-def draw_texture(rng: np.random.Generator, strength: float, size: int = SIZE) -> np.ndarray:
+def draw_texture(
+    rng: np.random.Generator,
+    strength: float,
+    size: int = SIZE,
+    pattern: Callable[[np.random.Generator, int], np.ndarray] = _pattern,
+) -> np.ndarray:
     """(size, size, 3) RGB values in about [0, 255]: two colours mixed by a pattern, and shading."""
     first = rng.uniform(40, 230, size=3).astype(np.float32)
     change = rng.uniform(-90, 90, size=3).astype(np.float32) * strength
     second = np.clip(first + change, 0, 255)
-    share = 0.5 + 0.5 * _pattern(rng, size)[..., None]
-    shading = 1 + 0.15 * _smooth_noise(rng, 3, size)[..., None]
+    share = 0.5 + 0.5 * pattern(rng, size)[..., None]
+    shading = 1 + 0.15 * smooth_noise(rng, 3, size)[..., None]
     return (second + (first - second) * share) * shading
 
 
@@ -217,7 +222,11 @@ def cast_shadow(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """Draws one image with its objects; ``rng`` decides everything in it."""
-    image = draw_texture(rng, strength=0.8)
+    return draw_objects(rng, draw_texture(rng, strength=0.8))
+
+
+def draw_objects(rng: np.random.Generator, image: np.ndarray) -> Scene:
+    """Draws objects on a background, (SIZE, SIZE, 3) RGB values in about [0, 255]."""
     mean_color = image.mean(axis=(0, 1))
     categories, coverages, top = _place_objects(rng)
     for coverage in coverages:
@@ -231,7 +240,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(np.clip(image, 0, 255).astype(np.uint8), categories, masks, shares)
 
 
-def _annotations(scene: Scene) -> list[dict]:
+def annotations_of(scene: Scene) -> list[dict]:
     """COCO annotations without ids; areas and boxes (x, y, width, height) are in pixels."""
     annotations = []
     for category, mask, share in zip(scene.categories, scene.masks, scene.visible_shares):
@@ -254,7 +263,7 @@ def _draw_image(index: int, folder: Path, seed: int) -> list[dict]:
     rng = np.random.default_rng([seed, SPLITS.index(folder.name), index])
     scene = draw_scene(rng)
     Image.fromarray(scene.image).save(folder / f"{index:06d}.png")
-    return _annotations(scene)
+    return annotations_of(scene)
 
 
 def _draw_images(folder: Path, num_images: int, seed: int, num_workers: int) -> list[list[dict]]:
@@ -267,7 +276,7 @@ def _draw_images(folder: Path, num_images: int, seed: int, num_workers: int) -> 
         return list(progress(pool.map(draw, range(num_images), chunksize=16)))
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n")
 
 
@@ -290,7 +299,7 @@ def draw_split(out_dir: Path, split: str, num_images: int, seed: int, num_worker
         for annotation in annotations:
             annotation.update(id=len(coco["annotations"]) + 1, image_id=image_id)
             coco["annotations"].append(annotation)
-    _write_json(out_dir / f"{split}.json", coco)
+    write_json(out_dir / f"{split}.json", coco)
 
 
 def draw_dataset(
@@ -319,7 +328,7 @@ def draw_dataset(
     for split in SPLITS:
         shutil.rmtree(out_dir / split, ignore_errors=True)
         draw_split(out_dir, split, parameters[f"num_{split}"], seed, num_workers)
-    _write_json(marker, parameters)
+    write_json(marker, parameters)
     return True
 
 
