@@ -46,8 +46,8 @@ def check_metric(recipe: Recipe, evaluators: Sequence[Any]) -> None:
     wanted = recipe.val_metric
     task, _, metric = wanted.rpartition("/")
     of_all = [(t, x) for t, e in zip(recipe.test_sets, evaluators) for x in evaluators_in(e)]
-    if not wanted or not all(isinstance(x, COCOEvaluator) for _, x in of_all):
-        return
+    if not (wanted and of_all) or not all(isinstance(x, COCOEvaluator) for _, x in of_all):
+        return  # a training may do without evaluations
     names = []
     for test_set, evaluator in of_all:
         prefix = f"{test_set}/" if len(recipe.test_sets) > 1 else ""
