@@ -150,6 +150,10 @@ def add_msrcnn_config(cfg: CfgNode) -> None:
     cfg.INPUT.INTENSITY_PERCENTILES = ()
     # Whether to apply the orientation in the EXIF data of images
     cfg.INPUT.APPLY_EXIF = True
+    # Names of the keypoints, and pairs of them that change places when an image is flipped. None
+    # stands for the names in the annotations, and for names that differ in "left" and "right"
+    cfg.INPUT.KEYPOINT_NAMES = None
+    cfg.INPUT.KEYPOINT_FLIP_MAP = None
     # Number of pixels of the largest image that is read; 0 for Pillow's limit
     cfg.INPUT.MAX_IMAGE_PIXELS = 0
     # What computes AP: "faster-coco-eval" or "pycocotools"; "" for the former if it is installed

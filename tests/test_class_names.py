@@ -110,6 +110,7 @@ def recipe_on(folder, train, test):
         hooks=[],
         writers=[],
         has_calibrator=False,
+        predicts_keypoints=False,
         output_dir=str(folder / "output"),
         train_names=tuple(train),
         test_sets=[SimpleNamespace(names=(name,), batch_size=None) for name in test],

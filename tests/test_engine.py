@@ -231,6 +231,7 @@ def recipe_on(tmp_path, name, **attributes):
         total_batch_size=16,
         compile=False,
         has_calibrator=False,
+        predicts_keypoints=False,
         hooks=(),
         writers=(),
         accumulation_steps=1,
@@ -710,7 +711,9 @@ def test_a_stream_falls_back_to_detectron2s_loader_with_one_warning(caplog):
 
 def test_a_loader_of_ones_own_is_used_with_one_warning(caplog):
     node = LazyCall(Images)()
-    assert isinstance(recipe_module._lazy_train_loader(node, ImageSettings(), 0, 0, None), Images)
+    assert isinstance(
+        recipe_module._lazy_train_loader(node, ImageSettings(), (), 0, 0, None), Images
+    )
     assert sum("resumed" in x.message for x in caplog.records) == 1
 
 

@@ -97,6 +97,10 @@ def _is_pattern(x: Any) -> bool:
         return False
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, ListConfig))
+
+
 FROM_1 = (_whole(1), "a whole number from 1 on")
 FROM_0 = (_whole(0), "a whole number from 0 on")
 NOT_NEGATIVE = (_number(0), "a number from 0 on")
@@ -119,6 +123,14 @@ PATTERNS = (
     lambda x: isinstance(x, (list, tuple, ListConfig)) and all(map(_is_pattern, x)),
     "a list of regular expressions for the beginning of parameters' names, such as "
     "['backbone','proposal_generator']",
+)
+TEXTS = (
+    lambda x: x is None or (_is_list(x) and all(isinstance(e, str) for e in x)),
+    "a list of names",
+)
+PAIRS = (
+    lambda x: x is None or (_is_list(x) and all(_is_list(e) and len(e) == 2 for e in x)),
+    "a list of pairs of names",
 )
 CALLS = (
     lambda x: (
@@ -203,6 +215,8 @@ SETTINGS = [
         Setting(f"dataloader.images.{key}", yaml, default=default)
         for key, (yaml, default) in IMAGE_KEYS.items()
     ),
+    Setting("dataloader.keypoints.names", "INPUT.KEYPOINT_NAMES", *TEXTS, default=None),
+    Setting("dataloader.keypoints.flip_map", "INPUT.KEYPOINT_FLIP_MAP", *PAIRS, default=None),
     Setting("model.roi_heads.num_classes", "MODEL.ROI_HEADS.NUM_CLASSES", *FROM_1, required=True),
     Setting(
         "model.roi_heads.batch_size_per_image", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", *FROM_1

@@ -28,6 +28,7 @@ from ..dataset_check.issues import BAD_IMAGES
 from ..utils.errors import UserError
 from .configs import both_keys
 from .hooks import VALIDATION
+from .keypoints import check_keypoints
 from .recipe import Recipe
 from .user_hooks import check_hooks_and_writers
 
@@ -101,6 +102,14 @@ def check_recipe(recipe: Recipe, num_processes: int, training: bool) -> None:
             must_have = recipe.learns_stuff and name in trained_on
             _check_stuff(name, recipe.num_stuff_classes, must_have)
     check_names_of_datasets(recipe, training)
+    if recipe.predicts_keypoints:
+        check_keypoints(
+            list(dict.fromkeys(trained_on + [n for t in recipe.test_sets for n in t.names])),
+            trained_on,
+            recipe.num_keypoints,
+            recipe.keypoint_names,
+            recipe.keypoint_flip_map,
+        )
     for size in (test_set.batch_size for test_set in recipe.test_sets):
         if size is not None and not (isinstance(size, int) and size >= 1):
             raise UserError(

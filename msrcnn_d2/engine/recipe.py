@@ -56,6 +56,7 @@ from ..modeling import MaskScoringRCNNWithTTA, RetrofitRCNN
 from ..utils.errors import UserError
 from .configs import both_keys, builds_a, value_of
 from .hooks import VALIDATION
+from .keypoints import complete_keypoints
 from .loaders import (
     build_test_loader,
     build_train_loader,
@@ -183,6 +184,9 @@ class Recipe:
         hooks, writers: of the user's own; see :mod:`msrcnn_d2.engine.user_hooks`.
         ddp: arguments of `create_ddp_model`.
         has_calibrator: whether the model has one, which is no part of a training.
+        predicts_keypoints, num_keypoints: whether the model has a keypoint head, and how many it
+            predicts; None if the config does not say. For checks only.
+        keypoint_names, keypoint_flip_map: those of the datasets; None for those in their files.
         verify_results: called with the results at the end of a run.
         val_metric, val_mode, patience, min_delta: see :class:`BestCheckpointer`.
         validation_set: what the validation loss is computed on; None for no such loss.
@@ -227,6 +231,10 @@ class Recipe:
     hooks: Sequence[Any] = ()
     writers: Sequence[Any] = ()
     has_calibrator: bool = False
+    predicts_keypoints: bool = False
+    num_keypoints: int | None = None
+    keypoint_names: Sequence[str] | None = None
+    keypoint_flip_map: Sequence[Sequence[str]] | None = None
     wrap_for_test: Callable[[nn.Module], nn.Module] = lambda model: model
     verify_results: Callable[[dict], Any] = lambda results: None
     val_metric: str = ""
@@ -278,6 +286,9 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
         else None,
         "learns_stuff": is_panoptic and not builds_a(RetrofitRCNN, cfg),
         "has_calibrator": has_mask_calibrator(cfg),
+        "predicts_keypoints": _predicts_keypoints(cfg),
+        "keypoint_names": value_of(cfg, "dataloader.keypoints.names"),
+        "keypoint_flip_map": value_of(cfg, "dataloader.keypoints.flip_map"),
         "total_batch_size": value_of(cfg, "dataloader.train.total_batch_size"),
         "images": image_settings(cfg),
         "val_metric": value_of(cfg, "train.best_checkpointer.val_metric") or "",
@@ -290,6 +301,7 @@ def _settings(cfg: DictConfig | CfgNode) -> dict[str, Any]:
 def _from_lazy(cfg: DictConfig) -> Recipe:
     settings = _settings(cfg)
     images = settings["images"]
+    train_names = _names(cfg, "dataloader.train.dataset.names")
 
     def build_lazy_optimizer(model: nn.Module) -> Any:
         cfg.optimizer.params.model = model
@@ -300,12 +312,18 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_model=lambda: instantiate(cfg.model),
         build_optimizer=build_lazy_optimizer,
         build_lr_scheduler=lambda optimizer: instantiate(cfg.lr_multiplier),
-        build_train_loader=functools.partial(_lazy_train_loader, cfg.dataloader.train, images),
+        build_train_loader=functools.partial(
+            _lazy_train_loader,
+            cfg.dataloader.train,
+            images,
+            train_names if settings["predicts_keypoints"] else (),
+        ),
         test_sets=_lazy_test_sets(cfg, images),
-        train_names=_names(cfg, "dataloader.train.dataset.names"),
+        train_names=train_names,
         checkpointer=dict(cfg.train.checkpointer),
         ddp=dict(cfg.train.ddp),
         detections_per_image=_detections_per_image(cfg),
+        num_keypoints=OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints"),
         **settings,
     )
 
@@ -335,6 +353,7 @@ def _validation_set(
             if 0 < number < len(dicts):
                 dicts = [dicts[k * len(dicts) // number] for k in range(number)]
             fit_mask_format(mapper, dicts)
+            complete_keypoints(mapper, dicts, names if _predicts_keypoints(cfg) else ())
             arguments = reading_by(image_settings(cfg), {"mapper": mapper})
             return build_test_loader(dicts, num_workers=num_workers, **arguments)
 
@@ -356,13 +375,30 @@ def _lazy_validation(cfg: DictConfig) -> tuple[Callable, int]:
     return target_of(training)(**arguments), test.get("num_workers", 0)
 
 
+def _predicts_keypoints(cfg: DictConfig | CfgNode) -> bool:
+    if isinstance(cfg, CfgNode):
+        return cfg.MODEL.KEYPOINT_ON
+    return OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
+
+
 def _lazy_train_loader(
-    loader: DictConfig, images: ImageSettings, seed: int, first_iter: int, on_bad_images: Callable
+    loader: DictConfig,
+    images: ImageSettings,
+    with_keypoints: Sequence[str],
+    seed: int,
+    first_iter: int,
+    on_bad_images: Callable,
 ) -> Iterable:
+    """
+    Args:
+        with_keypoints: names of the datasets if the model predicts keypoints, else empty.
+    """
     if target_of(loader) is not build_detection_train_loader:
         warn_of_other_loader("dataloader.train is a loader of your own")
         return target_of(loader)(**reading_by(images, _arguments_of(loader)))
-    return build_train_loader(_arguments_of(loader), images, seed, first_iter, on_bad_images)
+    arguments = _arguments_of(loader)
+    complete_keypoints(arguments["mapper"], arguments["dataset"], with_keypoints)
+    return build_train_loader(arguments, images, seed, first_iter, on_bad_images)
 
 
 def _arguments_of(loader: DictConfig) -> dict[str, Any]:
@@ -396,7 +432,7 @@ def _lazy_test_sets(cfg: DictConfig, images: ImageSettings) -> list[TestSet]:
                 "but an evaluator takes one: make dataloader.test and dataloader.evaluator "
                 "lists, with a loader and an evaluator for each."
             )
-        predicts_keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head") is not None
+        predicts_keypoints = _predicts_keypoints(cfg)
         test_sets.append(
             TestSet(
                 names=names,
@@ -554,6 +590,10 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
             "Test-time augmentation merges instances only, and the model is a Panoptic FPN: set "
             "TEST.AUG.ENABLED False."
         )
+    if use_tta and cfg.MODEL.KEYPOINT_ON:
+        raise UserError(
+            "Test-time augmentation does not know keypoints: set TEST.AUG.ENABLED=False."
+        )
     return Recipe(
         build_model=lambda: build_model(cfg),
         build_optimizer=lambda model: build_optimizer(cfg, model),
@@ -567,6 +607,7 @@ def _from_yacs(cfg: CfgNode) -> Recipe:
         precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
         wrap_for_test=lambda model: MaskScoringRCNNWithTTA(cfg, model) if use_tta else model,
         verify_results=lambda results: verify_results(cfg, results),
+        num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
         **_settings(cfg),
     )
 
@@ -583,6 +624,7 @@ def _yacs_train_loader(
     cfg: CfgNode, seed: int, first_iter: int, on_bad_images: Callable
 ) -> Iterable:
     arguments = build_detection_train_loader.from_config(cfg)
+    complete_keypoints(arguments["mapper"], arguments["dataset"])
     return build_train_loader(arguments, image_settings(cfg), seed, first_iter, on_bad_images)
 
 

@@ -109,10 +109,22 @@ class MaskScoringCOCOEvaluator(InstanceResults, COCOEvaluator):
         self._limit_is_default = max_dets_per_image is None
         for annotation in self._coco_api.dataset.get("annotations", []):
             annotation.setdefault("iscrowd", 0)  # as in training
+        self._complete_keypoints()
         self._measures_mask_quality, self._measures_boundaries = mask_quality, boundary_ap
         self.mask_quality: MaskQuality | None = None
         if class_names is not None:
             self.use_class_names(class_names)
+
+    def _complete_keypoints(self) -> None:
+        """COCO's evaluation needs keypoints of all objects. Without labelled ones, they are 0."""
+        annotations = self._coco_api.dataset.get("annotations", [])
+        length = next((len(a["keypoints"]) for a in annotations if a.get("keypoints")), 0)
+        for annotation in annotations if length else ():
+            keypoints = annotation.get("keypoints") or [0] * length
+            labelled = sum(v > 0 for v in keypoints[2::3])
+            annotation.update(keypoints=keypoints)
+            annotation.setdefault("num_keypoints", labelled)
+        self._has_keypoints = length > 0
 
     def _own_class_names(self) -> Sequence[str] | None:
         own = super()._own_class_names()
@@ -144,6 +156,9 @@ class MaskScoringCOCOEvaluator(InstanceResults, COCOEvaluator):
             )
         logger.info("Evaluating predictions with %s ...", self._engine)
         tasks = set(self._tasks or self._tasks_from_predictions(results))
+        if not self._tasks and "keypoints" in tasks and not self._has_keypoints:
+            logger.info("Keypoints are not evaluated, since no object has any.")
+            tasks.remove("keypoints")
         if self._measures_boundaries and "segm" in tasks:
             tasks.add("boundary")
         for task in sorted(tasks, key=(*TASKS, "boundary").index):

@@ -28,7 +28,7 @@ from tests.helpers.weights import MMDETECTION, renamed
 # A mark is a comment before the block, which no reader sees
 NEEDS = re.compile(
     r"needs (COCO|LVIS|Cityscapes|a download|GPUs|a GPU|SLURM|a trained model|a video|Gradio"
-    r"|an export)"
+    r"|an export|keypoints)"
     r"( and (COCO|a download|GPUs|a GPU))?"
 )
 CONTINUES = "continues"
