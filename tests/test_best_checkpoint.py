@@ -5,13 +5,18 @@ import math
 import re
 import shutil
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from detectron2.evaluation import COCOEvaluator
+
+from msrcnn_d2 import model_zoo
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
+from msrcnn_d2.engine import build_recipe, check_metric, load_config
 from msrcnn_d2.engine.best_checkpoint import BestCheckpointer, StoppedEarly
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.killable import Training
@@ -212,6 +217,46 @@ def test_a_result_that_does_not_exist(tmp_path, caplog):
     assert math.isnan(update("segm/AP", {"bbox": {"AP": NAN}})) and "segm/AP" in caplog.text
     assert math.isnan(update("toy, val/segm/AP", {"toy, val": {"bbox": {"AP": NAN}}}))
     assert update("toy, val/segm/AP", {"toy, val": results}) == 1
+
+
+def test_results_of_several_test_sets_have_their_names_in_front():
+    def metric(path, *overrides):
+        return build_recipe(load_config(model_zoo.get_config_file(path), overrides)).val_metric
+
+    path = "COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.yaml"
+    both = "DATASETS.TEST=('coco_2017_val','coco_2014_val')"
+    name = "SOLVER.BEST_CHECKPOINTER.VAL_METRIC"
+    assert metric(path) == metric(path.replace("yaml", "py")) == "segm/AP"
+    assert metric(path, both) == "coco_2017_val/segm/AP"
+    assert metric(path, both, f"{name}=coco_2014_val/bbox/AP") == "coco_2014_val/bbox/AP"
+    assert metric(path, both, f"{name}=validation/total_loss") == "validation/total_loss"
+    assert metric(path, both, f"{name}=") == ""
+
+
+@pytest.mark.parametrize(
+    "metric, test_sets, is_known",
+    [
+        ("", ["a"], True),
+        ("segm/AP75", ["a"], True),
+        ("segm_by_class_score/AP", ["a"], True),
+        ("segm/AP-cat", ["a"], True),
+        ("bbox/AP@100", ["a"], True),
+        ("mask_quality/mae", ["a"], True),
+        ("keypoints/AP", ["a"], True),
+        ("segm/mAP", ["a"], False),
+        ("segm", ["a"], False),
+        ("boundary/AP", ["a"], False),  # which is not computed
+        ("b/bbox/AP", ["a", "b"], True),
+        ("bbox/AP", ["a", "b"], False),
+        ("c/bbox/AP", ["a", "b"], False),
+    ],
+)
+def test_names_of_results_are_checked_before_training(metric, test_sets, is_known):
+    evaluators = [COCOEvaluator.__new__(COCOEvaluator) for _ in test_sets]
+    recipe = SimpleNamespace(val_metric=metric, test_sets=test_sets)
+    with nullcontext() if is_known else pytest.raises(UserError, match=f"'{metric}'"):
+        check_metric(recipe, evaluators)
+    check_metric(recipe, [object() for _ in test_sets])  # of the user's own
 
 
 # ---- trainings that are killed

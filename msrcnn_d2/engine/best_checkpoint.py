@@ -235,7 +235,9 @@ class BestCheckpointer(HookBase):
                 f"{both_keys(KEY)}: the evaluation has no result '{name}'; it has "
                 f"{', '.join(results) or 'none'}."
             )
-        logger.warning("There is no %s: the model detects nothing, or is not evaluated so.", name)
+        logger.warning(
+            "There is no %s: the model detects nothing, or the evaluator does not compute it.", name
+        )
         return math.nan
 
     def before_step(self) -> None:

@@ -111,11 +111,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
 
     stop = StopOnSignal(save_now, agreement)
 
-    # A best checkpoint that is always the last one would be a copy of it
-    evaluates_on_its_way = 0 < recipe.eval_period < recipe.max_iter
     best = BestCheckpointer(
         checkpointer,
-        recipe.val_metric if evaluates_on_its_way else "",
+        # After a single evaluation it would be a copy of the last one
+        recipe.val_metric if recipe.evaluates_on_its_way else "",
         *(recipe.val_mode, recipe.patience, recipe.min_delta),
     )
     results: dict = {}

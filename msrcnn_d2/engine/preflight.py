@@ -146,9 +146,9 @@ def _check_metric(recipe: Recipe) -> None:
     name, metric = "train.best_checkpointer.val_metric", recipe.val_metric
     if recipe.patience and not metric:
         raise UserError(f"Early stopping needs a result to look at: set {both_keys(name, 'NAME')}.")
-    if recipe.patience and not 0 < recipe.eval_period < recipe.max_iter:
+    if recipe.patience and not recipe.evaluates_on_its_way:
         raise UserError(
-            "Early stopping needs evaluations during the training: set "
+            "Early stopping needs a test set and evaluations during the training: set "
             f"{both_keys('train.eval_period', 'N')} to less than its {recipe.max_iter} iterations."
         )
     if metric.startswith(f"{VALIDATION}/") and recipe.validation_set is None:

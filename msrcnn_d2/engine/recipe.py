@@ -243,6 +243,12 @@ class Recipe:
     min_delta: float = 0.0
     validation_set: ValidationSet | None = None
 
+    @property
+    def evaluates_on_its_way(self) -> bool:
+        """Whether there are evaluations before the one at the end."""
+        has_images = bool(self.test_sets) or self.validation_set is not None
+        return has_images and 0 < self.eval_period < self.max_iter
+
 
 def build_recipe(cfg: DictConfig | CfgNode) -> Recipe:
     """
