@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 
 from msrcnn_d2 import add_mask_calibrator, add_mask_scoring, model_zoo
 from msrcnn_d2.calibration.collect import collect_detections
-from msrcnn_d2.engine import find_config_file, load_config
+from msrcnn_d2.engine import build_recipe, find_config_file, load_config
 from msrcnn_d2.evaluation import (
     MaskScoringCityscapesEvaluator,
     MaskScoringLVISEvaluator,
@@ -330,6 +330,14 @@ def test_the_report_command_follows_lvis(tmp_path, capsys, leave_no_traces):
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "unknown.json"), path])
     assert "categor" in capsys.readouterr().err
+
+
+def test_a_yaml_config_evaluates_lvis_as_such():
+    path = find_config_file("COCO-InstanceSegmentation/ms_rcnn_R_50_FPN_1x.yaml")
+    options = ["DATASETS.TEST", "('lvis_v1_val',)"]
+    assert build_recipe(load_config(path, options)).test_sets[0].names == ("lvis_v1_val",)
+    with pytest.raises(UserError, match="BOUNDARY_AP.*lvis_v1_val"):
+        build_recipe(load_config(path, [*options, "TEST.BOUNDARY_AP", "True"]))
 
 
 @pytest.mark.parametrize("config", ["py", "yaml"])

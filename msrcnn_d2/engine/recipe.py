@@ -693,6 +693,11 @@ def _yacs_test_set(cfg: CfgNode, name: str) -> TestSet:
             f"{', '.join(EVALUATORS_OF)}: change DATASETS.TEST, or use a LazyConfig with an "
             "evaluator of your own."
         )
+    if cfg.TEST.BOUNDARY_AP and not kind.startswith("coco"):
+        raise UserError(
+            f"TEST.BOUNDARY_AP is True, but dataset '{name}' has the evaluator_type '{kind}': "
+            "Boundary AP is for COCO's datasets only."
+        )
     _check_engine(cfg.TEST.COCO_ENGINE or None)
 
     def build_evaluator() -> Any:
