@@ -10,6 +10,7 @@ from .mask_encoding import Crop, encode_crops, paste_roi_masks
 from .scores import MASK_IOU_PROBS, SCORES
 
 __all__ = [
+    "KEYPOINTS",
     "SCORE_NAMES",
     "TRACK_IDS",
     "CroppedMasks",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 TRACK_IDS = "track_ids"
+KEYPOINTS = "pred_keypoints"
 # What predictions may have besides boxes, classes and masks
 SCORE_NAMES = (*(score.field for score in SCORES.values()), MASK_IOU_PROBS)
 
@@ -181,7 +183,8 @@ class Predictions:
 
     The scores that the model predicts are attributes too, float32 (N,): "scores",
     "pred_mask_ious", "mask_scores", "quality_scores", "expected_mask_ious"; and "mask_iou_probs",
-    (N, 10). In a video whose objects are tracked, "track_ids" are their numbers, int64 (N,).
+    (N, 10). In a video whose objects are tracked, "track_ids" are their numbers, int64 (N,). A
+    model with a keypoint head has "pred_keypoints", float32 (N, K, 3): x and y in pixels, score.
     """
 
     def __init__(
@@ -223,9 +226,14 @@ class Predictions:
 
     def moved(self, top: int, left: int, image_size: tuple[int, int]) -> "Predictions":
         """The predictions in an image of which theirs is a part; see :meth:`Masks.moved`."""
+        fields = dict(self._scores)
+        if KEYPOINTS in fields:
+            shift = np.array([left, top, 0], dtype=fields[KEYPOINTS].dtype)
+            fields[KEYPOINTS] = fields[KEYPOINTS] + shift
         return self.replaced(
             pred_boxes=_moved(self.pred_boxes, top, left),
             masks=self.masks.moved(top, left, image_size),
+            scores=fields,
         )
 
     @classmethod

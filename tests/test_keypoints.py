@@ -17,6 +17,7 @@ from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import print_csv_format
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -29,6 +30,8 @@ from msrcnn_d2.engine.preflight import check_recipe
 from msrcnn_d2.engine.recipe import build_recipe
 from msrcnn_d2.evaluation import MaskScoringCOCOEvaluator
 from msrcnn_d2.utils.errors import UserError
+from msrcnn_d2_runtime.outputs.records import line_of, predictions_of, record_of
+from msrcnn_d2_runtime.predictions import PredictedImage
 from tests.helpers.toy import CHANNELS, tiny_yacs_config, toy_inputs
 from tests.helpers.toy_training import lazy_config, run, write_dataset
 
@@ -304,7 +307,7 @@ def test_keypoints_and_test_time_augmentation_exclude_each_other(tmp_path):
         build_recipe(load_config(str(path), ["TEST.AUG.ENABLED=True"]))
 
 
-def test_predictions_and_pictures_have_keypoints(tmp_path):
+def test_predictions_pictures_and_files_have_keypoints(tmp_path):
     cfg = yacs_with_keypoint_head()
     MetadataCatalog.get("toy_points").set(
         thing_classes=list("abc"),
@@ -321,6 +324,19 @@ def test_predictions_and_pictures_have_keypoints(tmp_path):
     instances = predictor(image)["instances"]
 
     assert len(instances) and instances.pred_keypoints.shape == (len(instances), 5, 3)
+    (predictions,) = predictor.predictions([image])
+    expected = instances.pred_keypoints.numpy()
+    assert np.array_equal(predictions.pred_keypoints, expected)
+    assert np.array_equal(predictions[1:].pred_keypoints, expected[1:])
+    moved = predictions.moved(top=10, left=100, image_size=(300, 400))
+    assert np.allclose(moved.pred_keypoints, expected + [100, 10, 0])
+    record = record_of(PredictedImage("1.png", "1.png", image, predictions), "abc", (1, 2, 3))
+    own = instances_to_coco_json(copy.deepcopy(instances), 1)  # it shifts them in place
+    assert len(own) == len(record["predictions"])
+    for entry, result in zip(record["predictions"], own):
+        assert entry["keypoints"] == pytest.approx(result["keypoints"], abs=6e-4)
+    again = predictions_of(json.loads(line_of(record)), (1, 2, 3))
+    assert np.allclose(again.pred_keypoints, expected, atol=6e-4)
     first = instances[:1]
     first.pred_keypoints[..., 2] = 1.0  # visible
     vis = MaskScoringVisualizer(image, predictor.metadata)

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, Instances, ROIMasks
 
-from msrcnn_d2_runtime.predictions import Predictions, RoiMasks
+from msrcnn_d2_runtime.predictions import KEYPOINTS, Predictions, RoiMasks
 from msrcnn_d2_runtime.predictor import Predictor
 
 from ..evaluation import MaskScoringCOCOEvaluator
@@ -89,7 +89,12 @@ def instances_of(predictions: Predictions) -> Instances:
         what the model of a `MaskScoringPredictor` returns; "pred_masks" are :class:`ROIMasks`, or
         a bool tensor of shape (N, H, W) if masks were pasted already.
     """
-    tensors = {name: torch.from_numpy(x) for name, x in predictions.scores_by_name.items()}
+    # Keypoints would need their OKS sigmas, and are left out
+    tensors = {
+        name: torch.from_numpy(x)
+        for name, x in predictions.scores_by_name.items()
+        if name != KEYPOINTS
+    }
     masks: Any = predictions.masks
     if isinstance(masks, RoiMasks):
         masks = ROIMasks(torch.from_numpy(masks.probs))

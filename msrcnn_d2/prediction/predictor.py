@@ -18,6 +18,7 @@ from detectron2.structures import Instances, ROIMasks
 from msrcnn_d2_runtime.image_reading import ImageLike, read_bgr_image
 from msrcnn_d2_runtime.pipeline import Inputs, predict_all
 from msrcnn_d2_runtime.predictions import (
+    KEYPOINTS,
     SCORE_NAMES,
     CroppedMasks,
     Masks,
@@ -254,7 +255,11 @@ class MaskScoringPredictor:
             pred_boxes=boxes,
             pred_classes=instances.pred_classes.numpy(),
             masks=masks,
-            scores={x: instances.get(x).float().numpy() for x in SCORE_NAMES if instances.has(x)},
+            scores={
+                x: instances.get(x).float().numpy()
+                for x in (*SCORE_NAMES, KEYPOINTS)
+                if instances.has(x)
+            },
             ranking=SCORE_FIELDS[self.rank_by],
         )
 

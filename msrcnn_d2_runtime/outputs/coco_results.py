@@ -9,7 +9,7 @@ from .records import SCORE_KEYS
 
 __all__ = ["JsonList", "write_coco_results"]
 
-KEYS = ("category_id", "bbox", *SCORE_KEYS, MASK_IOU_PROBS, "segmentation")
+KEYS = ("category_id", "bbox", *SCORE_KEYS, MASK_IOU_PROBS, "keypoints", "segmentation")
 
 
 def write_coco_results(

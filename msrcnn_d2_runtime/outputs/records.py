@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from ..mask_encoding import decode_crop
-from ..predictions import TRACK_IDS, CroppedMasks, PredictedImage, Predictions
+from ..predictions import KEYPOINTS, TRACK_IDS, CroppedMasks, PredictedImage, Predictions
 from ..ranking import SCORE_FIELDS
 from ..scores import MASK_IOU_PROBS, SCORES
 
 __all__ = ["SCORE_KEYS", "TRACK_ID", "line_of", "predictions_of", "record_of"]
 
 TRACK_ID = "track_id"
+CENTRE = np.array([0.5, 0.5, 0], dtype=np.float32)
 
 # The names of the scores in JSON and CSV files, in their order
 SCORE_KEYS = tuple(score.key for score in SCORES.values())
@@ -30,7 +31,8 @@ def record_of(
     Returns:
         "image", "source", "height", "width", "ranked_by", and "predictions", the best first. These
         have "category_id", "class", "bbox" (XYWH in pixels), the scores that the model predicts, by
-        the keys of `SCORES`, "track_id" in tracked videos, "area" (pixels of the mask) and
+        the keys of `SCORES`, "track_id" in tracked videos, "keypoints" (x, y, score of each, as in
+        Detectron2's results) of models that predict them, "area" (pixels of the mask) and
         "segmentation" (compressed RLE).
     """
     import pycocotools.mask as mask_util
@@ -46,6 +48,10 @@ def record_of(
         columns[MASK_IOU_PROBS] = [[round(p, 6) for p in row] for row in probs]
     if predictions.has(TRACK_IDS):
         columns[TRACK_ID] = predictions.get(TRACK_IDS).tolist()
+    if predictions.has(KEYPOINTS):
+        # COCO has indices of pixels, whose centres lie half a pixel further
+        points = predictions.get(KEYPOINTS).astype(np.float64) - CENTRE
+        columns["keypoints"] = [[round(x, 3) for x in row.ravel().tolist()] for row in points]
     columns["segmentation"] = rles = predictions.masks.rles()
     areas = mask_util.area(rles).tolist() if rles else []
 
@@ -86,6 +92,9 @@ def predictions_of(record: dict[str, Any], category_ids: Sequence[int]) -> Predi
         for name, key in keys.items()
         if (key in entries[0] if entries else name in ("scores", ranking))
     }
+    if entries and "keypoints" in entries[0]:
+        points = np.array([x["keypoints"] for x in entries], np.float32)
+        fields[KEYPOINTS] = points.reshape(len(entries), -1, 3) + CENTRE
     boxes = np.array([x["bbox"] for x in entries], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     crops = [decode_crop(x["segmentation"]) for x in entries]
