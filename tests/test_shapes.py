@@ -22,6 +22,7 @@ from detectron2.utils.events import EventStorage
 
 import demo
 import draw
+import draw_panoptic
 import pictures
 from msrcnn_d2.evaluation import measure_mask_quality
 
@@ -270,3 +271,39 @@ def test_a_calibration_that_fails_ends_the_demo(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="7"):
         demo.main()
     assert ran[-1] == str(tmp_path / "calibrated")
+
+
+def test_drawn_objects_and_stuff_agree(tmp_path):
+    draw_panoptic.draw_split(tmp_path, "val", 3, seed=0)
+    objects = load_coco(tmp_path / "val.json")
+    panoptic = json.loads((tmp_path / "panoptic_val.json").read_text())
+    category = {c["id"]: c for c in panoptic["categories"]}
+    kinds = list(draw_panoptic.STUFF)
+    for image in panoptic["annotations"]:
+        ids = np.array(Image.open(tmp_path / "panoptic_val" / image["file_name"])) @ [1, 256, 65536]
+        stuff = np.array(Image.open(tmp_path / "stuff_val" / image["file_name"]))
+        infos = image["segments_info"]
+        assert set(np.unique(ids)) == {x["id"] for x in infos}  # no pixel is left out
+        things = [x for x in infos if category[x["category_id"]]["isthing"]]
+        annotations = objects.imgToAnns[image["image_id"]]
+        assert len(things) == len(annotations) > 0
+        for info, annotation in zip(things, annotations):
+            assert info["category_id"] == annotation["category_id"]
+            assert np.array_equal(ids == info["id"], objects.annToMask(annotation))
+            assert not stuff[ids == info["id"]].any()
+        for info in infos:
+            assert info["area"] == (ids == info["id"]).sum()
+            if info not in things:
+                kind = kinds.index(category[info["category_id"]]["name"]) + 1
+                assert (stuff[ids == info["id"]] == kind).all()
+
+
+def test_the_panoptic_config_knows_what_is_drawn(leave_no_traces):
+    cfg = LazyConfig.load(str(SHAPES / "panoptic_fpn_shapes.py"))
+    metadata = MetadataCatalog.get(cfg.dataloader.test.dataset.names)
+    assert metadata.thing_classes == list(draw.CLASSES)
+    assert metadata.stuff_classes == ["things", *draw_panoptic.STUFF]
+    ids = [c["id"] for c in draw_panoptic.CATEGORIES]
+    assert [*metadata.thing_dataset_id_to_contiguous_id] == ids[:4]
+    assert [*metadata.stuff_dataset_id_to_contiguous_id] == [0, *ids[4:]]
+    assert instantiate(cfg.model).sem_seg_head.predictor.out_channels == 4

@@ -120,7 +120,7 @@ def main() -> None:
     )
     parser.add_argument("out_dir", type=Path, help="folder to write, created if need be")
     parser.add_argument("--num-train", type=int, default=1000, help="images (default 1000)")
-    parser.add_argument("--num-val", type=int, default=200, help="images (default 200)")
+    parser.add_argument("--num-val", type=int, default=300, help="images (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
     args = parser.parse_args()
     draw_split(args.out_dir, "train", args.num_train, args.seed)
