@@ -71,6 +71,9 @@ OUR_EVALUATORS = {
     CityscapesInstanceEvaluator: MaskScoringCityscapesEvaluator,
     COCOPanopticEvaluator: PanopticQualityEvaluator,
 }
+# PointRend's own ROI heads differ from StandardROIHeads only in reading old weights, which our
+# checkpointer does for all models. They are known by name, because few users have PointRend
+TWINS_BY_NAME = {"PointRendROIHeads": MaskScoringROIHeads}
 # Detectron2's models, and those in which only the MaskIoU head learns
 RETROFITS = {
     GeneralizedRCNN: RetrofitRCNN,
@@ -83,6 +86,8 @@ RETROFIT_IMAGES = 160_000
 RETROFIT_WARMUP = 0.05  # share of the iterations
 # How to recognise URLs of backbone weights, from which the training of a Mask R-CNN starts
 BACKBONE_WEIGHTS = re.compile(r"ImageNetPretrained/|/pretrain/|/pycls/")
+# Cells along a side of a region for the MaskIoU head, as for Mask R-CNN's mask head
+POOLER_RESOLUTION = 14
 # Arguments of MaskIoUHead that do not follow from the model
 HEAD_ARGS = [
     name
@@ -237,7 +242,8 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
     if has_mask_calibrator(cfg) and roi_heads.get("mask_iou_head") is None:
         raise ValueError(CALIBRATED)
     found = target_of(roi_heads)
-    if found not in TWINS:
+    twin = _twin_of(found)
+    if twin is None:
         raise ValueError(
             f"add_mask_scoring expects `model.roi_heads` to be one of "
             f"{[c.__name__ for c in TWINS]}, not {getattr(found, '__name__', found)}. Derive ROI "
@@ -247,9 +253,19 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
         raise ValueError(
             "add_mask_scoring expects a mask branch, but `model.roi_heads` has no mask_head."
         )
-    roi_heads._target_ = TWINS[found]
+    roi_heads._target_ = twin
     input_shape: Any = "${..mask_head.input_shape}"
-    if found is Res5ROIHeads:  # Detectron2 gives the mask head the shape before the res5 block
+    if twin is not Res5MaskScoringROIHeads and roi_heads.get("mask_pooler") is None:
+        # The mask head samples the feature maps itself, as PointRend's does
+        roi_heads.mask_iou_pooler = copy.deepcopy(roi_heads.box_pooler)
+        roi_heads.mask_iou_pooler.output_size = POOLER_RESOLUTION
+        box_head = "box_heads[0]" if twin is CascadeMaskScoringROIHeads else "box_head"
+        input_shape = L(shape_of_regions)(
+            shape=f"${{...{box_head}.input_shape}}", side="${...mask_iou_pooler.output_size}"
+        )
+    elif (
+        twin is Res5MaskScoringROIHeads
+    ):  # Detectron2 gives the mask head the shape before the res5 block
         input_shape = L(shape_after)(
             shape="${...mask_head.input_shape}", stride_per_block="${...res5.stride_per_block}"
         )
@@ -279,6 +295,18 @@ def shape_after(shape: ShapeSpec, stride_per_block: list[int]) -> ShapeSpec:
     stride = math.prod(stride_per_block)
     height, width = (-(-side // stride) for side in (shape.height, shape.width))
     return ShapeSpec(channels=shape.channels, height=height, width=width)
+
+
+def shape_of_regions(shape: ShapeSpec, side: int) -> ShapeSpec:
+    """
+    Args:
+        shape: of regions that another pooler takes from the same feature maps.
+        side: cells along a side.
+
+    Returns:
+        channels, height and width of regions with this number of cells.
+    """
+    return ShapeSpec(channels=shape.channels, height=side, width=side)
 
 
 def _use_our_evaluators(cfg: DictConfig) -> None:
@@ -322,7 +350,8 @@ def add_mask_calibrator(cfg: Config) -> Config:
         if roi_heads is None:
             raise ValueError("A calibrator needs a LazyConfig with `model.roi_heads`.")
         found, has_masks = target_of(roi_heads), roi_heads.get("mask_head") is not None
-    if found not in TWINS and not _scores_masks(found):
+    twin = _twin_of(found)
+    if twin is None and not _scores_masks(found):
         raise ValueError(
             f"A calibrator needs ROI heads of {[c.__name__ for c in TWINS]}, or ones that are "
             f"derived from MaskScoring, not {getattr(found, '__name__', found)}."
@@ -331,18 +360,18 @@ def add_mask_calibrator(cfg: Config) -> Config:
         raise ValueError("A calibrator needs a mask branch, but the model has none.")
     if isinstance(cfg, CfgNode):
         cfg.MODEL.ROI_MASK_CALIBRATOR.NAME = MaskCalibrator.__name__
-        if found in TWINS:
-            cfg.MODEL.ROI_HEADS.NAME = TWINS[found].__name__
+        if twin is not None:
+            cfg.MODEL.ROI_HEADS.NAME = twin.__name__
             cfg.MODEL.ROI_MASK_IOU_HEAD.NAME = ""
         if cfg.MODEL.META_ARCHITECTURE == PanopticFPN.__name__:
             cfg.MODEL.META_ARCHITECTURE = MaskScoringPanopticFPN.__name__
             cfg.MODEL.PANOPTIC_FPN.COMBINE.RANK_BY = "score"
         return cfg
-    if found in TWINS:
-        roi_heads._target_ = TWINS[found]
     if _is_panoptic_fpn(cfg.model):
         cfg.model._target_ = MaskScoringPanopticFPN
         cfg.model.combine_rank_by = "score"
+    if twin is not None:
+        roi_heads._target_ = twin
     if roi_heads.get("mask_calibrator") is None:
         roi_heads.mask_calibrator = L(MaskCalibrator)()
     _use_our_evaluators(cfg)
@@ -459,13 +488,14 @@ def _retrofit_yacs(cfg: CfgNode, head_args: dict[str, Any]) -> CfgNode:
     name = cfg.MODEL.ROI_HEADS.NAME
     roi_heads = ROI_HEADS_REGISTRY.get(name)
     if not _scores_masks(roi_heads):
-        if roi_heads not in TWINS:
+        twin = _twin_of(roi_heads)
+        if twin is None:
             raise ValueError(
                 "retrofit expects MODEL.ROI_HEADS.NAME to be one of "
                 f"{[c.__name__ for c in TWINS]}, not {name}. Derive ROI heads of your own from "
                 "MaskScoringROIHeads."
             )
-        cfg.MODEL.ROI_HEADS.NAME = TWINS[roi_heads].__name__
+        cfg.MODEL.ROI_HEADS.NAME = twin.__name__
     if not cfg.MODEL.MASK_ON:
         raise ValueError("retrofit expects a mask branch, but MODEL.MASK_ON is False.")
 
@@ -492,6 +522,11 @@ def _check_architecture(found: Callable) -> None:
             f"retrofit expects a model of {[c.__name__ for c in RETROFITS]}, not a "
             f"{getattr(found, '__name__', found)}."
         )
+
+
+def _twin_of(roi_heads: Any) -> type[MaskScoring] | None:
+    """Ours with mask scoring for ROI heads of Detectron2; None for others."""
+    return TWINS.get(roi_heads) or TWINS_BY_NAME.get(getattr(roi_heads, "__name__", ""))
 
 
 def _scores_masks(roi_heads: Callable) -> bool:

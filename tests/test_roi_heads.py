@@ -583,19 +583,19 @@ def test_heads_without_masks_are_an_error_that_says_what_to_do():
 
 
 class ForwardOnly(nn.Module):
-    """A mask head without `layers()`, such as PointRend's."""
+    """A mask head without `layers()` and `mask_logits()`."""
 
     def __init__(self, input_shape):
         super().__init__()
 
 
 @pytest.mark.parametrize("cascade", [False, True], ids=["standard", "cascade"])
-def test_a_mask_head_without_layers_is_an_error_that_names_it(cascade):
+def test_a_mask_head_without_logits_is_an_error_that_names_it(cascade):
     cfg = tiny_mask_scoring_rcnn(cascade)
     shape = cfg.model.roi_heads.mask_head.input_shape
     cfg.model.roi_heads.mask_head = {"_target_": ForwardOnly, "input_shape": shape}
 
-    with pytest.raises(ValueError, match=r"`layers\(\)`.*ForwardOnly"):
+    with pytest.raises(ValueError, match=r"`layers\(\)`.*`mask_logits\(\)`.*ForwardOnly"):
         instantiate(cfg.model.roi_heads)
 
 

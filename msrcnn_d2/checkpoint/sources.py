@@ -82,6 +82,18 @@ MASKIOU_HEAD = {
     "roi_heads.maskiou_head.maskiou.": "roi_heads.mask_iou_head.predictor.",
 }
 
+# PointRend of Detectron2 before April 2021, and before November 2020
+OLDER_POINT_REND = {
+    "roi_heads.mask_head.coarse_head.coarse_mask_fc{i}.": "roi_heads.mask_head.coarse_head.fc{i}.",
+    "roi_heads.mask_coarse_head.coarse_mask_fc{i}.": "roi_heads.mask_head.coarse_head.fc{i}.",
+    **{
+        f"roi_heads.mask_coarse_head.{name}.": f"roi_heads.mask_head.coarse_head.{name}."
+        for name in ("reduce_channel_dim_conv", "reduce_spatial_dim_conv", "prediction")
+    },
+    "roi_heads.mask_point_head.fc{i}.": "roi_heads.mask_head.point_head.fc{i}.",
+    "roi_heads.mask_point_head.predictor.": "roi_heads.mask_head.point_head.predictor.",
+}
+
 # maskrcnn_resnet50_fpn. Since torchvision 0.13 each convolution is in a sequence of its own
 TORCHVISION_DETECTOR = {
     **_nested(_RESNET, "backbone.body.", "backbone.bottom_up."),
@@ -171,6 +183,12 @@ SOURCES = [
         "Detectron2's names, with a maskiou_head",
         marks=r"roi_heads\.maskiou_head\.",
         table=MASKIOU_HEAD,
+        dropped=rf"({DERIVED.pattern})$",
+    ),
+    Source(
+        "Detectron2, an older PointRend",
+        marks=r"roi_heads\.(mask_coarse_head\.|mask_head\.coarse_head\.coarse_mask_fc)",
+        table=OLDER_POINT_REND,
         dropped=rf"({DERIVED.pattern})$",
     ),
     Source(

@@ -22,6 +22,7 @@ import detectron2
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.data import (
     DatasetCatalog,
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -34,7 +35,7 @@ from msrcnn_d2_runtime.ranking import SCORE_FIELDS
 
 from .. import model_zoo
 from ..config import HEAD_ARGS, add_msrcnn_config, retrofit, target_of
-from ..modeling import LEARN_FROM, RetrofitRCNN
+from ..modeling import LEARN_FROM, RetrofitRCNN, is_point_rend
 from ..utils.errors import UserError
 from .loaders import LOADER_OPTIONS, build_resumable_loader, build_test_loader
 
@@ -245,6 +246,8 @@ DEFAULTS = {s.lazy: s.default for s in SETTINGS if s.lazy and s.default is not A
 PATHS = frozenset(
     {"output_dir", "init_checkpoint", "json_file", "image_root", "OUTPUT_DIR", "WEIGHTS"}
 )
+# What only yaml configs of PointRend have, in the text of a dict
+POINT_REND = re.compile(r"'(POINT_HEAD|(Implicit)?PointRendMaskHead|PointRendROIHeads)'")
 # Text that the config's own grammar reads: Hydra's, or Python's literals for yacs
 AS_IT_IS = object()
 
@@ -410,6 +413,7 @@ def load_config(
     else:
         for text in texts:
             _override_lazy(cfg, text)
+        _use_bitmasks_for_point_rend(cfg)
     check_values(cfg)
     if builds_a(RetrofitRCNN, cfg) and not value_of(cfg, "train.init_checkpoint"):
         raise UserError(
@@ -466,6 +470,16 @@ def line_of_user(error: Exception) -> str:
         if not (in_library or frame.filename.startswith("<")):
             return f"'{frame.filename}', line {frame.lineno}"
     return ""
+
+
+def _use_bitmasks_for_point_rend(cfg: DictConfig) -> None:
+    """Its losses take no polygons, which are what Detectron2's mapper reads by default."""
+    head: Any = OmegaConf.select(cfg, "model.roi_heads.mask_head") or {}
+    mapper: Any = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
+    if "_target_" not in head or "_target_" not in mapper:
+        return
+    if is_point_rend(target_of(head)) and target_of(mapper) is DatasetMapper:
+        mapper.instance_mask_format = "bitmask"
 
 
 def _add_defaults(cfg: DictConfig) -> None:
@@ -565,8 +579,27 @@ def _read_yacs(path: str) -> CfgNode:
     add_msrcnn_config(cfg)
     # Files that version 0.1 saved have it: see _drop_exponent
     cfg.MODEL.ROI_MASK_IOU_HEAD.SCORE_EXPONENT = None
+    if POINT_REND.search(str(CfgNode.load_yaml_with_base(path, allow_unsafe=True))):
+        _add_point_rend_config(cfg, path)
     cfg.merge_from_file(path)
     return cfg
+
+
+def _add_point_rend_config(cfg: CfgNode, path: str) -> None:
+    try:
+        # It needs OpenCV
+        from detectron2.projects.point_rend import add_pointrend_config
+    except ImportError as error:
+        needed = (
+            "OpenCV: run `pip install opencv-python-headless`"
+            if error.name == "cv2"
+            else "detectron2.projects.point_rend, which this installation of Detectron2 lacks"
+        )
+        raise UserError(
+            f"Config file '{path}' is one of PointRend, which needs {needed}."
+        ) from error
+    add_pointrend_config(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"  # the only one that it learns from
 
 
 def _drop_exponent(cfg: DictConfig | CfgNode) -> None:

@@ -204,6 +204,12 @@ def compared(
     differences = {}
     for name in found if pairs else ():
         ours, theirs = expected[name][[*pairs]], found[name][[*pairs.values()]]
+        if ours.shape != theirs.shape:
+            # Code that asks whether something was found is traced for one answer only
+            raise UserError(
+                f"The exported model has {name} of shape {theirs.shape}, not {ours.shape}: perhaps "
+                "it found nothing in the image that it was traced with."
+            )
         values = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
         values = values.mean(axis=(1, 2)) if name == "masks" else values
         differences[name] = float(values.max())

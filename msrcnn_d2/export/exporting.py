@@ -12,6 +12,7 @@ import torch
 from msrcnn_d2_runtime.files import write_whole
 from msrcnn_d2_runtime.image_reading import ImageLike
 
+from ..modeling import is_point_rend
 from ..prediction.predictor import MaskScoringPredictor
 from ..utils.errors import UserError
 from .checking import INT8, Comparison, check, drawn_image, threshold_for
@@ -74,6 +75,11 @@ def export_onnx(
     path = checked_target(path, ".onnx")
     import_onnx()
     model: Any = predict.model
+    if is_point_rend(getattr(model.roi_heads, "mask_head", None)):
+        raise UserError(
+            "A PointRend cannot be exported to ONNX, because the file would fail where nothing is "
+            "found: export it to TorchScript (--format torchscript)."
+        )
     num_groups = max(model.roi_heads.num_classes, len(model.proposal_generator.in_features))
     graph = InferenceGraph(predict, masks == "pasted", onnx_operators(num_groups))
     metadata = metadata_of(predict, masks, "float32")

@@ -15,6 +15,7 @@ from .mask_iou_head import (
     mask_iou_loss,
 )
 from .mask_iou_target import mask_iou_targets
+from .own_mask_heads import is_point_rend
 from .panoptic_fpn import MaskScoringPanopticFPN
 from .postprocessing import UnpastedMasks
 from .retrofit import LEARN_FROM, RetrofitPanopticFPN, RetrofitRCNN
@@ -51,6 +52,7 @@ __all__ = [
     "build_mask_iou_head",
     "build_timm_fpn_backbone",
     "expected_ious",
+    "is_point_rend",
     "mask_cues",
     "mask_iou_inference",
     "mask_iou_loss",

@@ -59,6 +59,8 @@ def compile_dense_parts(model: nn.Module, backend: str = "inductor") -> None:
             part.compile(dynamic=True, backend=backend)
     for path in ("roi_heads.mask_head", "roi_heads.mask_iou_head"):
         for part in _parts(model, path):
+            if not hasattr(part, "layers"):  # a mask head that samples features itself
+                continue
             # A partial of a function that pickle finds: copies bind it to their own part
             part.layers = partial(_compiled_layers, part, backend)
 

@@ -206,6 +206,13 @@ class MaskIoUHead(nn.Module):
             In training a dict of losses, in inference the instances with "pred_mask_ious" and
             "mask_scores".
         """
+        side, cells = mask_probs.shape[-1], mask_features.shape[-1]
+        if self.training and side % cells:  # in a traced inference, numbers cannot be compared
+            raise ValueError(
+                f"The scored masks have {side} x {side} cells, which is no multiple of the {cells} "
+                "of the features: change the mask head's `mask_logits()` or the output_size of "
+                "mask_iou_pooler."
+            )
         pred_mask_ious = self.layers(mask_features, mask_probs)
         if self.training:
             return {"loss_mask_iou": self._loss(pred_mask_ious, mask_probs, instances)}

@@ -7,6 +7,7 @@ from torch import nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
@@ -18,10 +19,11 @@ from detectron2.modeling.roi_heads import (
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference, mask_rcnn_loss
 from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
 
-from .indexed_masks import with_indexed_masks
+from .indexed_masks import IndexedMasks, with_indexed_masks
 from .mask_calibrator import build_mask_calibrator
 from .mask_iou_head import build_mask_iou_head
 from .mask_iou_target import crop_gt_masks
+from .own_mask_heads import gives_mask_logits, own_mask_logits
 
 __all__ = [
     "CascadeMaskScoringROIHeads",
@@ -73,7 +75,8 @@ class MaskScoring(ROIHeads):
             mask_calibrator: computes calibrated scores, such as :class:`MaskCalibrator`. It is
                 fitted after training, so it takes no part in it. At least one of the two is needed.
             kwargs: the arguments of Detectron2's ROI heads, with a mask head that has `layers()`,
-                as all heads of Detectron2 have.
+                as Mask R-CNN's, or one that computes its own losses and masks and has
+                `mask_logits()`, see :func:`own_mask_logits`. PointRend's heads need no such method.
         """
         super().__init__(**kwargs)
         without_scores = next(
@@ -85,10 +88,12 @@ class MaskScoring(ROIHeads):
                 "MODEL.MASK_ON to True (LazyConfig: give mask_in_features, mask_pooler and "
                 f"mask_head, in C4 models only mask_head), or use {without_scores}."
             )
-        if not hasattr(self.mask_head, "layers"):
+        self._head_has_layers = hasattr(self.mask_head, "layers")
+        if not self._head_has_layers and not gives_mask_logits(self.mask_head):
             raise ValueError(
                 f"{type(self).__name__} needs a mask head with `layers()`, such as "
-                f"MaskRCNNConvUpsampleHead; the mask head is {type(self.mask_head).__name__}."
+                "MaskRCNNConvUpsampleHead, or with `mask_logits()`, which docs/your_model.md "
+                f"describes; the mask head is {type(self.mask_head).__name__}."
             )
         if mask_iou_head is None and mask_calibrator is None:
             raise ValueError(
@@ -112,16 +117,32 @@ class MaskScoring(ROIHeads):
         """Channels, height and width of what :meth:`_mask_features` returns."""
         raise NotImplementedError
 
-    def _mask_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+    def _mask_features(
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes]
+    ) -> torch.Tensor | None:
         """
         Args:
             features: feature maps by their name.
             boxes: of each image.
 
         Returns:
-            float Tensor of shape (N, C, H, W), the mask head's features of all boxes.
+            float Tensor of shape (N, C, H, W), the features of all boxes for mask head and MaskIoU
+            head; None if there is no MaskIoU head and the mask head needs none.
         """
         raise NotImplementedError
+
+    def _mask_inputs(
+        self, features: dict[str, torch.Tensor], mask_features: torch.Tensor | None
+    ) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """
+        Args:
+            features: feature maps by their name.
+            mask_features: from :meth:`_mask_features`.
+
+        Returns:
+            what the mask head gets.
+        """
+        return mask_features
 
     def forward(
         self, images: Any, features: Any, proposals: Any, targets: Any = None
@@ -200,42 +221,76 @@ class MaskScoring(ROIHeads):
 
         if self.training:
             instances, _ = select_foreground_proposals(instances, self.num_classes)
-        boxes = [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-        return self._predict_masks(self._mask_features(features, boxes), instances)
+        return self._predict_masks(
+            features, self._mask_features(features, _boxes_of(instances)), instances
+        )
 
-    def _predict_masks(self, mask_features: torch.Tensor, instances: list[Instances]) -> Any:
+    def _predict_masks(
+        self,
+        features: dict[str, torch.Tensor],
+        mask_features: torch.Tensor | None,
+        instances: list[Instances],
+    ) -> Any:
         """
         Args:
+            features: feature maps by their name.
             mask_features: from :meth:`_mask_features`.
             instances: the foreground proposals, or the predictions.
 
         Returns:
             in training the losses of masks and scores, in inference the instances with both.
         """
-        mask_logits = self._mask_logits(mask_features, instances)
+        inputs = self._mask_inputs(features, mask_features)
         if self.training:
-            instances = crop_gt_masks(instances, mask_logits.shape[-1])
-            mask_loss = mask_rcnn_loss(mask_logits, instances, self.mask_head.vis_period)
-            losses = {"loss_mask": mask_loss * self.mask_head.loss_weight}
-            if self.mask_iou_head is not None:
-                losses |= self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances)
-            return losses
-        mask_rcnn_inference(mask_logits, instances)
+            return self._mask_losses(inputs, mask_features, instances)
+        if self._head_has_layers:
+            mask_rcnn_inference(self._mask_logits(inputs, instances), instances)
+        else:
+            instances = self.mask_head(inputs, instances)
         if self.mask_iou_head is not None:
-            mask_probs = cat([x.pred_masks for x in instances])
+            if self._head_has_layers:
+                mask_probs = cat([x.pred_masks for x in instances])
+            else:
+                mask_probs = self._mask_logits(inputs, instances).sigmoid()
             instances = self.mask_iou_head(mask_features, mask_probs, instances)
         if self.mask_calibrator is not None:
             instances = self.mask_calibrator(instances)
         return instances
 
-    def _mask_logits(self, mask_features: torch.Tensor, instances: list[Instances]) -> torch.Tensor:
+    def _mask_losses(
+        self, inputs: Any, mask_features: torch.Tensor | None, proposals: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        if self._head_has_layers:
+            mask_logits = self._mask_logits(inputs, proposals)
+            proposals = crop_gt_masks(proposals, mask_logits.shape[-1])
+            mask_loss = mask_rcnn_loss(mask_logits, proposals, self.mask_head.vis_period)
+            losses = {"loss_mask": mask_loss * self.mask_head.loss_weight}
+        else:
+            losses = self.mask_head(inputs, [_with_detectron2_masks(x) for x in proposals])
+        if self.mask_iou_head is None:
+            return losses
+        if not self._head_has_layers:
+            # The head learns what it would learn without scores
+            with torch.no_grad():
+                mask_logits = self._mask_logits(inputs, proposals)
+            proposals = crop_gt_masks(proposals, mask_logits.shape[-1])
+        return losses | self.mask_iou_head(mask_features, mask_logits.sigmoid(), proposals)
+
+    def _mask_logits(self, inputs: Any, instances: list[Instances]) -> torch.Tensor:
         """
+        Args:
+            inputs: from :meth:`_mask_inputs`.
+            instances: the foreground proposals, or the predictions.
+
         Returns:
             float32 Tensor of shape (N, 1, S, S), the logits of each instance's mask of its class,
             "pred_classes" or else "gt_classes". To Detectron2's loss and inference, they look
             class-agnostic.
         """
-        mask_logits = self.mask_head.layers(mask_features)
+        if self._head_has_layers:
+            mask_logits = self.mask_head.layers(inputs)
+        else:
+            mask_logits = own_mask_logits(self.mask_head, inputs, _boxes_of(instances))
         if mask_logits.shape[1] > 1:
             classes = cat(
                 [x.pred_classes if x.has("pred_classes") else x.gt_classes for x in instances]
@@ -265,9 +320,9 @@ class MaskScoring(ROIHeads):
         assert self.mask_iou_head is not None, "without a MaskIoU head there is no such loss"
         instances, _ = select_foreground_proposals(proposals, self.num_classes)
         with torch.no_grad():
-            boxes = [x.proposal_boxes for x in instances]
-            mask_features = self._mask_features(features, boxes)
-            mask_logits = self._mask_logits(mask_features, instances)
+            mask_features = self._mask_features(features, _boxes_of(instances))
+            inputs = self._mask_inputs(features, mask_features)
+            mask_logits = self._mask_logits(inputs, instances)
         instances = crop_gt_masks(instances, mask_logits.shape[-1])
         return self.mask_iou_head(mask_features, mask_logits.sigmoid(), instances)
 
@@ -277,15 +332,38 @@ class MaskScoringROIHeads(MaskScoring, StandardROIHeads):
     """:class:`StandardROIHeads` whose masks are scored, see :class:`MaskScoring`."""
 
     @configurable
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, mask_iou_pooler: nn.Module | None = None, **kwargs: Any):
         """
         Args:
-            kwargs: the arguments of :class:`MaskScoring` and :class:`StandardROIHeads`, with a
-                mask pooler.
+            mask_iou_pooler: pools the features of regions for the MaskIoU head, if the mask head
+                has no pooler because it samples the feature maps itself, as PointRend's does.
+            kwargs: the arguments of :class:`MaskScoring` and :class:`StandardROIHeads`.
         """
         super().__init__(**kwargs)
-        if self.mask_pooler is None:
-            raise ValueError(f"{type(self).__name__} needs a mask_pooler.")
+        self.mask_iou_pooler = mask_iou_pooler
+        if self.mask_pooler is None and self._head_has_layers:
+            raise ValueError(
+                f"{type(self).__name__} needs a mask_pooler, because its mask head has `layers()`."
+            )
+        if self.mask_iou_head is not None and self.mask_pooler is None and mask_iou_pooler is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a mask_iou_pooler, such as the box_pooler with an "
+                "output_size of 14, because it has no mask_pooler."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        ret = super().from_config(cfg, input_shape)
+        if "mask_head" in ret and ret["mask_pooler"] is None:
+            # Like the box head's, but with the resolution of masks
+            shape = cls._mask_feature_shape(cfg, input_shape)
+            ret["mask_iou_pooler"] = ROIPooler(
+                output_size=shape.height,
+                scales=[1.0 / input_shape[f].stride for f in cfg.MODEL.ROI_HEADS.IN_FEATURES],
+                sampling_ratio=cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO,
+                pooler_type=cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE,
+            )
+        return ret
 
     @classmethod
     def _mask_feature_shape(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
@@ -293,8 +371,20 @@ class MaskScoringROIHeads(MaskScoring, StandardROIHeads):
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         return ShapeSpec(channels=channels, height=resolution, width=resolution)
 
-    def _mask_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        return self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
+    def _mask_features(
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes]
+    ) -> torch.Tensor | None:
+        pooler = self.mask_iou_pooler if self.mask_pooler is None else self.mask_pooler
+        if pooler is None:
+            return None
+        return pooler([features[f] for f in self.mask_in_features], boxes)
+
+    def _mask_inputs(
+        self, features: dict[str, torch.Tensor], mask_features: torch.Tensor | None
+    ) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        if self.mask_pooler is None:
+            return {f: features[f] for f in self.mask_in_features}
+        return mask_features
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -338,7 +428,7 @@ class Res5MaskScoringROIHeads(MaskScoring, Res5ROIHeads):
         losses = self.box_predictor.losses(predictions, proposals)
         proposals, selected = select_foreground_proposals(proposals, self.num_classes)
         # The features of a region are computed once, for its box and its mask
-        return [], losses | self._predict_masks(box_features[cat(selected)], proposals)
+        return [], losses | self._predict_masks(features, box_features[cat(selected)], proposals)
 
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
@@ -356,3 +446,17 @@ class Res5MaskScoringROIHeads(MaskScoring, Res5ROIHeads):
 
     def _mask_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         return self._shared_roi_transform([features[f] for f in self.in_features], boxes)
+
+
+def _boxes_of(instances: list[Instances]) -> list[Boxes]:
+    """Those of predictions, or else those of proposals."""
+    return [x.pred_boxes if x.has("pred_boxes") else x.proposal_boxes for x in instances]
+
+
+def _with_detectron2_masks(proposals: Instances) -> Instances:
+    """A copy whose "gt_masks" have a type of Detectron2, which its mask heads may ask for."""
+    fields = proposals.get_fields()
+    masks = fields.get("gt_masks")
+    if isinstance(masks, IndexedMasks):
+        fields = {**fields, "gt_masks": masks.materialize()}
+    return Instances(proposals.image_size, **fields)
