@@ -74,7 +74,7 @@ class Overlaps:
             results: N detections in COCO's result format, with "segmentation" as RLE or "bbox".
             task: "segm" for the IoUs of masks, "bbox" for those of boxes. "boundary" for what
                 Boundary AP uses: the IoU of masks or that of their boundaries, whichever is smaller
-                (Cheng et al., CVPR 2021, section 6). Crowds have the same IoUs as for "segm".
+                (Cheng et al., CVPR 2021). Crowds have the same IoUs as for "segm".
         """
         self.coco_gt, self.results, self.task = coco_gt, results, task
         places: dict[tuple, Place] = defaultdict(Place)
