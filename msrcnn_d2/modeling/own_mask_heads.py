@@ -20,7 +20,8 @@ def own_mask_logits(mask_head: Any, inputs: Any, boxes: list[Boxes]) -> torch.Te
     """
     The masks that are scored: what the head's `mask_logits(inputs, boxes)` returns. For the heads
     of PointRend, which have no such method, these are the logits of the point head on a regular
-    grid of 28 x 28 points. From such a grid their inference starts to refine masks.
+    grid of 28 x 28 points. From such a grid their inference starts to refine masks. Coarse masks
+    of 7 x 7 cells are no better to score (docs/your_model.md), and Implicit PointRend has none.
 
     Args:
         mask_head: a head for which :func:`gives_mask_logits`.
