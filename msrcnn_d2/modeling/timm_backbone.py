@@ -92,7 +92,7 @@ class TimmBackbone(Backbone):
             x: Tensor of shape (N, 3, H, W), normalised images.
 
         Returns:
-            for each name in :meth:`output_shape`, a Tensor of shape (N, C, H / stride, W / stride).
+            for each of `out_features`, a Tensor of shape (N, C, H / stride, W / stride).
         """
         maps = self.net(x)
         if self._is_channels_last:
