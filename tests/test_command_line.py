@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -155,8 +156,10 @@ def test_the_exponent_is_no_option():
 
 
 def test_each_setting_names_keys_that_exist():
-    # A retrofit has all keys
-    lazy, yacs = retrofit(load_config(LAZY)), load_config(YACS)
+    lazy, yacs = load_config(LAZY), load_config(YACS)
+    # The model of a retrofitted Panoptic FPN has all keys
+    panoptic = detectron2_zoo.get_config("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.py")
+    lazy.model = retrofit(panoptic).model
     check_values(lazy)
     check_values(yacs)
     for setting in SETTINGS:
