@@ -263,9 +263,8 @@ def add_mask_scoring(cfg: DictConfig, **head_args: Any) -> DictConfig:
         input_shape = L(shape_of_regions)(
             shape=f"${{...{box_head}.input_shape}}", side="${...mask_iou_pooler.output_size}"
         )
-    elif (
-        twin is Res5MaskScoringROIHeads
-    ):  # Detectron2 gives the mask head the shape before the res5 block
+    elif twin is Res5MaskScoringROIHeads:
+        # Detectron2 gives the mask head the shape before the res5 block
         input_shape = L(shape_after)(
             shape="${...mask_head.input_shape}", stride_per_block="${...res5.stride_per_block}"
         )
