@@ -37,7 +37,7 @@ EXAMPLES = """
     {prog} --retrofit --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
       --weights mask_rcnn.pth
   train with fewer images per iteration than the config is made for, and in parts of 2 images:
-    {prog} --config-file ... --scale-lr dataloader.train.total_batch_size=8 \
+    {prog} --config-file ... --scale-lr dataloader.train.total_batch_size=8 \\
       train.accumulation_steps=4
   use two machines with 8 GPUs each (run this on both):
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\

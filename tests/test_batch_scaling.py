@@ -106,6 +106,46 @@ def test_the_batch_of_ones_own_config_is_what_it_is_made_for(tmp_path):
     assert scaled(str(yaml), scale=False)[1]
 
 
+@pytest.mark.parametrize("path", [LAZY, YAML], ids=["lazy", "yaml"])
+def test_a_rate_that_somebody_chose_for_a_batch_is_not_scaled_by_its_saved_config(path, tmp_path):
+    lr = {LAZY: "optimizer.lr=0.01", YAML: "SOLVER.BASE_LR=0.01"}[path]
+    cfg, _ = scaled(path, f"{BATCH[path]}=4", lr, scale=False)
+    saved = tmp_path / "config.yaml"
+    if path == LAZY:
+        LazyConfig.save(cfg, str(saved))
+    else:
+        saved.write_text(cfg.dump())
+    for scale in (False, True):
+        again, note = scaled(str(saved), scale=scale)
+        assert note == "" and schedule(again) == schedule(cfg)
+
+
+def test_rates_of_single_parameters_are_scaled_too(tmp_path):
+    cfg = load_config(LAZY)
+    cfg.optimizer.params.overrides = {
+        **{"bias": {"lr": 0.04, "weight_decay": 0.0}, "norm": {"weight_decay": 0.0}},
+        **{"other": {"lr": "${optimizer.lr}"}, "given": {"lr": 0.3}},
+    }
+    LazyConfig.save(cfg, str(tmp_path / "mine.yaml"))
+    overrides = (f"{BATCH[LAZY]}=4", "optimizer.params.overrides.given.lr=0.5")
+    cfg, note = scaled(str(tmp_path / "mine.yaml"), *overrides)
+    groups = cfg.optimizer.params.overrides
+    assert groups.bias == {"lr": 0.01, "weight_decay": 0.0} and groups.norm == {"weight_decay": 0.0}
+    assert groups.other.lr == cfg.optimizer.lr == 0.005 and groups.given.lr == 0.5
+    assert "bias.lr 0.04 -> 0.01" in note and "given" not in note
+
+
+def test_a_config_without_a_rate_of_the_optimizer(tmp_path):
+    cfg = load_config(LAZY)
+    del cfg.optimizer["lr"]
+    cfg.optimizer.params.base_lr = 0.02
+    LazyConfig.save(cfg, str(tmp_path / "mine.yaml"))
+    overrides = (str(tmp_path / "mine.yaml"), f"{BATCH[LAZY]}=4")
+    assert scaled(*overrides, scale=False)[1] == ""
+    with pytest.raises(UserError, match="optimizer.lr"):
+        scaled(*overrides)
+
+
 def test_short_periods_stay_at_least_one():
     cfg, _ = scaled(LAZY, f"{BATCH[LAZY]}=160000")
     assert cfg.train.eval_period == cfg.train.checkpointer.period == 1

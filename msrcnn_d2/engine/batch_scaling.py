@@ -16,6 +16,7 @@ __all__ = ["scale_to_batch"]
 BATCH_SIZE = "dataloader.train.total_batch_size"
 REFERENCE = "train.reference_batch_size"
 LEARNING_RATE = "optimizer.lr"
+RATES_BY_NAME = "optimizer.params.overrides"  # of a LazyConfig: {name: {"lr": ...}}
 ITERATIONS = ("train.max_iter", "train.eval_period", "train.checkpointer.period")
 # In a LazyConfig both are shares of the run
 YAML_ONLY = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
@@ -35,10 +36,11 @@ def scale_to_batch(
 
     Returns:
         the config; and one sentence about what was changed, or what does not match, or "". There is
-        no mismatch if the overrides have a learning rate.
+        no mismatch if the overrides have a learning rate: the config is then made for its batch.
 
     Raises:
-        UserError: the config already scales itself by the number of processes.
+        UserError: the config already scales itself by the number of processes, or has no learning
+            rate.
     """
     batch, reference = value_of(cfg, BATCH_SIZE), value_of(cfg, REFERENCE)
     by_processes = isinstance(cfg, CfgNode) and cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -51,8 +53,13 @@ def scale_to_batch(
     given = overridden_keys(cfg, overrides)
     factor = batch / reference
     lr, max_iter = value_of(cfg, LEARNING_RATE), value_of(cfg, ITERATIONS[0])
+    if lr is None:
+        if scale:
+            raise UserError("--scale-lr finds no learning rate in the config: set optimizer.lr.")
+        return cfg, ""
     if not scale:
         if key_of(cfg, LEARNING_RATE) in given:
+            _set(cfg, key_of(cfg, REFERENCE), batch)  # so that the saved config is not scaled again
             return cfg, ""
         return cfg, (
             f"The config is made for {reference} images per iteration, and this run has {batch}, "
@@ -60,7 +67,7 @@ def scale_to_batch(
             f"{lr * factor:g} and {round(max_iter / factor)}."
         )
     keys = [key_of(cfg, key) for key in (LEARNING_RATE, *ITERATIONS)]
-    keys += YAML_ONLY if isinstance(cfg, CfgNode) else ()
+    keys += YAML_ONLY if isinstance(cfg, CfgNode) else _rates_by_name(cfg)
     before = {key: find(cfg, key) for key in keys}
     cfg = _scaled_yaml(cfg, batch, reference) if isinstance(cfg, CfgNode) else _scaled(cfg, factor)
     for key in given & set(keys):
@@ -74,9 +81,19 @@ def scale_to_batch(
     return cfg, f"--scale-lr, {reference} -> {batch} images per iteration: {', '.join(changes)}."
 
 
+def _rates_by_name(cfg: DictConfig) -> list[str]:
+    """The keys of learning rates of single parameters that do not refer to another one."""
+    groups = OmegaConf.select(cfg, RATES_BY_NAME) or {}
+    return [
+        f"{RATES_BY_NAME}.{name}.lr"
+        for name, group in groups.items()
+        if group.get("lr") is not None and not OmegaConf.is_interpolation(group, "lr")
+    ]
+
+
 def _scaled(cfg: DictConfig, factor: float) -> DictConfig:
-    if value_of(cfg, LEARNING_RATE) is not None:
-        _set(cfg, LEARNING_RATE, value_of(cfg, LEARNING_RATE) * factor)
+    for key in (LEARNING_RATE, *_rates_by_name(cfg)):
+        _set(cfg, key, find(cfg, key) * factor)
     for key in ITERATIONS:
         value = value_of(cfg, key)
         _set(cfg, key, max(1, round(value / factor)) if value else value)  # 0: at the end only
