@@ -351,9 +351,12 @@ def test_precise_batch_norm_from_yaml(yacs_config, toy_dataset, tmp_path):
     eval_period = "TEST.EVAL_PERIOD=2"
     run(
         *["--config-file", yacs_config, *toy_dataset, *precise, *options, eval_period],
-        f"OUTPUT_DIR={tmp_path}",
+        *["MODEL_EMA.ENABLED=True", "MODEL_EMA.DECAY=1.0", f"OUTPUT_DIR={tmp_path}"],
     )
     assert "precise-BN" in (tmp_path / "log.txt").read_text()
+    averages = torch.load(tmp_path / "model_final.pth")["ema_state"]
+    means = [value for name, value in averages.items() if name.endswith("running_mean")]
+    assert means and all(value.any() for value in means)  # not those at the start, which are 0
 
 
 def test_expected_results_from_yaml_are_verified(yacs_config, toy_dataset, tmp_path):

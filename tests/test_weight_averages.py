@@ -1,13 +1,14 @@
 """Moving averages of weights: by hand, and in whole trainings."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
-from msrcnn_d2.engine.weight_averages import WeightAverages
+from msrcnn_d2.engine.weight_averages import PreciseBNOfAverages, WeightAverages
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.command import exit_code
 from tests.helpers.toy_training import run, write_dataset, write_lazy_config
@@ -95,6 +96,24 @@ def test_what_is_unfrozen_later_is_averaged_from_then_on():
         model.frozen.fill_(10)
         averages.update()
     assert numbers(averages.state_dict())["frozen"] == 0.75 * 6 + 0.25 * 10
+
+
+def test_precise_batch_norm_has_the_statistics_of_the_averages():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    nn.init.constant_(model[0].weight, 2)
+    averages = WeightAverages(model, 1.0)
+    averages.start()
+    nn.init.constant_(model[0].weight, 7)
+    batches = [torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])]
+    hook = PreciseBNOfAverages(averages, 0, model, batches, 2)
+    hook.trainer = SimpleNamespace(iter=4, max_iter=5)
+    hook.after_step()
+    # Of 0, 2, 4 and 6
+    found = averages.state_dict()
+    assert (found["1.running_mean"].item(), found["1.running_var"].item()) == (3, 5)
+    assert found["0.weight"].item() == 2
+    own = model.state_dict()
+    assert (own["0.weight"].item(), own["1.running_mean"].item()) == (7, 0)
 
 
 def test_a_file_gives_averages_to_what_predicts_and_weights_to_what_resumes(tmp_path):

@@ -37,7 +37,7 @@ from .recipe import Recipe
 from .trainer import FiniteAMPTrainer, FiniteTrainer, adapt_forward
 from .user_hooks import build_hooks, build_writers
 from .validation import validation_losses
-from .weight_averages import WeightAverages
+from .weight_averages import PreciseBNOfAverages, WeightAverages
 
 __all__ = ["train"]
 
@@ -132,9 +132,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
 
     precise_bn = writer = None
     if recipe.precise_bn_iters and get_bn_modules(model):
-        precise_bn = hooks.PreciseBN(
-            recipe.eval_period, model, precise_bn_batches, recipe.precise_bn_iters
-        )
+        args = (recipe.eval_period, model, precise_bn_batches, recipe.precise_bn_iters)
+        precise_bn = PreciseBNOfAverages(averages, *args) if averages else hooks.PreciseBN(*args)
     if comm.is_main_process():
         writers = default_writers(recipe.output_dir)
         writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]

@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["WeightAverages"]
+from detectron2.engine import hooks
+
+__all__ = ["PreciseBNOfAverages", "WeightAverages"]
 
 
 class WeightAverages:
@@ -74,6 +77,12 @@ class WeightAverages:
         self._own = {}
 
     @torch.no_grad()
+    def take_buffers(self) -> None:
+        """The buffers that the model has now, in `applied`, become averages."""
+        for name, value in self._model.named_buffers():
+            self._averages[name].copy_(value)
+
+    @torch.no_grad()
     def _assign(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in self._values():
             if name in values:
@@ -100,3 +109,23 @@ class WeightAverages:
                 raise ValueError(f"'{name}' has another shape")
             device = self._device or value.device
             self._averages[name] = average.to(device, value.dtype, copy=True)
+
+
+class PreciseBNOfAverages(hooks.PreciseBN):
+    """
+    `PreciseBN` for the averages of the weights: they are evaluated, and need other statistics than
+    the weights. It has to come after the averages are updated.
+    """
+
+    def __init__(self, averages: WeightAverages, *args: Any):
+        """
+        Args:
+            args: as for Detectron2's hook.
+        """
+        super().__init__(*args)
+        self._averages = averages
+
+    def update_stats(self) -> None:
+        with self._averages.applied():
+            super().update_stats()
+            self._averages.take_buffers()
