@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from detectron2.config import instantiate
 from detectron2.evaluation import COCOEvaluator
 
 from msrcnn_d2 import model_zoo
@@ -20,7 +21,7 @@ from msrcnn_d2.engine import build_recipe, check_metric, load_config
 from msrcnn_d2.engine.best_checkpoint import BestCheckpointer, StoppedEarly
 from msrcnn_d2.utils.errors import UserError
 from tests.helpers.killable import Training
-from tests.helpers.toy_training import write_dataset, write_lazy_config
+from tests.helpers.toy_training import lazy_config, write_dataset, write_lazy_config
 
 NAN = math.nan
 
@@ -264,11 +265,12 @@ def test_names_of_results_are_checked_before_training(metric, test_sets, is_know
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Evaluated after each second iteration, saved after each third."""
+    """All that concerns evaluations, which come after each second iteration; saved each third."""
     folder = tmp_path_factory.mktemp("base")
     config, dataset = write_lazy_config(folder / "lazy.yaml"), write_dataset(folder)
     options = ["train.max_iter=12", "train.checkpointer.period=3", "train.eval_period=2"]
     options += ["train.early_stopping.patience=2"]
+    options += ["train.model_ema.enabled=True", "train.model_ema.decay=0.9"]
     options += ["train.validation_loss.enabled=True", "train.validation_loss.num_images=2"]
     return ["--resume", "--config-file", config, *dataset, *options]
 
@@ -343,8 +345,15 @@ def test_a_training_that_has_stopped_early_has_nothing_left_to_do(base, whole, t
 def test_the_training_stops_early_and_says_so(whole):
     results = results_in(whole)
     assert list(results) == [1, 3, 5, 7]
+    assert all("validation/loss_mask_iou" in result for result in results.values())
     best = max(results, key=lambda k: results[k]["segm/AP"])
-    assert best == 3 == torch.load(whole / "model_best.pth")["iteration"]
+    contents = torch.load(whole / "model_best.pth")
+    assert best == 3 == contents["iteration"]
+    # The evaluation was that of the averages
+    names = [name for name, _ in instantiate(lazy_config().model).named_parameters()]
+    for key, is_evaluated in [("ema_state", True), ("model", False)]:
+        total = sum(contents[key][name].double().sum().item() for name in names)
+        assert (2e5 * total % 100 == pytest.approx(results[3]["segm/AP"])) == is_evaluated
     log = (whole / "log.txt").read_text()
     assert "The training stops early" in log
     assert re.search(r"Best segm/AP: [\d.]+, after iteration 3: '.*model_best.pth'", log)

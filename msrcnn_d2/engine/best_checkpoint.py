@@ -209,7 +209,7 @@ class BestCheckpointer(HookBase):
         result = self._find(results)
         self.history[iteration] = result
         text = f"{self._val_metric} after iteration {iteration}: {result:.5g}"
-        if best is None and math.isfinite(result) or self.best() != best:
+        if self.best() != best:
             text += ", the best so far"
             self._checkpointer.save(BEST, iteration=iteration)
             self._in_file = {iteration: result}
