@@ -60,6 +60,7 @@ class TimmBackbone(Backbone):
         kwargs = {
             k: OmegaConf.to_container(x) if OmegaConf.is_config(x) else x for k, x in kwargs.items()
         }
+        net: Any  # timm says less of it than is there
         try:
             net = timm.create_model(name, features_only=True, out_indices=out_indices, **kwargs)
         except Exception as error:  # it depends on the model what wrong arguments raise
