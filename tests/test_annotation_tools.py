@@ -438,6 +438,217 @@ def test_windows_paths_and_images_in_another_folder(tmp_path):
         assert name == ("a.png" if options else "../a.png")
 
 
+# Odd inputs, as tools and people write them
+
+
+def converted_from(format_, source, **options):
+    return convert_annotations(format_, str(source), **options, progress=False)
+
+
+def num_objects(converted):
+    return {image.file_name: len(image.objects) for image in converted.images}
+
+
+def test_objects_without_a_pixel_are_left_out(tmp_path):
+    shapes = [
+        labelme_shape("cell", [[5, 5], [5, 20]], "rectangle"),
+        labelme_shape("cell", [[5, 5], [20, 5], [12, 5]]),
+        labelme_shape("cell", [[90, 5], [99, 5], [99, 20]]),  # beyond the image
+        labelme_shape("cell", [[5, 5], [5, 5]], "circle"),
+    ]
+    write_labelme(tmp_path, a=[*shapes, labelme_shape("cell", SQUARE)])
+    converted = converted_from("labelme", tmp_path)
+    assert num_objects(converted) == {"a.png": 1}
+    assert sum("without a pixel" in x for x in converted.skipped) == len(shapes)
+
+
+def test_an_empty_mask_file_is_no_object(tmp_path):
+    source, *_ = masks(tmp_path)
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "a" / "masks" / "9.png")
+    assert num_objects(converted_from("masks", source))["a/images/a.png"] == 3
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+def test_coordinates_that_are_none(number, tmp_path):
+    write_labelme(tmp_path, a=[labelme_shape("cell", [*SQUARE, [number, 1]])])
+    with pytest.raises(UserError, match=r"a.json' is not as LabelMe"):
+        converted_from("labelme", tmp_path)
+
+
+def test_images_of_one_name_in_two_folders(tmp_path):
+    """LabelMe's files lie apart, in the same sub-folders."""
+    write_images(tmp_path / "images", "a.png")
+    for folder in ("one", "two"):
+        write_labelme(tmp_path / "json" / folder, a=[labelme_shape("cell", SQUARE)])
+        (tmp_path / "images" / folder).mkdir()
+        (tmp_path / "json" / folder / "a.png").rename(tmp_path / "images" / folder / "a.png")
+    converted = converted_from("labelme", tmp_path / "json", images=str(tmp_path / "images"))
+    assert num_objects(converted) == {"one/a.png": 1, "two/a.png": 1}
+
+
+def test_two_files_of_one_image_are_an_error(tmp_path):
+    """Otherwise the image is trained on with half of its objects, and may be in both parts."""
+    write_labelme(tmp_path, a=[labelme_shape("cell", SQUARE)])
+    (tmp_path / "copy.json").write_bytes((tmp_path / "a.json").read_bytes())
+    with pytest.raises(UserError, match="more than once .a.png."):
+        converted_from("labelme", tmp_path)
+
+
+def test_via_knows_two_files_of_one_name_by_their_sizes(tmp_path):
+    source, *_ = via(tmp_path)
+    contents = json.loads(source.read_text())
+    contents["_via_img_metadata"]["a.png-1"]["size"] = 124
+    source.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=r"several files 'a.png'"):
+        converted_from("via", source)
+
+
+def test_via_without_attributes(tmp_path):
+    entry = {"filename": "a.png", "regions": [{"region_attributes": {}}]}
+    (tmp_path / "v.json").write_text(json.dumps({"a.png": entry}))
+    with pytest.raises(UserError, match="add one for the class"):
+        converted_from("via", tmp_path / "v.json")
+
+
+def test_files_of_the_system_are_no_annotations(tmp_path):
+    write_labelme(tmp_path, a=[labelme_shape("cell", SQUARE)])
+    (tmp_path / "._a.json").write_bytes(b"\0\x05\x16\x07")  # of macOS, in archives
+    assert num_objects(converted_from("labelme", tmp_path)) == {"a.png": 1}
+
+
+def test_label_studio_with_shapes_in_several_images(tmp_path):
+    """Nothing says which of the images of the task is which."""
+    source, options, *_ = label_studio(tmp_path)
+    tasks = json.loads(source.read_text())
+    tasks[0]["annotations"][1]["result"][2]["to_name"] = "second"
+    source.write_text(json.dumps(tasks))
+    converted = converted_from("label-studio", source, **options)
+    assert num_objects(converted) == {"0a1b2c3d-b.png": 2, "c.png": 0}
+    assert any("several images" in x for x in converted.skipped)
+
+
+def test_label_studio_with_paths_of_windows(tmp_path):
+    source, options, *_ = label_studio(tmp_path)
+    text = source.read_text().replace("?d=some/0a1b", r"?d=some\\0a1b")
+    source.write_text(text)
+    assert num_objects(converted_from("label-studio", source, **options))["0a1b2c3d-b.png"] == 2
+
+
+def test_supervisely_with_a_broken_bitmap_and_without_holes(tmp_path):
+    source, *_ = supervisely(tmp_path)
+    path = tmp_path / "ds" / "ann" / "a.png.json"
+    contents = json.loads(path.read_text())
+    del contents["objects"][0]["points"]["interior"]
+    path.write_text(json.dumps(contents))
+    assert num_objects(converted_from("supervisely", source))["ds/img/a.png"] == 3
+    contents["objects"][1]["bitmap"]["data"] = base64.b64encode(b"no zlib").decode()
+    path.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=r"a.png.json' is not as Supervisely"):
+        converted_from("supervisely", source)
+
+
+@pytest.mark.parametrize("names", [["a", 1, "b", "c", "d", True], {"1": 1, "5": True}])
+def test_yolo_with_names_that_yaml_takes_for_others(names, tmp_path):
+    source, *_ = yolo(tmp_path)
+    config = yaml.safe_load(source.read_text())
+    source.write_text(yaml.safe_dump(config | {"names": names}))
+    found = converted_from("yolo", source)
+    assert [label for label, _ in found.images[0].objects] == ["1", "True"]
+    assert {"1", "True"} <= set(found.class_names)
+
+
+def test_yolo_with_a_list_of_windows_and_with_subfolders(tmp_path):
+    source, _, expected, _ = yolo(tmp_path)
+    config = yaml.safe_load(source.read_text())
+    paths = ".\\train\\images\\a.png\r\n.\\train\\images\\b.png\r\n"
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.txt").write_text(paths)
+    for train in (["lists/train.txt"], "train"):
+        source.write_text(yaml.safe_dump(config | {"train": train}))
+        assert num_objects(converted_from("yolo", source)) == {
+            name: len(objects) for name, objects in expected.items()
+        }
+
+
+def test_yolo_without_labels_and_with_pixels(tmp_path):
+    source, *_ = yolo(tmp_path)
+    labels = tmp_path / "train" / "labels" / "a.txt"
+    labels.write_text("1 10 10 30 10 30 30 10 30\n")
+    with pytest.raises(UserError, match="Line 1 .* no shares"):
+        converted_from("yolo", source)
+    labels.unlink()
+    with pytest.raises(UserError, match=r"no labels of 'train' such as .*labels.a.txt'"):
+        converted_from("yolo", source)
+
+
+def test_voc_with_pure_blue(tmp_path):
+    """Its code is 255, which as an index is that of the edges of objects."""
+    blue = (0, 0, 255)
+    source, *_ = voc(tmp_path, [blue, (0, 128, 0)])
+    (tmp_path / "labelmap.txt").write_text("# label:color\ncell:0,0,255::\nring:0,128,0::\n")
+    found = converted_from("voc", source)
+    assert [label for label, _ in found.images[0].objects] == ["cell", "cell", "ring"]
+
+
+def test_voc_with_names_of_indices(tmp_path):
+    source, *_ = voc(tmp_path)
+    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ncell:9,9,9::\nring:8,8,8::\n")
+    found = converted_from("voc", source)
+    assert [label for label, _ in found.images[0].objects] == ["cell", "cell", "ring"]
+
+
+def test_voc_without_the_list(tmp_path):
+    source, options, *_ = voc(tmp_path)
+    with pytest.raises(UserError, match=r"no list '.*Segmentation.none.txt'"):
+        converted_from("voc", source, subset="none", **options)
+
+
+def test_masks_beside_their_images(tmp_path):
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    for name in "ab":
+        Image.fromarray(MASKS["square"]).save(tmp_path / f"{name}_cp_masks.png")  # one bit
+    found = converted_from("masks", tmp_path, images=str(tmp_path))
+    assert num_objects(found) == {"a.jpg": 1, "b.jpg": 1} and not found.skipped
+
+
+def test_masks_in_two_folders_for_all_images(tmp_path):
+    write_images(tmp_path / "images")
+    write_images(tmp_path / "masks")
+    with pytest.raises(UserError, match=r"give '.*masks' with --images '.*images'"):
+        converted_from("masks", tmp_path)
+
+
+def test_transparent_pixels_are_outside_masks(tmp_path):
+    source, *_ = masks(tmp_path)
+    white = np.full((*SIZE, 4), 255, np.uint8)
+    white[..., 3] = MASKS["square"] * 255
+    Image.fromarray(white).save(tmp_path / "a" / "masks" / "0.png")
+    found = masks_of(converted_from("masks", source).as_coco())["a/images/a.png"]
+    assert any((mask == MASKS["square"]).all() for _, mask in found)
+
+
+def test_masks_as_jpeg(tmp_path):
+    source, *_ = masks(tmp_path)
+    noisy = np.where(MASKS["square"], 240, 9).astype(np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "a" / "masks" / "0.jpg")
+    (tmp_path / "a" / "masks" / "0.png").unlink()
+    found = masks_of(converted_from("masks", source).as_coco())["a/images/a.png"]
+    assert min((mask != MASKS["square"]).sum() for _, mask in found) <= 8
+
+    numbers, options, *_ = numbered_masks(tmp_path / "numbers")
+    Image.fromarray(noisy).save(numbers / "b.jpg")
+    with pytest.raises(UserError, match="b.jpg' .*PNG or TIFF"):
+        converted_from("masks", numbers, **options)
+
+
+def test_masks_of_several_pages(tmp_path):
+    source, options, *_ = numbered_masks(tmp_path)
+    page = Image.fromarray(MASKS["disc"].astype(np.uint8))
+    page.save(source / "a_masks.tif", save_all=True, append_images=[page])
+    with pytest.raises(UserError, match="several pages"):
+        converted_from("masks", source, **options)
+
+
 # The command
 
 

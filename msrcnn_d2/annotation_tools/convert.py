@@ -2,11 +2,16 @@
 
 import os
 import random
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from msrcnn_d2_runtime.image_reading import without_pixel_limit
+from msrcnn_d2_runtime.text import listed
 
 from ..utils.errors import UserError
 from .formats import FORMATS, AnnotatedImage, Source
@@ -15,7 +20,10 @@ from .shapes import box_and_area, joined
 __all__ = ["Converted", "convert_annotations"]
 
 # What Python raises for contents that are not as a tool writes them
-WRONG_CONTENTS = (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError)
+WRONG_CONTENTS = (
+    *(ArithmeticError, AttributeError, IndexError, KeyError, OSError, SyntaxError, TypeError),
+    *(ValueError, zlib.error),
+)
 
 
 @dataclass
@@ -113,14 +121,23 @@ def convert_annotations(
         raise UserError(f"'{path}' is no {noun}: give the {noun} that {kind.tool} has written.")
     if images is not None and not os.path.isdir(images):
         raise UserError(f"There is no folder '{images}': give the folder of the images.")
-    source = Source(Path(path), images and Path(images) or None, subset, attribute, [*class_names])
+    class_names = list(dict.fromkeys(class_names))
+    source = Source(Path(path), images and Path(images) or None, subset, attribute, class_names)
     try:
         bar = tqdm(kind.read(source), "images", disable=None if progress else True)
-        found = sorted(bar, key=lambda image: image.file_name)
+        with without_pixel_limit():  # of masks
+            found = sorted(bar, key=lambda image: image.file_name)
     except WRONG_CONTENTS as error:
         reason = f"{type(error).__name__}: {error}"
         place = source.reading or path
         raise UserError(f"'{place}' is not as {kind.tool} writes it ({reason}).") from error
+    counts = Counter(image.file_name for image in found)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"'{path}' has annotations of the same image more than once ({listed(repeated)}): "
+            "leave those that are right, and see whether different images have one name."
+        )
     names = source.class_names or sorted({label for image in found for label, _ in image.objects})
     for image in found:
         image.objects = [*_known(image, names, source)]
@@ -134,7 +151,9 @@ def convert_annotations(
 
 def _known(image: AnnotatedImage, names: list[str], source: Source) -> Iterable[tuple]:
     for label, parts in image.objects:
-        if label in names:
-            yield label, parts
-        else:
+        if label not in names:
             source.skip(image.file_name, f"an object of the class '{label}'")
+        elif not box_and_area(joined(parts, image.size), image.size)[1]:
+            source.skip(image.file_name, f"an object of the class '{label}' without a pixel")
+        else:
+            yield label, parts

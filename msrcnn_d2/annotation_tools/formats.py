@@ -85,10 +85,15 @@ class Source:
     skipped: list[str] = field(default_factory=list)
     reading: Path | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The path, or of a file its folder."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     @cached_property
     def root(self) -> Path:
         """The folder that names of images start at."""
-        return self.images or (self.path if self.path.is_dir() else self.path.parent)
+        return self.images or self.folder
 
     def skip(self, place: object, reason: str) -> None:
         self.skipped.append(f"{place}: {reason}")
@@ -116,8 +121,11 @@ def labelme(source: Source) -> Iterator[AnnotatedImage]:
             source.skip(path, "it is no file of LabelMe")
             continue
         image = contents["imagePath"].replace("\\", "/")  # of Windows
+        base = Path(image).name
+        subfolder = path.parent.relative_to(source.folder)  # images may lie in the same one
         name = source.name_of(
-            path.parent / image, source.root / Path(image).name, path.parent / Path(image).name
+            *(path.parent / image, source.root / subfolder / base),
+            *(source.root / base, path.parent / base),
         )
         size = contents.get("imageHeight") or 0, contents.get("imageWidth") or 0
         if not all(size):
@@ -129,7 +137,8 @@ def labelme(source: Source) -> Iterator[AnnotatedImage]:
             label, kind = shape["label"], shape.get("shape_type") or "polygon"
             part = None if label in NO_OBJECT else _labelme_part(kind, shape, size)
             if part is None:
-                source.skip(path, f"shape {k} is a {kind} {shown(label)}")
+                reason = "" if label in NO_OBJECT else ", which has no area"
+                source.skip(path, f"shape {k} is a {kind} {shown(label)}{reason}")
                 continue
             group = shape.get("group_id")  # None, or the same number for the parts of an object
             groups.setdefault((label, group, k if group is None else 0), []).append(part)
@@ -161,12 +170,19 @@ def via(source: Source) -> Iterator[AnnotatedImage]:
     if not entries or not all(isinstance(x, dict) and "filename" in x for x in entries.values()):
         raise UserError(f"'{source.path}' is no project of VIA 1 or 2, and no export as JSON.")
     regions_of: dict[str, list[dict]] = {}
+    bytes_of: dict[str, set] = {}
     for entry in entries.values():
         regions = entry["regions"]  # version 1 has numbers as keys
         file = source.root / entry["filename"].replace("\\", "/")
         name = source.name_of(file, source.root / file.name)
         regions = regions.values() if isinstance(regions, dict) else regions
         regions_of.setdefault(name, []).extend(regions)
+        bytes_of.setdefault(name, set()).add(entry.get("size", -1))
+        if len(bytes_of[name] - {-1}) > 1:  # VIA knows names without folders
+            raise UserError(
+                f"'{source.path}' has several files '{name}' of different sizes: give them "
+                "different names."
+            )
     attribute = source.attribute or _via_class_attribute(source.path, regions_of.values())
     for name, size in source.sizes(regions_of).items():
         image = AnnotatedImage(name, size)
@@ -176,7 +192,8 @@ def via(source: Source) -> Iterator[AnnotatedImage]:
                 label = next((key for key, is_ticked in label.items() if is_ticked), "")
             part = _via_part(shape)
             if part is None or not label:
-                reason = f"has no {shown(attribute)}" if part else f"is a {shape['name']}"
+                kind = shape["name"]
+                reason = f"has no {shown(attribute)}" if part else f"is a {kind} without area"
                 source.skip(name, f"region {k} {reason}")
             else:
                 image.objects.append((str(label).strip(), [part]))
@@ -186,10 +203,14 @@ def via(source: Source) -> Iterator[AnnotatedImage]:
 def _via_class_attribute(path: Path, regions: Iterable[list]) -> str:
     names = list(dict.fromkeys(n for x in regions for r in x for n in r["region_attributes"]))
     likely = [n for n in names if n.lower() in CLASS_ATTRIBUTES]
-    if len(likely or names) != 1:
-        found = f"the attributes {listed(names)}" if names else "no attributes"
+    if not names:
         raise UserError(
-            f"The regions in '{path}' have {found}: name the one of the class with --attribute."
+            f"The regions in '{path}' have no attributes: add one for the class in VIA."
+        )
+    if len(likely or names) != 1:
+        raise UserError(
+            f"The regions in '{path}' have the attributes {listed(names)}: name the one of the "
+            "class with --attribute."
         )
     return (likely or names)[0]
 
@@ -229,6 +250,9 @@ def label_studio(source: Source) -> Iterator[AnnotatedImage]:
             *(source.root / file, source.root / "images" / file.name, source.root / file.name),
             source.root / UPLOAD_PREFIX.sub("", file.name, count=1),
         )
+        if len({x.get("to_name") for x in results}) > 1:
+            source.skip(name, "the task has shapes in several images")
+            continue
         if len(valid) > 1:
             source.skip(
                 name, f"{len(valid) - 1} of its {len(valid)} annotations, all but the first"
@@ -308,7 +332,8 @@ def yolo(source: Source) -> Iterator[AnnotatedImage]:
     try:
         config = yaml.safe_load(file.read_text("utf-8"))
         names = config["names"]
-        names = names if isinstance(names, dict) else dict(enumerate(names))
+        entries = names.items() if isinstance(names, dict) else enumerate(_as_list(names))
+        names = {int(k): str(name) for k, name in entries}  # YAML reads 1 and no as other types
     except OSError as error:
         raise UserError(f"'{file}' cannot be read ({error.strerror}): give data.yaml.") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError):
@@ -324,20 +349,32 @@ def yolo(source: Source) -> Iterator[AnnotatedImage]:
     if not images:
         raise UserError(f"There are no images of '{subset}' where '{file}' says they are.")
     files = {source.name_of(path): path for path in images}
+    labels = {name: _yolo_labels(path) for name, path in files.items()}
+    if not any(path.is_file() for path in labels.values()):
+        raise UserError(
+            f"There are no labels of '{subset}' such as '{labels[min(labels)]}': put them there."
+        )
     for name, size in source.sizes(files).items():
         image = AnnotatedImage(name, size)
-        parts = list(files[name].parts)
-        if "images" in parts:  # the last such folder has a sister "labels"
-            parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-        source.reading = place = Path(*parts).with_suffix(".txt")
+        source.reading = place = labels[name]
         lines = _read_text(place).splitlines()
         for k, line in enumerate(lines, start=1):
             index, *numbers = line.split() or [""]
             if len(numbers) == 4:
                 source.skip(place, f"line {k} is a box without an outline")
             elif len(numbers) >= 6 and len(numbers) % 2 == 0:
-                points = np.array(numbers, dtype=float).reshape(-1, 2) * size[::-1]
-                image.objects.append((names[int(index)], [flat(points.tolist())]))
+                points = np.array(numbers, dtype=float).reshape(-1, 2)
+                if abs(points).max() > 2:  # what is a little outside the image is cut off
+                    raise UserError(
+                        f"Line {k} of '{place}' has coordinates that are no shares of width and "
+                        "height, from 0 to 1: divide pixels by them."
+                    )
+                if int(index) not in names:
+                    raise UserError(
+                        f"Line {k} of '{place}' has the class {index}: '{file}' has no name for it."
+                    )
+                outline = flat((points * size[::-1]).tolist())
+                image.objects.append((names[int(index)], [outline]))
             elif index:
                 raise UserError(
                     f"Line {k} of '{place}' is no class with an outline: {shown(line)}."
@@ -350,25 +387,37 @@ def _yolo_images(base: Path, entry: str) -> list[Path]:
     # Roboflow writes ../train/images though its data.yaml lies beside train/
     candidates = [base / entry, base / re.sub(r"^(\.\./)+", "", entry)]
     place = next((x for x in candidates if x.exists()), candidates[0])
-    if place.suffix == ".txt":
-        return [
-            place.parent / line.strip() for line in _read_text(place).split("\n") if line.strip()
-        ]
-    return _images_in(place)
+    if place.suffix != ".txt":
+        return _images_in(place, "**/*")
+    lines = [line.strip().replace("\\", "/") for line in _read_text(place).split("\n")]
+    found = [(place.parent / line, base / line) for line in lines if line]
+    return [next((path for path in paths if path.exists()), paths[0]) for paths in found]
+
+
+def _yolo_labels(image: Path) -> Path:
+    """The file of an image's labels; the last folder "images" has a sister "labels"."""
+    parts = list(image.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts).with_suffix(".txt")
 
 
 def voc(source: Source) -> Iterator[AnnotatedImage]:
     """Pascal VOC: PNG files in SegmentationObject and SegmentationClass."""
     folder = source.path / "SegmentationObject"
     paths = sorted(folder.glob("*.png"))
-    if source.subset:
-        names = _read_text(source.path / f"ImageSets/Segmentation/{source.subset}.txt").split()
-        paths = [folder / f"{name}.png" for name in names]
+    if source.subset and folder.is_dir():
+        list_ = source.path / f"ImageSets/Segmentation/{source.subset}.txt"
+        if not list_.is_file():
+            raise UserError(f"There is no list '{list_}': give another name to --subset.")
+        paths = [folder / f"{name}.png" for name in _read_text(list_).split()]
     if not paths:
         raise UserError(f"There are no PNG files in '{folder}': give the folder above it.")
     if not source.images:
         source.root = source.path / "JPEGImages"
-    colors = _voc_colors(source)
+    label_map = source.path / "labelmap.txt"  # of CVAT and Datumaro
+    has_label_map = label_map.is_file()
+    colors = _voc_colors(source, label_map)
     images = {path.stem: path for path in _images_in(source.root)}
     for path in paths:
         source.reading = path
@@ -384,8 +433,10 @@ def voc(source: Source) -> Iterator[AnnotatedImage]:
             values, sums = np.unique(classes[mask], return_counts=True)
             for value, count in zip(values.tolist(), sums.tolist()):
                 color = palette.get(value)
+                # Other programs than VOC's own may count from another class on
+                keys = (color, value) if has_label_map else (value, color)
                 if value != VOID and color != VOID_COLOR:
-                    counts[colors.get(value) or colors.get(color)] += count
+                    counts[next((colors[key] for key in keys if key in colors), None)] += count
             label = next((x for x, _ in counts.most_common() if x), None)
             if label:
                 image.objects.append((label, [rle_in_place(mask, 0, 0, image.size)]))
@@ -394,18 +445,17 @@ def voc(source: Source) -> Iterator[AnnotatedImage]:
         yield image
 
 
-def _voc_colors(source: Source) -> dict[Any, str]:
+def _voc_colors(source: Source, label_map: Path) -> dict[Any, str]:
     """The class that each index and each colour stands for."""
-    label_map = source.path / "labelmap.txt"  # of CVAT and Datumaro
     if label_map.is_file():
         rows = [x.split(":") for x in _read_text(label_map).splitlines() if x and x[0] != "#"]
-        found = {  # Datumaro may leave out the colours, which are VOC's then
-            tuple(map(int, row[1].split(","))) if row[1] else _voc_color(k): row[0]
-            for k, row in enumerate(rows)
-        }
-        nothing = {(0, 0, 0), VOID_COLOR}
-        colors = {k: v for k, v in found.items() if k not in nothing and v != "background"}
-        source.class_names = source.class_names or list(colors.values())
+        colors: dict[Any, str] = {}
+        for k, (name, color_text, *_) in enumerate(rows):
+            # Datumaro may leave out the colours, which are VOC's then
+            color = tuple(map(int, color_text.split(","))) if color_text else _voc_color(k)
+            if color not in ((0, 0, 0), VOID_COLOR) and name != "background":
+                colors |= {k: name, color: name}
+        source.class_names = source.class_names or list(dict.fromkeys(colors.values()))
         return colors
     names = source.class_names or list(VOC_CLASSES)
     return {key: name for k, name in enumerate(names, start=1) for key in (k, _voc_color(k))}
@@ -429,10 +479,15 @@ def masks(source: Source) -> Iterator[AnnotatedImage]:
     if not source.images and folders:
         for folder in folders:
             pictures, files = _images_in(folder / "images"), _images_in(folder / "masks")
-            if len(pictures) != 1 or not files:
+            if len(pictures) > 1:
+                raise UserError(
+                    f"'{folder}' has {len(pictures)} images: for one file with masks for each, "
+                    f"give '{folder / 'masks'}' with --images '{folder / 'images'}'."
+                )
+            if not pictures or not files:
                 source.skip(folder, f"it has {len(pictures)} images and {len(files)} masks")
                 continue
-            read = [_read_ids(path)[0] > 0 for path in files]
+            read = [_read_ids(path, is_one_object=True)[0] > 0 for path in files]
             image = AnnotatedImage(source.name_of(pictures[0]), read[0].shape)
             for path, mask in zip(files, read):
                 if mask.shape != image.size:
@@ -447,15 +502,17 @@ def masks(source: Source) -> Iterator[AnnotatedImage]:
         )
     images = {path.stem: path for path in _images_in(source.images)}
     for path in _images_in(source.path):
-        stem = path.stem if path.stem in images else MASK_SUFFIX.sub("", path.stem)
-        if stem not in images:
-            source.skip(path, "there is no image of this name")
-        if stem not in images or images[stem] == path:  # masks may lie beside the images
+        stems = path.stem, MASK_SUFFIX.sub("", path.stem)
+        # Masks may lie beside the images
+        picture = next((images[x] for x in stems if x in images and images[x] != path), None)
+        if picture is None:
+            if path not in images.values():
+                source.skip(path, "there is no image of this name")
             continue
-        ids, _ = _read_ids(path)
-        image = AnnotatedImage(source.name_of(images[stem]), ids.shape)
+        ids, colors = _read_ids(path)
+        image = AnnotatedImage(source.name_of(picture), ids.shape)
         numbers = _ids_in(ids)
-        if numbers == [VOID]:
+        if numbers == [VOID] or [colors.get(x) for x in numbers] == [(255, 255, 255)]:
             source.skip(path, "all its pixels have one number, so that they are one object")
         for id_ in numbers:
             image.objects.append((label, [rle_in_place(ids == id_, 0, 0, image.size)]))
@@ -499,21 +556,25 @@ def _supervisely_part(shape: dict, size: Size) -> Part | None:
         (x0, y0), (x1, y1) = outline
         return rectangle(min(x0, x1), min(y0, y1), abs(x1 - x0), abs(y1 - y0))
     if kind == "polygon" and len(outline) >= 3:
-        return with_holes(flat(outline), [flat(x) for x in shape["points"]["interior"]], size)
+        return with_holes(
+            flat(outline), [flat(x) for x in shape["points"].get("interior", [])], size
+        )
     return None
 
 
 def _files(source: Source, pattern: str, under: str = "") -> list[Path]:
     folder = source.path / under
-    found = sorted(folder.rglob(pattern)) if folder.is_dir() else [folder]
+    found = [folder]
+    if folder.is_dir():
+        found = sorted(x for x in folder.rglob(pattern) if not x.name.startswith("."))
     if not found:
         raise UserError(f"There are no files {pattern} in '{folder}'.")
     return found
 
 
-def _images_in(folder: Path) -> list[Path]:
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(x for x in paths if x.suffix.lower() in IMAGE_SUFFIXES)
+def _images_in(folder: Path, pattern: str = "*") -> list[Path]:
+    found = (x for x in folder.glob(pattern) if x.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(x for x in found if not x.name.startswith("."))
 
 
 def _read_text(path: Path) -> str:
@@ -532,26 +593,41 @@ def _is_image(value: Any) -> bool:
 def _path_of(url: str) -> Path:
     """The path in a URL, also of local files, which Label Studio writes as ...?d=path."""
     parts = urlsplit(url)
-    return Path(parse_qs(parts.query).get("d", [unquote(parts.path)])[0].lstrip("/"))
+    path = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
+    return Path(path.replace("\\", "/").lstrip("/"))
 
 
 def _png(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def _read_ids(path: Path) -> tuple[np.ndarray, dict[int, tuple[int, ...]]]:
-    """The number of each pixel, (H, W), 0 for none or black; and the colours of numbers, if any."""
+def _read_ids(
+    path: Path, is_one_object: bool = False
+) -> tuple[np.ndarray, dict[int, tuple[int, ...]]]:
+    """
+    The number of each pixel, (H, W), 0 for none, black or transparent; and the colours of numbers,
+    if any. Numbers of pixels with a colour of their own are larger than all indices.
+    """
     try:
         with Image.open(path) as image:
-            if image.mode in ("RGB", "RGBA"):
-                rgb = np.asarray(image.convert("RGB")).astype(np.int64)
-                codes = (rgb[..., 0] << 16) + (rgb[..., 1] << 8) + rgb[..., 2]
-                found = np.unique(codes).tolist()
-                return codes, {x: (x >> 16, x >> 8 & 255, x & 255) for x in found}
-            palette = np.reshape((image.mode == "P" and image.getpalette()) or [], (-1, 3))
-            return np.asarray(image).astype(np.int64), dict(enumerate(map(tuple, palette.tolist())))
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError("it has several pages")
+            if image.format == "JPEG":
+                if not is_one_object:
+                    raise ValueError("JPEG changes numbers of objects, save it as PNG or TIFF")
+                return (np.asarray(image.convert("L")) >= 128).astype(np.int64), {}
+            if image.mode in ("1", "F", "I", "L", "P") or image.mode.startswith("I;"):
+                palette = np.reshape((image.mode == "P" and image.getpalette()) or [], (-1, 3))
+                return np.asarray(image).astype(np.int64), dict(
+                    enumerate(map(tuple, palette.tolist()))
+                )
+            rgba = np.asarray(image.convert("RGBA")).astype(np.int64)
+            codes = (rgba[..., 0] << 16) + (rgba[..., 1] << 8) + rgba[..., 2]
+            codes = np.where((codes > 0) & (rgba[..., 3] > 0), codes + (1 << 24), 0)
+            found = np.unique(codes).tolist()
+            return codes, {x: (x >> 16 & 255, x >> 8 & 255, x & 255) for x in found}
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as an image: {error}.") from None
+        raise UserError(f"'{path}' cannot be read as a mask: {error}.") from None
 
 
 def _ids_in(ids: np.ndarray) -> list[int]:
@@ -579,5 +655,5 @@ FORMATS = {
     "supervisely": Format(supervisely, "Supervisely"),
     "yolo": Format(yolo, "YOLO", None),
     "voc": Format(voc, "Pascal VOC"),
-    "masks": Format(masks, "masks"),
+    "masks": Format(masks, "a program for masks"),
 }

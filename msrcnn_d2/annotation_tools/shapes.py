@@ -8,6 +8,8 @@ import pycocotools.mask as mask_util
 
 from msrcnn_d2_runtime.mask_encoding import encode_crops
 
+from ..coco_format import MAX_COORDINATE
+
 __all__ = [
     "Part",
     "Point",
@@ -28,7 +30,15 @@ Part = list[float] | dict
 
 
 def flat(points: Sequence[Point]) -> list[float]:
-    return [float(x) for point in points for x in point]
+    """
+    Raises:
+        ValueError: a coordinate is no number, or so large that pycocotools would take hours.
+    """
+    numbers = [float(x) for point in points for x in point]
+    wrong = [x for x in numbers if not abs(x) <= MAX_COORDINATE]  # NaN, too
+    if wrong:
+        raise ValueError(f"a coordinate is {wrong[0]}")
+    return numbers
 
 
 def rectangle(
@@ -41,7 +51,7 @@ def rectangle(
 
 def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0) -> list[float]:
     """A polygon with the area of an ellipse that is turned clockwise about its centre (x, y)."""
-    count = max(24, math.ceil(2 * max(rx, ry)))
+    count = max(24, math.ceil(min(2 * max(rx, ry), 1000)))
     angles = np.arange(count) * 2 * math.pi / count
     # A polygon inside the ellipse would be too small
     scale = math.sqrt(2 * math.pi / count / math.sin(2 * math.pi / count))
