@@ -45,6 +45,7 @@ VOID = 255  # the index of pixels at the edges of objects, which belong to none
 VOID_COLOR = (224, 224, 192)
 # What tools add to the name of an image for that of its masks
 MASK_SUFFIX = re.compile("[_-](cp_)?(masks?|labels?|instances?)$", re.IGNORECASE)
+Pixels = tuple[np.ndarray, np.ndarray]  # their rows and columns
 
 
 @dataclass
@@ -427,10 +428,9 @@ def voc(source: Source) -> Iterator[AnnotatedImage]:
             raise UserError(f"'{path}' and its file in SegmentationClass have two sizes.")
         name = source.name_of(images.get(path.stem, source.root / f"{path.stem}.jpg"))
         image = AnnotatedImage(name, instances.shape)
-        for id_ in _ids_in(instances):
-            mask = instances == id_
+        for id_, pixels in _objects_in(instances):
             counts: Counter[str | None] = Counter()
-            values, sums = np.unique(classes[mask], return_counts=True)
+            values, sums = np.unique(classes[pixels], return_counts=True)
             for value, count in zip(values.tolist(), sums.tolist()):
                 color = palette.get(value)
                 # Other programs than VOC's own may count from another class on
@@ -439,7 +439,7 @@ def voc(source: Source) -> Iterator[AnnotatedImage]:
                     counts[next((colors[key] for key in keys if key in colors), None)] += count
             label = next((x for x, _ in counts.most_common() if x), None)
             if label:
-                image.objects.append((label, [rle_in_place(mask, 0, 0, image.size)]))
+                image.objects.append((label, [_rle_of(pixels, image.size)]))
             elif counts:  # else it is void: the edges of objects
                 source.skip(path, f"object {id_} has no class that is known")
         yield image
@@ -511,11 +511,12 @@ def masks(source: Source) -> Iterator[AnnotatedImage]:
             continue
         ids, colors = _read_ids(path)
         image = AnnotatedImage(source.name_of(picture), ids.shape)
-        numbers = _ids_in(ids)
+        objects = dict(_objects_in(ids))
+        numbers = [*objects]
         if numbers == [VOID] or [colors.get(x) for x in numbers] == [(255, 255, 255)]:
             source.skip(path, "all its pixels have one number, so that they are one object")
-        for id_ in numbers:
-            image.objects.append((label, [rle_in_place(ids == id_, 0, 0, image.size)]))
+        for pixels in objects.values():
+            image.objects.append((label, [_rle_of(pixels, image.size)]))
         yield image
 
 
@@ -630,8 +631,22 @@ def _read_ids(
         raise UserError(f"'{path}' cannot be read as a mask: {error}.") from None
 
 
-def _ids_in(ids: np.ndarray) -> list[int]:
-    return np.unique(ids[ids != 0]).tolist()
+def _objects_in(ids: np.ndarray) -> Iterator[tuple[int, Pixels]]:
+    """Each number but 0, ascending, and its pixels; one pass, as there may be thousands."""
+    rows, columns = np.nonzero(ids)
+    numbers = ids[rows, columns]
+    order = np.argsort(numbers, kind="stable")
+    found, starts = np.unique(numbers[order], return_index=True)
+    for number, places in zip(found.tolist(), np.split(order, starts[1:])):
+        yield number, (rows[places], columns[places])
+
+
+def _rle_of(pixels: Pixels, size: Size) -> dict:
+    rows, columns = pixels
+    top, left = int(rows.min()), int(columns.min())
+    inside = np.zeros((rows.max() + 1 - top, columns.max() + 1 - left), dtype=bool)
+    inside[rows - top, columns - left] = True
+    return rle_in_place(inside, left, top, size)
 
 
 @dataclass(frozen=True)
