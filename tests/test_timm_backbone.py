@@ -109,6 +109,7 @@ MISTAKES = {
     "convnext_atto": {"name": "convnext_attto"},  # the name that is near
     "no_such_argument": {"name": "convnext_atto", "no_such_argument": 1},
     "strides": {"name": "vit_tiny_patch16_224", "depth": 4},  # 16 in all layers
+    "stage1": {"name": "convnext_atto", "out_features": ["stage1"]},
     "pip install timm": {"name": "convnext_atto"},  # without it
 }
 

@@ -1,6 +1,7 @@
 """Backbones of the library timm, for Detectron2's FPN."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from msrcnn_d2_runtime.errors import UserError
+from ..utils.errors import UserError
 
 __all__ = ["TimmBackbone", "build_timm_fpn_backbone"]
 
@@ -47,6 +48,12 @@ class TimmBackbone(Backbone):
             UserError: timm is not installed, or has no such model or no such feature maps in it.
         """
         super().__init__()
+        wrong = [x for x in out_features if not re.fullmatch("res[1-9]", x)]
+        if wrong:
+            raise UserError(
+                f"The backbone '{name}' has no feature map '{wrong[0]}': name "
+                "those of the strides 4 to 32 res2 to res5."
+            )
         levels = [int(feature.removeprefix("res")) for feature in out_features]
         if out_indices is None:
             out_indices = [level - 6 for level in levels]  # from the end, which is -1
@@ -62,7 +69,9 @@ class TimmBackbone(Backbone):
         }
         net: Any  # timm says less of it than is there
         try:
-            net = timm.create_model(name, features_only=True, out_indices=out_indices, **kwargs)
+            net: Any = timm.create_model(
+                name, features_only=True, out_indices=out_indices, **kwargs
+            )
         except Exception as error:  # it depends on the model what wrong arguments raise
             names = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
             is_known = ":" in name or timm.is_model(name)
