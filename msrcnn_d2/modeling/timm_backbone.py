@@ -69,9 +69,7 @@ class TimmBackbone(Backbone):
         }
         net: Any  # timm says less of it than is there
         try:
-            net: Any = timm.create_model(
-                name, features_only=True, out_indices=out_indices, **kwargs
-            )
+            net = timm.create_model(name, features_only=True, out_indices=out_indices, **kwargs)
         except Exception as error:  # it depends on the model what wrong arguments raise
             names = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
             is_known = ":" in name or timm.is_model(name)
