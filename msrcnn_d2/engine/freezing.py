@@ -23,7 +23,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     theirs: they become Detectron2's :class:`FrozenBatchNorm2d`, as those below `freeze_at`.
 
     Args:
-        patterns: regular expressions, such as "backbone" or "roi_heads.mask_(iou_)?head".
+        patterns: regular expressions, such as `backbone` or `roi_heads.mask_(iou_)?head`.
 
     Raises:
         UserError: a pattern matches no parameter, or nothing is left to train.

@@ -170,9 +170,9 @@ class Recipe:
         max_bad_images: images that may be left out in training since they cannot be used.
         accumulation_steps: number of parts of a batch whose gradients are computed one after the
             other.
-        freeze: regular expressions for names of parameters, see :func:`freeze`.
+        freeze: regular expressions for names of parameters, see :func:`.freeze`.
         ema, ema_decay, ema_device: whether moving averages of the weights are evaluated and saved;
-            see :class:`WeightAverages`.
+            see :class:`.WeightAverages`.
         evaluates_ema: whether they are also evaluated where nothing is trained, if a file has them.
         max_nonfinite_steps: steps that may be left out since their loss is not finite.
         detect_anomaly: whether PyTorch looks for the operation that gives the first NaN.
