@@ -1,5 +1,7 @@
 """Learning rate and schedule for other batches than that of the config."""
 
+import re
+
 import pytest
 from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import OmegaConf
@@ -118,6 +120,19 @@ def test_a_rate_that_somebody_chose_for_a_batch_is_not_scaled_by_its_saved_confi
     for scale in (False, True):
         again, note = scaled(str(saved), scale=scale)
         assert note == "" and schedule(again) == schedule(cfg)
+
+
+@pytest.mark.parametrize("path", [LAZY, YAML], ids=["lazy", "yaml"])
+def test_the_warning_says_what_scaling_would_do(path):
+    """Not to what is on the command line."""
+    max_iter = {LAZY: "train.max_iter=7000", YAML: "SOLVER.MAX_ITER=7000"}[path]
+    overrides = (f"{BATCH[path]}=4", max_iter)
+    cfg, told = scaled(path, *overrides, scale=False)
+    assert schedule(cfg)[:2] == (0.02, 7000)
+    cfg, done = scaled(path, *overrides)
+    assert schedule(cfg)[:2] == (0.005, 7000)
+    changes = re.findall(r"[\w.]+ [^ ]+ -> [\d.]*\d", done)
+    assert "28000" not in told and len(changes) >= 2 and all(change in told for change in changes)
 
 
 def test_rates_of_single_parameters_are_scaled_too(tmp_path):

@@ -50,66 +50,56 @@ def scale_to_batch(
         )
     if by_processes or not batch or not reference or batch == reference:
         return cfg, ""
-    given = overridden_keys(cfg, overrides)
-    factor = batch / reference
-    lr, max_iter = value_of(cfg, LEARNING_RATE), value_of(cfg, ITERATIONS[0])
-    if lr is None:
+    lr_key, given = key_of(cfg, LEARNING_RATE), overridden_keys(cfg, overrides)
+    if value_of(cfg, LEARNING_RATE) is None:
         if scale:
-            raise UserError("--scale-lr finds no learning rate in the config: set optimizer.lr.")
+            raise UserError(f"--scale-lr finds no learning rate in the config: set {lr_key}.")
         return cfg, ""
+    if lr_key in given and not scale:
+        _set(cfg, key_of(cfg, REFERENCE), batch)  # so that the saved config is not scaled again
+        return cfg, ""
+    of_kind = _scaled_yaml if isinstance(cfg, CfgNode) else _scaled
+    scaled = {
+        key: value
+        for key, value in of_kind(cfg, batch, reference).items()
+        if key not in given and value != find(cfg, key)
+    }
+    changes = [f"{key} {_text(find(cfg, key))} -> {_text(value)}" for key, value in scaled.items()]
+    text = ", ".join(changes) or "nothing, since all is set by KEY=VALUE"
     if not scale:
-        if key_of(cfg, LEARNING_RATE) in given:
-            _set(cfg, key_of(cfg, REFERENCE), batch)  # so that the saved config is not scaled again
-            return cfg, ""
         return cfg, (
-            f"The config is made for {reference} images per iteration, and this run has {batch}, "
-            f"with the learning rate {lr:g} and {max_iter} iterations: --scale-lr makes them "
-            f"{lr * factor:g} and {round(max_iter / factor)}."
+            f"The config is made for {reference} images per iteration, but this run has {batch}, "
+            f"with the same learning rate and schedule. --scale-lr would change {text}."
         )
-    keys = [key_of(cfg, key) for key in (LEARNING_RATE, *ITERATIONS)]
-    keys += YAML_ONLY if isinstance(cfg, CfgNode) else _rates_by_name(cfg)
-    before = {key: find(cfg, key) for key in keys}
-    cfg = _scaled_yaml(cfg, batch, reference) if isinstance(cfg, CfgNode) else _scaled(cfg, factor)
-    for key in given & set(keys):
-        _set(cfg, key, before[key])
-    _set(cfg, key_of(cfg, REFERENCE), batch)
-    changes = [
-        f"{key} {_text(value)} -> {_text(find(cfg, key))}"
-        for key, value in before.items()
-        if value != find(cfg, key)
-    ]
-    return cfg, f"--scale-lr, {reference} -> {batch} images per iteration: {', '.join(changes)}."
+    for key, value in {**scaled, key_of(cfg, REFERENCE): batch}.items():
+        _set(cfg, key, value)
+    return cfg, f"--scale-lr, {reference} -> {batch} images per iteration: {text}."
 
 
-def _rates_by_name(cfg: DictConfig) -> list[str]:
-    """The keys of learning rates of single parameters that do not refer to another one."""
-    groups = OmegaConf.select(cfg, RATES_BY_NAME) or {}
-    return [
-        f"{RATES_BY_NAME}.{name}.lr"
-        for name, group in groups.items()
-        if group.get("lr") is not None and not OmegaConf.is_interpolation(group, "lr")
-    ]
-
-
-def _scaled(cfg: DictConfig, factor: float) -> DictConfig:
-    for key in (LEARNING_RATE, *_rates_by_name(cfg)):
-        _set(cfg, key, find(cfg, key) * factor)
+def _scaled(cfg: DictConfig, batch: int, reference: int) -> dict[str, Any]:
+    """The learning rates and what is in iterations, by key."""
+    factor = batch / reference
+    scaled = {LEARNING_RATE: value_of(cfg, LEARNING_RATE) * factor}
+    for name, group in (OmegaConf.select(cfg, RATES_BY_NAME) or {}).items():
+        # One that refers to another rate follows it
+        if group.get("lr") is not None and not OmegaConf.is_interpolation(group, "lr"):
+            scaled[f"{RATES_BY_NAME}.{name}.lr"] = group.lr * factor
     for key in ITERATIONS:
-        value = value_of(cfg, key)
-        _set(cfg, key, max(1, round(value / factor)) if value else value)  # 0: at the end only
-    return cfg
+        if value := value_of(cfg, key):  # 0 is for the end only
+            scaled[key] = max(1, round(value / factor))
+    return scaled
 
 
-def _scaled_yaml(cfg: CfgNode, batch: int, reference: int) -> CfgNode:
-    """By Detectron2, as if each image had a process of its own."""
-    cfg = cfg.clone()
-    cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
-    scaled = DefaultTrainer.auto_scale_workers(cfg, batch)
-    scaled.SOLVER.REFERENCE_WORLD_SIZE = 0
+def _scaled_yaml(cfg: CfgNode, batch: int, reference: int) -> dict[str, Any]:
+    """The same by Detectron2, as if each image had a process of its own."""
+    as_processes = cfg.clone()
+    as_processes.SOLVER.IMS_PER_BATCH = as_processes.SOLVER.REFERENCE_WORLD_SIZE = reference
+    scaled = DefaultTrainer.auto_scale_workers(as_processes, batch)
     scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
     if cfg.TEST.EVAL_PERIOD:
         scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
-    return scaled
+    keys = (*(key_of(cfg, key) for key in (LEARNING_RATE, *ITERATIONS)), *YAML_ONLY)
+    return {key: find(scaled, key) for key in keys}
 
 
 def _set(cfg: DictConfig | CfgNode, key: str, value: Any) -> None:
