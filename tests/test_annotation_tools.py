@@ -527,6 +527,13 @@ def test_label_studio_with_shapes_in_several_images(tmp_path):
     assert any("several images" in x for x in converted.skipped)
 
 
+def test_label_studio_with_several_labels_of_a_shape(tmp_path):
+    source, options, *_ = label_studio(tmp_path)
+    source.write_text(source.read_text().replace('"labels": ["cell"]', '"labels": ["cell", "b"]'))
+    converted = converted_from("label-studio", source, **options)
+    assert num_objects(converted)["a.png"] == 2 and "cell, b" in converted.skipped[0]
+
+
 def test_label_studio_with_paths_of_windows(tmp_path):
     source, options, *_ = label_studio(tmp_path)
     text = source.read_text().replace("?d=some/0a1b", r"?d=some\\0a1b")
@@ -720,6 +727,7 @@ WRONG = {
     "JSON-MIN": ("label-studio", wrong("a.json", '[{"image": "a.png"}]'), "not as JSON-MIN"),
     "no names": ("yolo", wrong("data.yaml", "train: x"), "is no data.yaml of YOLO"),
     "no subset": ("yolo", wrong("data.yaml", "names: [a]"), "has no 'train'"),
+    "keypoints": ("yolo", wrong("data.yaml", "names: [a]\nkpt_shape: [4, 3]"), "is of keypoints"),
     "no images": ("yolo", wrong("data.yaml", "names: [a]\ntrain: x"), "no images of 'train'"),
     "no masks": ("masks", lambda folder: labelme(folder)[0], "has no folders with images/ and"),
     "no VOC": ("voc", lambda folder: labelme(folder)[0], "no PNG files in"),

@@ -276,6 +276,8 @@ def label_studio(source: Source) -> Iterator[AnnotatedImage]:
                 )
             else:
                 image.objects.append((labels[0], [part]))
+                if len(labels) > 1:
+                    source.skip(name, f"of a shape's labels {listed(labels)}, all but the first")
         yield image
 
 
@@ -340,6 +342,8 @@ def yolo(source: Source) -> Iterator[AnnotatedImage]:
     except (yaml.YAMLError, ValueError, TypeError, KeyError):
         raise UserError(f"'{file}' is no data.yaml of YOLO with the names of classes.") from None
     source.class_names = source.class_names or [names[k] for k in sorted(names)]
+    if "kpt_shape" in config:  # some numbers of keypoints would pass for outlines
+        raise UserError(f"'{file}' is of keypoints, without outlines: give a segmentation dataset.")
     subset = source.subset or "train"
     if not config.get(subset):
         raise UserError(f"'{file}' has no '{subset}': name the part with --subset.")
@@ -348,7 +352,10 @@ def yolo(source: Source) -> Iterator[AnnotatedImage]:
     source.root = source.images or base
     images = [path for x in _as_list(config[subset]) for path in _yolo_images(base, str(x))]
     if not images:
-        raise UserError(f"There are no images of '{subset}' where '{file}' says they are.")
+        raise UserError(
+            f"There are no images of '{subset}' where '{file}' says they are: correct 'path' or "
+            f"'{subset}' in it."
+        )
     files = {source.name_of(path): path for path in images}
     labels = {name: _yolo_labels(path) for name, path in files.items()}
     if not any(path.is_file() for path in labels.values()):
