@@ -84,12 +84,20 @@ def test_overrides_of_a_yacs_config(overrides):
         (LAZY, "model.pixel_mean=[1,2", "Cannot override"),
         (YACS, "SOLVER.MAX_ITR=1", "SOLVER.MAX_ITR"),
         (YACS, "SOLVER.MAX_ITER", "odd length"),
+        (YACS, "SOLVER.FREEZE=backbone", "a list of regular expressions"),
     ],
 )
 def test_a_wrong_override_is_refused(path, override, message):
     with pytest.raises(UserError) as error:
         load_config(path, [override])
     assert message in str(error.value)
+
+
+def test_a_value_of_another_type_in_a_yaml_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"_BASE_: {YACS}\nSOLVER: {{FREEZE: backbone}}\n")
+    with pytest.raises(UserError, match="SOLVER.FREEZE takes a list of regular expressions"):
+        load_config(str(path))
 
 
 def test_the_test_loader_has_a_batch_size_with_any_detectron2():

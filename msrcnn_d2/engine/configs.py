@@ -453,7 +453,8 @@ def _errors_of_file(path: str) -> Iterator[None]:
         if isinstance(reason, (SyntaxError, ImportError, OSError, UnicodeError)) or not (
             path.endswith(".py")
         ):
-            message = f"Config file '{path}' cannot be read: {str(reason).rstrip('.')}"
+            message = f"Config file '{path}' cannot be read: {_of_other_type(str(reason))}"
+            message = message.rstrip(".")
         elif not isinstance(reason, (UserError, ValueError)) or not message:
             message = f"{type(reason).__name__}: {message}"
         line = line_of_user(error)
@@ -629,8 +630,15 @@ def _override_yacs(cfg: CfgNode, overrides: Sequence[str], path: str) -> None:
             cfg.merge_from_list([key, text if value is AS_IT_IS else repr(value)])
         cfg.merge_from_list(pairs[len(pairs) // 2 * 2 :])  # a key without a value, if any
     except (KeyError, ValueError, AssertionError) as error:
-        message = error.args[0] if error.args else type(error).__name__
+        message = _of_other_type(str(error.args[0] if error.args else type(error).__name__))
         raise UserError(f"Config '{path}' with overrides {list(overrides)}: {message}.") from error
+
+
+def _of_other_type(message: str) -> str:
+    """What a key takes, in place of yacs's message about a value of another type."""
+    key = re.match(r"(?s)Type mismatch .* for config key: ([\w.]+)$", message)
+    expected = next((s.expected for s in SETTINGS if key and s.yaml == key[1]), "")
+    return f"{key[1]} takes {expected}" if key and expected else message
 
 
 def _pairs(overrides: Sequence[str]) -> list[str]:
