@@ -468,11 +468,28 @@ def test_an_empty_mask_file_is_no_object(tmp_path):
     assert num_objects(converted_from("masks", source))["a/images/a.png"] == 3
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
-def test_coordinates_that_are_none(number, tmp_path):
-    write_labelme(tmp_path, a=[labelme_shape("cell", [*SQUARE, [number, 1]])])
+@pytest.mark.parametrize("point", [[float("nan"), 1], [float("inf"), 1], [1e300, 1], [1], "xy"])
+def test_coordinates_that_are_none(point, tmp_path):
+    write_labelme(tmp_path, a=[labelme_shape("cell", [*SQUARE, point])])
     with pytest.raises(UserError, match=r"a.json' is not as LabelMe"):
         converted_from("labelme", tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [("imageWidth", "80"), ("imageHeight", -1), ("label", 7)])
+def test_sizes_and_classes_that_are_none(key, value, tmp_path):
+    write_labelme(tmp_path, a=[labelme_shape("cell", SQUARE)], b=[labelme_shape("cell", SQUARE)])
+    contents = json.loads((tmp_path / "a.json").read_text())
+    (contents["shapes"][0] if key == "label" else contents)[key] = value
+    (tmp_path / "a.json").write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=r"a.json' is not as LabelMe"):
+        converted_from("labelme", tmp_path)
+
+
+def test_via_with_an_uneven_outline(tmp_path):
+    source, *_ = via(tmp_path)
+    source.write_text(source.read_text().replace('"all_points_y": [10, ', '"all_points_y": ['))
+    with pytest.raises(UserError, match="is not as VIA"):
+        converted_from("via", source)
 
 
 def test_images_of_one_name_in_two_folders(tmp_path):

@@ -4,18 +4,19 @@ import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from msrcnn_d2_runtime.image_reading import without_pixel_limit
-from msrcnn_d2_runtime.text import listed
+from msrcnn_d2_runtime.text import listed, shown
 
+from ..coco_format import sides_of
 from ..utils.errors import UserError
 from .formats import FORMATS, AnnotatedImage, Source
-from .shapes import box_and_area, joined
+from .shapes import Part, box_and_area, joined
 
 __all__ = ["Converted", "convert_annotations"]
 
@@ -125,8 +126,12 @@ def convert_annotations(
     source = Source(Path(path), images and Path(images) or None, subset, attribute, class_names)
     try:
         bar = tqdm(kind.read(source), "images", disable=None if progress else True)
+        found = []
         with without_pixel_limit():  # of masks
-            found = sorted(bar, key=lambda image: image.file_name)
+            for image in bar:
+                image.objects = [*_with_pixels(image, source)]
+                found.append(image)
+        found.sort(key=lambda image: image.file_name)
     except WRONG_CONTENTS as error:
         reason = f"{type(error).__name__}: {error}"
         place = source.reading or path
@@ -140,7 +145,7 @@ def convert_annotations(
         )
     names = source.class_names or sorted({label for image in found for label, _ in image.objects})
     for image in found:
-        image.objects = [*_known(image, names, source)]
+        image.objects = [*_of_classes(image, names, source)]
     if not any(image.objects for image in found):
         of_classes = f" of the classes {', '.join(class_names)}" if class_names else ""
         raise UserError(
@@ -149,11 +154,27 @@ def convert_annotations(
     return Converted(found, names, str(source.root), source.skipped)
 
 
-def _known(image: AnnotatedImage, names: list[str], source: Source) -> Iterable[tuple]:
+def _with_pixels(image: AnnotatedImage, source: Source) -> Iterator[tuple[str, list[Part]]]:
+    """
+    Raises:
+        ValueError: a size or a class is none.
+    """
+    if sides_of(dict(zip(("height", "width"), image.size))) is None:
+        raise ValueError(f"the height and width of '{image.file_name}' are {image.size}")
     for label, parts in image.objects:
-        if label not in names:
-            source.skip(image.file_name, f"an object of the class '{label}'")
-        elif not box_and_area(joined(parts, image.size), image.size)[1]:
-            source.skip(image.file_name, f"an object of the class '{label}' without a pixel")
-        else:
+        if not isinstance(label, str):
+            raise ValueError(f"the class {shown(label)} is no text")
+        if box_and_area(joined(parts, image.size), image.size)[1]:
             yield label, parts
+        else:
+            source.skip(image.file_name, f"an object of the class '{label}' without a pixel")
+
+
+def _of_classes(
+    image: AnnotatedImage, names: list[str], source: Source
+) -> Iterator[tuple[str, list[Part]]]:
+    for label, parts in image.objects:
+        if label in names:
+            yield label, parts
+        else:
+            source.skip(image.file_name, f"an object of the class '{label}'")

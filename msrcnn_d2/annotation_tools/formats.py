@@ -226,7 +226,7 @@ def _via_part(shape: dict) -> Part | None:
         degrees = math.degrees(shape.get("theta", 0))
         return ellipse(shape["cx"], shape["cy"], shape["rx"], shape["ry"], degrees)
     if kind == "polygon" and len(shape["all_points_x"]) >= 3:
-        return flat(list(zip(shape["all_points_x"], shape["all_points_y"])))
+        return flat(list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)))
     return None
 
 
@@ -532,7 +532,7 @@ def supervisely(source: Source) -> Iterator[AnnotatedImage]:
     meta = read_json(
         str(source.path / "meta.json"), "give the folder of a project in Supervisely's format"
     )
-    source.class_names = source.class_names or [x["title"] for x in meta["classes"]]
+    source.class_names = source.class_names or [str(x["title"]) for x in meta["classes"]]
     if source.subset and not (source.path / source.subset / "ann").is_dir():
         raise UserError(f"'{source.path}' has no dataset '{source.subset}'.")
     for path in _files(source, "ann/*.json", source.subset or ""):

@@ -32,9 +32,11 @@ Part = list[float] | dict
 def flat(points: Sequence[Point]) -> list[float]:
     """
     Raises:
-        ValueError: a coordinate is no number, or so large that pycocotools would take hours.
+        ValueError: it is no outline, or so large that pycocotools would take hours.
     """
-    numbers = [float(x) for point in points for x in point]
+    numbers = [float(value) for x, y in points for value in (x, y)]
+    if len(numbers) < 6:
+        raise ValueError(f"an outline has {len(points)} points")
     wrong = [x for x in numbers if not abs(x) <= MAX_COORDINATE]  # NaN, too
     if wrong:
         raise ValueError(f"a coordinate is {wrong[0]}")
