@@ -545,6 +545,13 @@ def test_names_of_label_studio_and_others(name, dataset):
     assert error.file_name == name and "'1.png'" in error.message
 
 
+def test_eight_characters_in_the_middle_of_a_name_are_not_of_label_studio(dataset):
+    contents = contents_of(dataset)
+    (dataset / "images" / "x-1.png").write_bytes((dataset / "images" / "1.png").read_bytes())
+    contents["images"][0]["file_name"] = "x-0a1b2c3d-1.png"
+    assert [f.kind for f in check(dataset, contents).bad_images] == ["image-missing"]
+
+
 @pytest.mark.parametrize("other", ["1.png", "b/1.png", "images/11112222-1.png"])
 def test_a_file_is_not_that_of_two_names(other, dataset):
     contents = contents_of(dataset)

@@ -29,7 +29,7 @@ __all__ = ["ImageFile", "check_images", "look_at_images"]
 # The last bytes of a whole file, by Pillow's names of formats
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"}
 # What Label Studio puts before the name of an uploaded file
-UPLOAD_PREFIX = re.compile("[0-9a-f]{8}-")
+UPLOAD_PREFIX = re.compile("^[0-9a-f]{8}-")
 TURNED = (5, 6, 7, 8)  # the orientations in EXIF that exchange height and width
 
 Size = tuple[int, int]  # height and width in pixels
