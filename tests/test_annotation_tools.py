@@ -628,11 +628,12 @@ def test_voc_without_the_list(tmp_path):
 
 
 def test_masks_beside_their_images(tmp_path):
-    write_images(tmp_path, "a.jpg", "b.jpg")
+    write_images(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     for name in "ab":
         Image.fromarray(MASKS["square"]).save(tmp_path / f"{name}_cp_masks.png")  # one bit
     found = converted_from("masks", tmp_path, images=str(tmp_path))
-    assert num_objects(found) == {"a.jpg": 1, "b.jpg": 1} and not found.skipped
+    assert num_objects(found) == {"a.jpg": 1, "b.jpg": 1}
+    assert found.skipped == ["c.jpg: there are no masks of it"]
 
 
 def test_masks_in_two_folders_for_all_images(tmp_path):

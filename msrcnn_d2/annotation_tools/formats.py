@@ -508,6 +508,7 @@ def masks(source: Source) -> Iterator[AnnotatedImage]:
             "number for each object, give the folder of the images with --images."
         )
     images = {path.stem: path for path in _images_in(source.images)}
+    without_masks = set(images.values())
     for path in _images_in(source.path):
         stems = path.stem, MASK_SUFFIX.sub("", path.stem)
         # Masks may lie beside the images
@@ -516,6 +517,7 @@ def masks(source: Source) -> Iterator[AnnotatedImage]:
             if path not in images.values():
                 source.skip(path, "there is no image of this name")
             continue
+        without_masks -= {picture, path}
         ids, colors = _read_ids(path)
         image = AnnotatedImage(source.name_of(picture), ids.shape)
         objects = dict(_objects_in(ids))
@@ -525,6 +527,8 @@ def masks(source: Source) -> Iterator[AnnotatedImage]:
         for pixels in objects.values():
             image.objects.append((label, [_rle_of(pixels, image.size)]))
         yield image
+    for path in sorted(without_masks):
+        source.skip(source.name_of(path), "there are no masks of it")
 
 
 def supervisely(source: Source) -> Iterator[AnnotatedImage]:
@@ -635,7 +639,8 @@ def _read_ids(
             found = np.unique(codes).tolist()
             return codes, {x: (x >> 16 & 255, x >> 8 & 255, x & 255) for x in found}
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as a mask: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"'{path}' cannot be read as a mask: {reason}.") from None
 
 
 def _objects_in(ids: np.ndarray) -> Iterator[tuple[int, Pixels]]:
