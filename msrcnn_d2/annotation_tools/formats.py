@@ -440,7 +440,7 @@ def voc(source: Source) -> Iterator[AnnotatedImage]:
             values, sums = np.unique(classes[pixels], return_counts=True)
             for value, count in zip(values.tolist(), sums.tolist()):
                 color = palette.get(value)
-                # Other programs than VOC's own may count from another class on
+                # labelmap.txt gives a class its colour, VOC and --classes an index
                 keys = (color, value) if has_label_map else (value, color)
                 if value != VOID and color != VOID_COLOR:
                     counts[next((colors[key] for key in keys if key in colors), None)] += count
