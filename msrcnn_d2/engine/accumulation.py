@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from msrcnn_d2_runtime.text import plural
+
 from ..utils.errors import UserError
 
 __all__ = ["ModelInParts"]
@@ -67,9 +69,8 @@ class ModelInParts:
     def _split(self, batch: Any) -> list[Sequence]:
         count = self._num_parts
         if not isinstance(batch, (list, tuple)) or len(batch) < count:
-            found = (
-                f"{len(batch)} images" if isinstance(batch, (list, tuple)) else repr(type(batch))
-            )
+            is_list = isinstance(batch, (list, tuple))
+            found = plural(len(batch), "image") if is_list else f"type {type(batch).__name__}"
             raise UserError(
                 f"A batch of {found} cannot be split into {count} parts: set "
                 "train.accumulation_steps (yaml: SOLVER.ACCUMULATION_STEPS) to at most the number "
