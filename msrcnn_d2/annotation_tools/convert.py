@@ -15,8 +15,9 @@ from msrcnn_d2_runtime.text import listed, shown
 
 from ..coco_format import sides_of
 from ..utils.errors import UserError
-from .formats import FORMATS, AnnotatedImage, Source
+from .formats import FORMATS
 from .shapes import Part, box_and_area, joined
+from .source import AnnotatedImage, Source
 
 __all__ = ["Converted", "convert_annotations"]
 

@@ -1,7 +1,7 @@
 """Shapes that people draw, as polygons and RLE."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -9,17 +9,21 @@ import pycocotools.mask as mask_util
 from msrcnn_d2_runtime.mask_encoding import encode_crops
 
 from ..coco_format import MAX_COORDINATE
+from ..dataset_check.masks import box_of
 
 __all__ = [
     "Part",
+    "Pixels",
     "Point",
     "Size",
     "box_and_area",
     "ellipse",
     "flat",
     "joined",
+    "objects_in",
     "rectangle",
     "rle_in_place",
+    "rle_of",
     "with_holes",
 ]
 
@@ -27,6 +31,7 @@ Point = Sequence[float]  # x and y in pixels
 Size = tuple[int, int]  # height and width in pixels
 # A polygon [x, y, x, y, ...] in pixels, or compressed RLE of the image's size
 Part = list[float] | dict
+Pixels = tuple[np.ndarray, np.ndarray]  # their rows and columns
 
 
 def flat(points: Sequence[Point]) -> list[float]:
@@ -77,6 +82,25 @@ def rle_in_place(mask: np.ndarray, left: int, top: int, size: Size) -> dict:
     return encode_crops([(max(top, 0), max(left, 0), inside)], size)[0]
 
 
+def objects_in(ids: np.ndarray) -> Iterator[tuple[int, Pixels]]:
+    """Each number but 0, ascending, and its pixels; one pass, as there may be thousands."""
+    rows, columns = np.nonzero(ids)
+    numbers = ids[rows, columns]
+    order = np.argsort(numbers, kind="stable")
+    found, starts = np.unique(numbers[order], return_index=True)
+    for number, places in zip(found.tolist(), np.split(order, starts[1:])):
+        yield number, (rows[places], columns[places])
+
+
+def rle_of(pixels: Pixels, size: Size) -> dict:
+    """Compressed RLE of at least one pixel in an image of this size."""
+    rows, columns = pixels
+    top, left = int(rows.min()), int(columns.min())
+    inside = np.zeros((rows.max() + 1 - top, columns.max() + 1 - left), dtype=bool)
+    inside[rows - top, columns - left] = True
+    return rle_in_place(inside, left, top, size)
+
+
 def with_holes(outline: list[float], holes: list[list[float]], size: Size) -> Part:
     """A polygon without what is in its holes, which COCO's polygons cannot say."""
     if not holes:
@@ -103,7 +127,5 @@ def box_and_area(segmentation: list | dict, size: Size) -> tuple[list[float], in
     if isinstance(segmentation, dict):
         box = mask_util.toBbox(segmentation).tolist()
         return box, int(mask_util.area(segmentation))
-    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
-    low, high = points.min(axis=0), points.max(axis=0)
     area = mask_util.area(joined(segmentation, size, as_rle=True))
-    return [*low.tolist(), *(high - low).tolist()], int(area)
+    return box_of(segmentation), int(area)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from typing import IO
 
-import numpy as np
 import pycocotools.mask as mask_util
 
 from msrcnn_d2_runtime.image_reading import ImageSettings
@@ -23,6 +22,7 @@ from ..utils.errors import UserError
 from .annotations import turned_rectangle
 from .check import Dataset, find_issues, read_dataset
 from .issues import KINDS, Finding, Findings, Fix, Level, first_lines
+from .masks import box_of
 
 __all__ = ["Change", "Fixed", "fix_dataset", "fix_issues"]
 
@@ -280,7 +280,7 @@ class _Round:
                 elif is_rle:
                     entry["bbox"] = mask_util.toBbox(compressed(mask)).tolist()
                 else:
-                    entry["bbox"] = _box_of(mask)
+                    entry["bbox"] = box_of(mask)
                 self.changes.append(Change(finding, fix))
 
     def _renumber(self) -> None:
@@ -301,14 +301,8 @@ def _turn_mask(entry: dict) -> None:
     polygon = turned_rectangle(entry)
     assert polygon is not None  # it was when it was found, and nothing else has changed the mask
     entry["segmentation"] = [polygon]
-    entry["bbox"] = _box_of([polygon])
+    entry["bbox"] = box_of([polygon])
     entry["attributes"] = {**entry["attributes"], "rotation": 0}  # it must not be turned again
-
-
-def _box_of(polygons: list) -> list[float]:
-    points = np.array([*chain.from_iterable(polygons)], dtype=float).reshape(-1, 2)
-    low, high = points.min(axis=0), points.max(axis=0)
-    return [*low.tolist(), *(high - low).tolist()]
 
 
 def _flatten_polygons(entry: dict) -> None:

@@ -28,7 +28,7 @@ from ..coco_format import (
 )
 from .annotations import find_copies, rotation_of, turned_rectangle
 
-__all__ = ["check_shapes", "mask_format_of"]
+__all__ = ["box_of", "check_shapes", "mask_format_of"]
 
 MIN_AREA = 1e-3  # pixels; less is a line, up to rounding
 # How far an edge of a box may be from its mask's: annotators draw boxes, and tools round them
@@ -72,6 +72,13 @@ def mask_format_of(entries: Entries) -> str:
     masks = (x.get("segmentation") for x in entries.annotations)
     rles = np.array([isinstance(mask, dict) and bool(mask) for mask in masks], dtype=bool)
     return "bitmask" if (rles & ~entries.crowds).any() else "polygon"
+
+
+def box_of(polygons: list) -> list[float]:
+    """The "bbox" around polygons [x, y, x, y, ...] in pixels: left, top, width and height."""
+    points = np.array([*chain.from_iterable(polygons)], dtype=float).reshape(-1, 2)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return [*low.tolist(), *(high - low).tolist()]
 
 
 def _said_normalised(masks: list, boxes: list) -> str:
