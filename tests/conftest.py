@@ -1,5 +1,4 @@
 import importlib.metadata
-import logging
 import os
 import platform
 
@@ -8,11 +7,10 @@ import torch
 
 import detectron2
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from detectron2.utils.logger import setup_logger
 
+from tests.helpers.command import leaving_no_traces
 from tests.helpers.toy import tiny_mask_scoring_rcnn
 from tests.helpers.weights import slim_model
 
@@ -54,22 +52,8 @@ def seed():
 
 @pytest.fixture
 def leave_no_traces():
-    """Forget datasets and log files: a process of its own would."""
-    known = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    setup_logger.cache_clear()
-    for name in [*logging.root.manager.loggerDict]:
-        package, _, module = name.partition(".")
-        if package in ("detectron2", "fvcore", "msrcnn_d2"):
-            logger = logging.getLogger(name)
-            if module:  # `msrcnn-d2 export` shows some of the modules only
-                logger.propagate = True
-            for handler in logger.handlers[:]:
-                logger.removeHandler(handler)
-                handler.close()
+    with leaving_no_traces():
+        yield
 
 
 @pytest.fixture

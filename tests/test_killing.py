@@ -204,9 +204,12 @@ def test_only_a_second_keyboard_interrupt_does_not_wait_for_the_step():
 def test_processes_that_a_dataset_forks_can_be_ended():
     # multiprocessing.Pool, with which Detectron2 reads Cityscapes, waits for this
     stop = StopOnSignal(lambda: 0, StepAgreement())
+    context = multiprocessing.get_context("fork")
+    is_there = context.Event()  # a process that has just been forked forgets signals
     with stop.listening():
-        forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        forked = context.Process(target=lambda: (is_there.set(), time.sleep(60)))
         forked.start()
+        assert is_there.wait(60)
         forked.terminate()
         forked.join(10)
         ended = forked.exitcode

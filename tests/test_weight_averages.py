@@ -10,7 +10,7 @@ from torch import nn
 from msrcnn_d2.checkpoint import MaskScoringCheckpointer
 from msrcnn_d2.engine.weight_averages import PreciseBNOfAverages, WeightAverages
 from msrcnn_d2.utils.errors import UserError
-from tests.helpers.command import exit_code
+from tests.helpers.command import exit_code, leaving_no_traces
 from tests.helpers.toy_training import run, write_dataset, write_lazy_config
 
 
@@ -158,7 +158,8 @@ def trained(tmp_path_factory):
     options = ["--config-file", write_lazy_config(folder / "lazy.yaml")]
     options += write_dataset(folder / "data")
     averages = ["train.model_ema.enabled=True", "train.model_ema.decay=0.5", "optimizer.lr=0.01"]
-    run(*options, *averages, f"train.output_dir={folder / 'output'}")
+    with leaving_no_traces():
+        run(*options, *averages, f"train.output_dir={folder / 'output'}")
     return options, folder / "output"
 
 

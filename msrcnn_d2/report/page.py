@@ -139,16 +139,17 @@ def write_report(
     numbers = {
         "title": title,
         **quality.to_json(),
-        "other_results": {
-            task: {k: None if math.isnan(v) else v for k, v in metrics.items()}
-            for task, metrics in others.items()
-        },
         "thresholds": {
             "precision": precision,
             "iou": iou,
             "scores": {score.name: score.to_json() for score in thresholds},
         },
     }
+    if others:
+        numbers["other_results"] = {
+            task: {k: None if math.isnan(v) else v for k, v in metrics.items()}
+            for task, metrics in others.items()
+        }
     with _said_if_it_fails(folder):
         for chart, png in drawn:
             (folder / f"{chart.name}.png").write_bytes(png)

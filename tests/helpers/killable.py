@@ -7,6 +7,7 @@ import signal
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -150,9 +151,15 @@ def evaluate_slowly(seconds: float) -> None:
     MaskScoringCOCOEvaluator.process = slow
 
 
+def ap_of(weights: dict[str, Any]) -> float:
+    """A number below 10 that differs with any weight of the MaskIoU head."""
+    head = (x.double() for name, x in weights.items() if "mask_iou_head" in name)
+    return 2e5 * sum(x.sum().item() for x in head) % 10
+
+
 def evaluate_weights(moment: str = "", count: int = 1) -> None:
     """
-    The AP of masks is a number that only depends on the weights.
+    The AP of masks depends on the weights. It is best after iteration 3.
 
     Args:
         moment: when to kill the process: in an "evaluation", while the best checkpoint is
@@ -168,11 +175,17 @@ def evaluate_weights(moment: str = "", count: int = 1) -> None:
             if not left[0]:
                 os.kill(os.getpid(), number)
 
+    trainers = []
+
+    class EvalHook(loop.EvalHook):
+        def _do_eval(self):
+            trainers.append(self.trainer)
+            super()._do_eval()
+
     def evaluate(recipe, model, *args):
         die_at("evaluation")
         die_at("signal", signal.SIGTERM)
-        parameters = (p.detach().double() for p in model.parameters())
-        return {"segm": {"AP": 2e5 * sum(p.sum().item() for p in parameters) % 100}}
+        return {"segm": {"AP": 20 * (trainers[-1].iter == 3) + ap_of(model.state_dict())}}
 
     save = MaskScoringCheckpointer.save
 
@@ -185,5 +198,5 @@ def evaluate_weights(moment: str = "", count: int = 1) -> None:
         if name == "model_best":
             die_at("saved")
 
-    loop.evaluate = evaluate
+    loop.EvalHook, loop.evaluate = EvalHook, evaluate
     MaskScoringCheckpointer.save = save_or_die
