@@ -270,6 +270,7 @@ def base(tmp_path_factory):
     options = ["train.max_iter=12", "train.checkpointer.period=3", "train.eval_period=2"]
     options += ["train.early_stopping.patience=2"]
     options += ["train.model_ema.enabled=True", "train.model_ema.decay=0.9"]
+    options += ["train.accumulation_steps=2"]
     options += ["train.validation_loss.enabled=True", "train.validation_loss.num_images=2"]
     return ["--resume", "--config-file", config, *dataset, *options]
 

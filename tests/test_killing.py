@@ -105,23 +105,6 @@ def test_a_training_that_is_killed_many_times_has_the_losses_of_one_that_is_not(
 AVERAGED = ["train.model_ema.enabled=True", "train.model_ema.decay=0.5"]
 
 
-def test_a_killed_training_has_the_averages_and_weights_of_one_that_is_not(base, tmp_path):
-    options = [*base, *AVERAGED, "train.accumulation_steps=2", "train.freeze=[backbone.bottom_up]"]
-    (tmp_path / "whole").mkdir()
-    whole = losses_of(options, tmp_path / "whole")
-    killed = Training([*options, f"train.output_dir={tmp_path}/output"], tmp_path)
-    killed.wait_for(lambda t: len(t.losses()) >= 5)
-    killed.process.kill()
-    assert killed.exit_code() == -signal.SIGKILL
-    resumed = Training([*options, f"train.output_dir={tmp_path}/output"], tmp_path)
-    assert resumed.exit_code() == 0, resumed.printed()[-3000:]
-    losses = dict(resumed.losses())
-    assert 0 < min(losses) <= 5 and losses == {k: whole[k] for k in losses}
-    files = [torch.load(tmp_path / x / "model_final.pth") for x in ("output", "whole/output")]
-    for key in ("model", "ema_state"):
-        assert all(torch.equal(value, files[1][key][name]) for name, value in files[0][key].items())
-
-
 def test_a_signal_in_the_evaluation_of_averages_saves_the_weights(base, tmp_path):
     options = [*base, "train.checkpointer.period=3"]
     losses_of(options, tmp_path)
