@@ -138,12 +138,8 @@ class MaskScoringCOCOEvaluator(InstanceResults, COCOEvaluator):
         self.mask_quality = None
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Collection | None = None) -> None:
-        logger.info("Preparing results for COCO format ...")
-        results = self._with_dataset_categories(predictions)
-        if self._output_dir:
-            self._write_files(results)
-        if not self._do_evaluation:
-            logger.info("Annotations are not available for evaluation.")
+        results = self._prepared_results(predictions)
+        if results is None:
             return
         limit = self._max_dets_per_image[-1]
         counts = Counter((r["image_id"], r["category_id"]) for r in results)

@@ -87,6 +87,7 @@ class InstanceResults(ClassesByName):
     file_prefix: str
     _predictions: list[dict]
     _output_dir: Any
+    _do_evaluation: bool
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         for image, output in zip(inputs, outputs):
@@ -109,6 +110,17 @@ class InstanceResults(ClassesByName):
             if instances.has(MASK_IOU_PROBS):
                 for result, probs in zip(results, instances.get(MASK_IOU_PROBS).tolist()):
                     result[MASK_IOU_PROBS] = [round(p, 6) for p in probs]  # for a smaller file
+
+    def _prepared_results(self, predictions: list[dict]) -> list[dict] | None:
+        """All results, which are written to files; None if there are no annotations."""
+        logger.info("Preparing results ...")
+        results = self._with_dataset_categories(predictions)
+        if self._output_dir:
+            self._write_files(results)
+        if not self._do_evaluation:
+            logger.info("Annotations are not available for evaluation.")
+            return None
+        return results
 
     def _with_dataset_categories(self, predictions: list[dict]) -> list[dict]:
         """Copies of all results, with category ids of the dataset instead of classes."""

@@ -90,12 +90,8 @@ class MaskScoringLVISEvaluator(InstanceResults, LVISEvaluator):
         return {k + 1: k for k in range(len(names or self._lvis_api.cats))}
 
     def _eval_predictions(self, predictions: list[dict]) -> None:
-        logger.info("Preparing results in LVIS's format ...")
-        results = self._with_dataset_categories(predictions)
-        if self._output_dir:
-            self._write_files(results)
-        if not self._do_evaluation:
-            logger.info("Annotations are not available for evaluation.")
+        results = self._prepared_results(predictions)
+        if results is None:
             return
         has_masks = any("segmentation" in r for r in results)
         tasks = self._tasks or (("bbox", "segm") if has_masks else ("bbox",))
