@@ -32,11 +32,13 @@ from tests.helpers.toy import (
     CHANNELS,
     IMAGE_SIZE,
     NUM_CLASSES,
+    built,
     tiny_mask_rcnn,
     tiny_yacs_config,
     toy_features,
     toy_inputs,
     toy_instances,
+    with_distinct_masks,
     without_objects,
     without_proposals,
 )
@@ -236,20 +238,6 @@ def yacs_config(implicit=False):
     add_pointrend_config(cfg)
     cfg.merge_from_list(options(implicit))
     return cfg
-
-
-def built(cfg):
-    torch.manual_seed(1)
-    return instantiate(cfg.model)
-
-
-def with_distinct_masks(model):
-    """The small initial weights give neither distinct boxes nor distinct masks."""
-    torch.manual_seed(3)
-    for name, parameter in sorted(model.roi_heads.named_parameters()):
-        if any(x in name for x in ("predictor", "prediction")) and "mask_iou" not in name:
-            parameter.data.copy_(torch.randn_like(parameter))
-    return model
 
 
 def losses_of(model):

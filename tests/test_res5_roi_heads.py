@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig
 from detectron2.modeling import build_model
 
 from msrcnn_d2 import add_mask_calibrator, add_mask_scoring, retrofit
@@ -11,9 +11,11 @@ from msrcnn_d2.modeling import MaskScoringRCNNWithTTA, Res5MaskScoringROIHeads, 
 from tests.helpers.toy import (
     CHANNELS,
     IMAGE_SIZE,
+    built,
     tiny_c4_mask_rcnn,
     tiny_c4_yacs_config,
     toy_inputs,
+    with_distinct_masks,
 )
 
 FIELDS = {"pred_boxes", "scores", "pred_classes", "pred_masks", "pred_mask_ious", "mask_scores"}
@@ -24,22 +26,10 @@ def lazy_config():
     return add_mask_scoring(tiny_c4_mask_rcnn(), **HEAD)
 
 
-def built(cfg):
-    torch.manual_seed(1)
-    return instantiate(cfg.model)
-
-
 def twins():
     """Detectron2's model and ours, with the same weights in what they share."""
-    plain, scoring = built(tiny_c4_mask_rcnn()), built(lazy_config())
+    plain, scoring = with_distinct_masks(built(tiny_c4_mask_rcnn())), built(lazy_config())
     assert not scoring.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
-    for model in (plain, scoring):
-        # Distinct boxes and masks, which the small initial weights do not give
-        torch.manual_seed(3)
-        for name, parameter in sorted(plain.roi_heads.named_parameters()):
-            if "predictor" in name and "bias" not in name:
-                noise = torch.randn_like(parameter)
-                model.roi_heads.get_parameter(name).data.copy_(noise)
     return plain, scoring
 
 

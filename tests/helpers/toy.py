@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BasicStem, ResNet
@@ -308,3 +308,18 @@ def real_datasets() -> Path | None:
         if (folder / "coco/annotations/instances_val2017.json").is_file():
             return folder.resolve()
     return None
+
+
+def built(cfg):
+    """The model of a LazyConfig, always with the same weights."""
+    torch.manual_seed(1)
+    return instantiate(cfg.model)
+
+
+def with_distinct_masks(model):
+    """The small initial weights give neither distinct boxes nor distinct masks."""
+    torch.manual_seed(3)
+    for name, parameter in sorted(model.roi_heads.named_parameters()):
+        if any(x in name for x in ("predictor", "prediction")) and "mask_iou" not in name:
+            parameter.data.copy_(torch.randn_like(parameter))
+    return model
